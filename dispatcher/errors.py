@@ -1,0 +1,48 @@
+"""What can go wrong that a person must hear about, as sentences.
+
+`DispatcherError` is our side of every boundary: a setting, a database or an input that we refuse. Its text says what is wrong, which id or setting,
+and what to do; the CLI prints it after "error:" and exits with `exit_code`. What a receiver does to us is never an exception but an
+`Outcome` (domain/outcome.py).
+"""
+
+
+class DispatcherError(Exception):
+    """Refuse something, with a sentence for a person. `code` names it for scripts (`--json`)."""
+
+    code = "error"
+    exit_code = 1
+
+
+class InputError(DispatcherError):
+    """What was asked for is malformed or out of range; nothing was changed."""
+
+    code = "bad_input"
+    exit_code = 2
+
+
+class NotFoundError(DispatcherError):
+    """The named thing does not exist."""
+
+    code = "not_found"
+    exit_code = 3
+
+
+class StateError(DispatcherError):
+    """The named thing exists, but is in a state in which this can't be done."""
+
+    code = "wrong_state"
+    exit_code = 4
+
+
+class DatabaseRefusedError(DispatcherError):
+    """The database is reachable but unfit: schema, privileges, encoding, sequence cache. `run` will not start on it."""
+
+    code = "database_unfit"
+    exit_code = 5
+
+
+class DatabaseAwayError(DispatcherError):
+    """The database can't be reached now; the same call may succeed later."""
+
+    code = "database_away"
+    exit_code = 6
