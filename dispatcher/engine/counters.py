@@ -1,0 +1,34 @@
+"""What happened, as plain ints: counted where the fact is known, rendered where somebody asks."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    events_read: int = 0
+    events_unwanted: int = 0
+    head_reads: int = 0
+    gap_reads: int = 0
+    lag_reads: int = 0
+    retry_reads: int = 0
+    caught_up: int = 0
+    crowded_out: int = 0
+    memory_waits: int = 0
+    sleeps: int = 0
+    wake_ups: int = 0
+    attempts: int = 0
+    delivered: int = 0
+    failed: int = 0
+    retried: int = 0
+    dead: int = 0
+    stale: int = 0
+    breaker_opened: int = 0
+    batches: int = 0
+    rows_recorded: int = 0
+    batch_retries: int = 0
+    checkpoints: int = 0
+    store_away: int = 0
+    starts: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)

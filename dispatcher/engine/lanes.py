@@ -1,0 +1,185 @@
+"""The lanes of all endpoints, the routes from events to them, and the account of events in memory.
+
+Routing is a look-up: account → type → the lanes whose subscriptions match, computed once per account and type and forgotten when one of the
+account's endpoints changes.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from dispatcher.domain.endpoint import Endpoint, EndpointState, pattern_matches
+from dispatcher.domain.event import Event
+from dispatcher.engine.lane import Lane, LaneLimits
+
+TYPES_CACHED_MAX = 1_000  # per account; producers may invent types without end
+
+Route = tuple[Lane, int, int]  # lane, since_id, until_id
+
+
+class Memory:
+    """Counts events and payload bytes in memory. An event counts once, however many lanes hold it."""
+
+    __slots__ = ("bytes", "bytes_max", "events", "events_max")
+
+    def __init__(self, events_max: int, bytes_max: int) -> None:
+        self.events = 0
+        self.bytes = 0
+        self.events_max = events_max
+        self.bytes_max = bytes_max
+
+    def hold(self, event: Event) -> None:
+        if event.holders == 0:
+            self.events += 1
+            self.bytes += len(event.payload)
+        event.holders += 1
+
+    def let_go(self, event: Event) -> None:
+        event.holders -= 1
+        if event.holders == 0:
+            self.events -= 1
+            self.bytes -= len(event.payload)
+
+    @property
+    def is_full(self) -> bool:
+        return self.events >= self.events_max or self.bytes >= self.bytes_max
+
+
+class Lanes:
+    """Owned by the engine; one lane per endpoint that isn't deleted."""
+
+    def __init__(self, limits: LaneLimits, memory: Memory) -> None:
+        self.memory = memory
+        self.unsettled: dict[Lane, None] = {}  # lanes that the next checkpoint must look at
+        self.rows_gone: set[int] = set()  # endpoints that are gone but may have a lane row
+        self.taking_up: set[int] = set()  # subscriptions whose lane went back to since_id; to be written
+        self._limits = limits
+        self._by_id: dict[int, Lane] = {}
+        self._accounts: dict[str, dict[int, Lane]] = {}
+        self._routes: dict[str, dict[str, tuple[Route, ...]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Lane]:
+        return iter(self._by_id.values())
+
+    def get(self, endpoint_id: int) -> Lane | None:
+        return self._by_id.get(endpoint_id)
+
+    def of_account(self, account_id: str) -> Iterable[Lane]:
+        return self._accounts.get(account_id, {}).values()
+
+    def routes(self, account_id: str, event_type: str) -> tuple[Route, ...]:
+        """Return the lanes that an event of this account and type may concern; the caller compares ids."""
+        by_type = self._routes.get(account_id)
+        if by_type is not None:
+            found = by_type.get(event_type)
+            if found is not None:
+                return found
+        lanes = self._accounts.get(account_id)
+        if not lanes:
+            return ()
+        found = tuple(
+            (lane, subscription.since_id, subscription.until_id)
+            for lane in lanes.values()
+            for subscription in lane.endpoint.subscriptions
+            if pattern_matches(subscription.pattern, event_type)
+        )
+        if by_type is None or len(by_type) >= TYPES_CACHED_MAX:
+            by_type = self._routes[account_id] = {}
+        by_type[event_type] = found
+        return found
+
+    def add(self, endpoint: Endpoint, now: float, *, live: bool, cursor: int) -> Lane:
+        lane = Lane(endpoint, self._limits, now, live=live, cursor=cursor)
+        self._by_id[lane.id] = lane
+        self._accounts.setdefault(endpoint.account_id, {})[lane.id] = lane
+        self._routes.pop(endpoint.account_id, None)
+        return lane
+
+    def configure(self, endpoint: Endpoint, now: float, head: int) -> Lane:
+        """Adopt a new or changed endpoint. Subscriptions that aren't taken up send its lane back to where they begin."""
+        lane = self._by_id.get(endpoint.id)
+        if lane is not None and lane.endpoint.account_id != endpoint.account_id:
+            self._accounts[lane.endpoint.account_id].pop(lane.id, None)
+            self._routes.pop(lane.endpoint.account_id, None)
+            self._accounts.setdefault(endpoint.account_id, {})[lane.id] = lane
+        if lane is None:
+            since = min((s.since_id for s in endpoint.subscriptions), default=head)
+            lane = self.add(endpoint, now, live=False, cursor=min(since, head))
+            self.unsettled[lane] = None
+        else:
+            lane.configure(endpoint, now)
+            self._routes.pop(endpoint.account_id, None)
+        self.take_up(lane, head)
+        if lane.held:
+            self.fall_behind(lane, head, drop=True)
+        return lane
+
+    def take_up(self, lane: Lane, head: int) -> None:
+        fresh = [s for s in lane.endpoint.subscriptions if not s.taken_up and s.id not in self.taking_up]
+        if not fresh:
+            return
+        since = min(s.since_id for s in fresh)
+        lane.fall_behind(head)
+        lane.cursor = min(lane.cursor, since)
+        lane.moved += 1
+        self.unsettled[lane] = None
+        self.taking_up.update(s.id for s in fresh)
+
+    def remove(self, endpoint_id: int) -> Lane | None:
+        """Forget a deleted endpoint. POSTs in flight still end and are recorded."""
+        lane = self._by_id.pop(endpoint_id, None)
+        if lane is None:
+            return None
+        self._accounts[lane.endpoint.account_id].pop(endpoint_id, None)
+        self._routes.pop(lane.endpoint.account_id, None)
+        lane.gone = True
+        self.unsettled.pop(lane, None)
+        self.rows_gone.add(endpoint_id)
+        for event in lane.queue:
+            self.memory.let_go(event)
+        for retry in lane.retries:
+            self.memory.let_go(retry.event)
+        lane.queue.clear()
+        lane.retries.clear()
+        self.taking_up.difference_update(s.id for s in lane.endpoint.subscriptions)
+        return lane
+
+    def fall_behind(self, lane: Lane, cursor: int, *, drop: bool) -> None:
+        """Make a lane lag after `cursor` (if it is live), and let go of its queue if asked."""
+        lane.fall_behind(cursor)
+        self.unsettled[lane] = None
+        if drop:
+            for event in lane.drop_queue():
+                self.memory.let_go(event)
+            for retry in lane.retries:
+                self.memory.let_go(retry.event)
+                lane.retry_hands.discard((retry.event.id, retry.run))
+            if lane.retries:
+                lane.next_retry_us = 0  # due at once, as soon as it can send
+            lane.retries.clear()
+
+    def take(self, lane: Lane, event: Event, now: float) -> None:
+        self.memory.hold(event)
+        lane.take(event, now)
+        self.unsettled[lane] = None
+
+    def largest(self) -> tuple[Lane | None, int]:
+        """Return the lane with the longest queue, and how many events are queued in all lanes that have any."""
+        busy = [lane for lane in self.unsettled if lane.queue]
+        largest = max(busy, key=lambda lane: len(lane.queue), default=None)
+        return largest, sum(len(lane.queue) for lane in busy) // max(1, len(busy))
+
+
+def is_wanted(endpoint: Endpoint) -> bool:
+    """A draft has no subscriptions, so its lane would idle for ever; it costs nothing not to have one."""
+    return endpoint.state is not EndpointState.DRAFT
+
+
+def spans(routes: Sequence[Route], event_id: int) -> Iterator[Lane]:
+    """Yield each lane once whose subscription is valid for the id."""
+    last: Lane | None = None
+    for lane, since_id, until_id in routes:  # a lane's routes are neighbours
+        if since_id < event_id <= until_id and lane is not last:
+            last = lane
+            yield lane

@@ -1,0 +1,293 @@
+"""The recorder: results in, one transaction a batch out, and the checkpoint that says what is settled.
+
+Results collect for a few milliseconds or until a batch is full. A batch is built once; if the fate of its COMMIT is
+unknown it is sent again, because
+every row of it is idempotent and the fence waits for the first one to end. While the database is away results wait; above `unrecorded_max`
+nothing new is started. About once a second, and with the last batch, the checkpoint goes along: position, gaps, and the rows of
+lanes that are behind.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from dispatcher.domain.outcome import Decision, Outcome, Verdict
+from dispatcher.engine.clock import Clock
+from dispatcher.engine.counters import Counters
+from dispatcher.engine.gaps import Gaps
+from dispatcher.engine.lane import NOTHING, Lane
+from dispatcher.engine.lanes import Lanes
+from dispatcher.ports import AttemptRow, Batch, CheckpointWrite, DeadRow, LaneRow, RetryRow, Store, StoreAwayError
+
+_log = structlog.get_logger(room="recorder")
+
+CHECKPOINT_S = 1.0
+CHECKPOINT_GAPS_MAX = 1_000
+UNSETTLED_MAX_S = 5.0  # a POST that takes longer doesn't hold the checkpoint: its id becomes a hole
+AWAY_WAIT_S, AWAY_WAIT_MAX_S = 0.05, 1.0
+
+
+@dataclass(slots=True)
+class Result:
+    """One attempt and what was decided about it."""
+
+    lane: Lane
+    event_id: int
+    run: int
+    number: int
+    started_us: int
+    duration_us: int
+    first_attempt_us: int
+    outcome: Outcome
+    decision: Decision
+
+
+class Recorder:
+    """`wired` by the engine: the reader's head and gaps, `after_read`, and what to do when results pile up or drain."""
+
+    def __init__(
+        self,
+        store: Store,
+        lanes: Lanes,
+        clock: Clock,
+        counters: Counters,
+        *,
+        epoch: int,
+        position: int,
+        rows_max: int,
+        wait_s: float,
+        unrecorded_max: int,
+    ) -> None:
+        self.position = position  # committed
+        self.position_under_way = position  # the highest written or being written
+        self.head: Callable[[], int] = lambda: position
+        self.gaps: Gaps = Gaps()
+        self.after_read: Callable[[Callable[[], None]], None] = lambda action: action()
+        self.note_retry: Callable[[Lane, int], None] = lambda lane, due_us: None
+        self.piled_up: Callable[[bool], None] = lambda yes: None
+        self._store = store
+        self._lanes = lanes
+        self._clock = clock
+        self._counters = counters
+        self._epoch = epoch
+        self._rows_max = rows_max
+        self._wait_s = wait_s
+        self._unrecorded_max = unrecorded_max
+        self._results: list[Result] = []
+        self._under_way = 0
+        self._some = asyncio.Event()
+        self._enough = asyncio.Event()
+        self._stopping = False
+        self._checkpoint_at = clock.now() + CHECKPOINT_S
+        self._is_piled_up = False
+
+    @property
+    def unrecorded(self) -> int:
+        return len(self._results) + self._under_way
+
+    def add(self, result: Result) -> None:
+        results = self._results
+        results.append(result)
+        if len(results) == 1:
+            self._some.set()
+        elif len(results) >= self._rows_max:
+            self._enough.set()
+            if not self._is_piled_up and self.unrecorded >= self._unrecorded_max:
+                self._is_piled_up = True
+                self.piled_up(True)
+
+    def stop(self) -> None:
+        """Write what is there, a last checkpoint with it, and end `run`."""
+        self._stopping = True
+        self._some.set()
+        self._enough.set()
+
+    async def run(self) -> None:
+        while True:
+            await self._collect()
+            last = self._stopping
+            now = self._clock.now()
+            checkpoint = last or now >= self._checkpoint_at
+            results, self._results = self._results[: self._rows_max], self._results[self._rows_max :]
+            last = last and not self._results
+            if results or checkpoint:
+                self._under_way = len(results)
+                batch = self._build(results, checkpoint=checkpoint)
+                taken_up = await self._write(batch)
+                self._under_way = 0
+                self._committed(results, batch, taken_up)
+            if last:
+                return
+
+    async def _collect(self) -> None:
+        """Wait until there is something to write: results (and a little for others to join), or the checkpoint's time."""
+        if not self._results and not self._stopping:
+            self._some.clear()
+            if not await _within(self._some, self._checkpoint_at - self._clock.now()):
+                return
+        if len(self._results) < self._rows_max and not self._stopping:
+            self._enough.clear()
+            await _within(self._enough, self._wait_s)
+
+    async def _write(self, batch: Batch) -> list[int]:
+        wait_s = AWAY_WAIT_S
+        while True:
+            try:
+                return await self._store.record(batch)
+            except StoreAwayError as exc:
+                self._counters.batch_retries += 1
+                self._counters.store_away += 1
+                _log.warning("record.away", error=str(exc), rows=len(batch.attempts), retry_in_s=wait_s)
+                await asyncio.sleep(wait_s)
+                wait_s = min(wait_s * 2, AWAY_WAIT_MAX_S)
+
+    # ── building ──
+
+    def _build(self, results: list[Result], *, checkpoint: bool) -> Batch:
+        batch = Batch(self._epoch)
+        now_us = self._clock.wall_us()
+        attempts = batch.attempts
+        for r in results:
+            outcome = r.outcome
+            attempts.append(
+                AttemptRow(
+                    r.event_id,
+                    r.lane.id,
+                    r.run,
+                    r.number,
+                    r.started_us,
+                    r.duration_us,
+                    outcome.status,
+                    outcome.fault,
+                    outcome.response_head,
+                )
+            )
+            verdict = r.decision.verdict
+            if verdict is Verdict.DELIVERED:
+                if r.number > 1:
+                    batch.settled_retries.append((r.lane.id, r.event_id, r.run))
+                continue
+            assert outcome.fault is not None
+            if verdict is Verdict.RETRY:
+                due_us = now_us + int(r.decision.due_in_s * 1e6)
+                batch.retries.append(
+                    RetryRow(r.lane.id, r.event_id, r.run, r.number + 1, r.first_attempt_us, due_us, r.decision.reason)
+                )
+            else:
+                batch.dead.append(
+                    DeadRow(
+                        r.lane.id,
+                        r.event_id,
+                        r.run,
+                        r.number,
+                        r.first_attempt_us,
+                        r.decision.reason,
+                        outcome.status,
+                        outcome.fault,
+                    )
+                )
+                if r.number > 1:
+                    batch.settled_retries.append((r.lane.id, r.event_id, r.run))
+        if checkpoint:
+            batch.checkpoint = self._checkpoint(results)
+        return batch
+
+    def _checkpoint(self, results: list[Result]) -> CheckpointWrite:
+        """Say what is settled once this batch is. For every lane without a row all ids at or below `position` and outside `gaps` are; a lane
+        with a row speaks for itself. (DESIGN §4, and the executable model's `record`.)"""
+        head, written = self.head(), self.position
+        done: defaultdict[Lane, set[int]] = defaultdict(set)
+        for r in results:
+            if r.number == 1 and r.run == 0:
+                done[r.lane].add(r.event_id)
+        self._let_slow_ones_be_late()
+        lanes = list(self._lanes.unsettled)
+        marks = {lane: lane.mark(head, done.get(lane, NOTHING)) for lane in lanes}
+        late = {lane: lane.open_late(done.get(lane, NOTHING)) for lane in lanes}
+        position = head
+        for lane, mark in marks.items():
+            if lane.live and (lane.has_row or mark >= written):
+                position = min(position, max(mark, written))
+        position = max(position, written)
+        gaps = self.gaps.ranges()
+        for lane in lanes:
+            if lane.live and not lane.has_row:
+                gaps.update(late[lane])
+        gaps.shrink(CHECKPOINT_GAPS_MAX)
+        write = CheckpointWrite(position, gaps, [], sorted(self._lanes.rows_gone), sorted(self._lanes.taking_up))
+        for lane, mark in marks.items():
+            speaks = mark < position or not gaps.covers_all(late[lane])
+            if speaks:
+                write.lanes.append(LaneRow(lane.id, mark, late[lane].copy(), lane.backlog))
+            elif lane.has_row:
+                write.lanes_gone.append(lane.id)
+        self.position_under_way = max(self.position_under_way, position)
+        return write
+
+    def _let_slow_ones_be_late(self) -> None:
+        """Ids of live lanes that have been in hand for long become holes, so that one slow POST never holds the checkpoint."""
+        before = self._clock.now() - UNSETTLED_MAX_S
+        for lane in self._lanes.unsettled:
+            for event_id, taken_at in lane.hands.items():  # in the order in which they were taken
+                if taken_at > before:
+                    break
+                lane.late.add(event_id)
+
+    # ── after the commit ──
+
+    def _committed(self, results: list[Result], batch: Batch, taken_up: list[int]) -> None:
+        self._counters.batches += 1
+        self._counters.rows_recorded += len(batch.attempts)
+        for row in batch.retries:
+            lane = self._lanes.get(row.endpoint_id)
+            if lane is not None:
+                self.note_retry(lane, row.due_us)
+        self._counters.retried += len(batch.retries)
+        self._counters.dead += len(batch.dead)
+        if results:
+            self.after_read(lambda: _release(results))
+        write = batch.checkpoint
+        if write is not None:
+            self._checkpoint_at = self._clock.now() + CHECKPOINT_S
+            self._counters.checkpoints += 1
+            self.position = write.position
+            for lane_row in write.lanes:
+                lane = self._lanes.get(lane_row.endpoint_id)
+                if lane is not None:
+                    lane.has_row = True
+                else:
+                    self._lanes.rows_gone.add(lane_row.endpoint_id)  # deleted while this batch was written
+            for endpoint_id in write.lanes_gone:
+                lane = self._lanes.get(endpoint_id)
+                if lane is not None:
+                    lane.has_row = False
+            self._lanes.rows_gone.difference_update(set(write.lanes_gone) - {row.endpoint_id for row in write.lanes})
+            self._lanes.taking_up.difference_update(taken_up)
+            for lane in [lane for lane in self._lanes.unsettled if lane.is_settled]:
+                del self._lanes.unsettled[lane]
+        if self._is_piled_up and self.unrecorded < self._unrecorded_max // 2:
+            self._is_piled_up = False
+            self.piled_up(False)
+
+
+def _release(results: list[Result]) -> None:
+    for r in results:
+        if r.number == 1 and r.run == 0:
+            r.lane.settle(r.event_id)
+        else:
+            r.lane.retry_hands.discard((r.event_id, r.run))
+
+
+async def _within(event: asyncio.Event, wait_s: float) -> bool:
+    """Wait for `event` at most `wait_s`; tell whether it came."""
+    if event.is_set():
+        return True
+    try:
+        async with asyncio.timeout(max(0.0, wait_s)):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,475 @@
+"""The sender: gives ready lanes their turns, and takes each POST from slot to outcome to decision.
+
+Lanes with something to send stand in one line and get a few POSTs a turn. Turns bound how often slots are granted,
+not how long they are held, so
+two shares are bounded as well: lanes without a recent success hold at most a quarter of the slots together, slow lanes at most a half. Who
+waits for time (tokens, breaker, Retry-After) stands in a heap of instants; who waits for room stands in the line of what it lacks. Waiting for a
+name, a connection or room at an origin holds no slot.
+
+No task per delivery: a POST is a call to the connection and a call back. All methods are atomic.
+
+Nothing starts unless `lease_until` lies ahead: it is moved by whoever has just seen that this process still rules and what is paused
+(engine/config.py), so that a frozen process, a lost database and a pause all stop deliveries within a second by the same rule.
+"""
+
+import asyncio
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+import structlog
+
+from dispatcher.domain.event import Event
+from dispatcher.domain.outcome import Decision, Fault, Outcome, Verdict, decide, describe
+from dispatcher.engine.clock import Clock
+from dispatcher.engine.counters import Counters
+from dispatcher.engine.lane import Lane
+from dispatcher.engine.lanes import Lanes
+from dispatcher.engine.recorder import Recorder, Result
+from dispatcher.ports import Connection, Transport
+
+_log = structlog.get_logger(room="sender")
+
+TURN_POSTS = 4  # a lane's POSTs per turn
+
+
+class Share:
+    """A bounded part of the slots. Lanes that found it full wait in its line."""
+
+    __slots__ = ("held", "limit", "line")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+        self.line: deque[Lane] = deque()
+
+
+class Delivery:
+    """One POST from being taken out of its lane until it is recorded. Plain and mutable: thousands are alive."""
+
+    __slots__ = (
+        "again",
+        "event",
+        "first_attempt_us",
+        "lane",
+        "number",
+        "probe",
+        "run",
+        "sender",
+        "shares",
+        "started",
+        "started_us",
+    )
+
+    def __init__(
+        self, sender: "Sender", lane: Lane, event: Event, run: int, number: int, first_attempt_us: int | None
+    ) -> None:
+        self.sender = sender
+        self.lane = lane
+        self.event = event
+        self.run = run
+        self.number = number
+        self.first_attempt_us = first_attempt_us
+        self.again = False  # sent once more after `stale`
+        self.probe = False
+        self.shares: tuple[Share, ...] = ()
+        self.started = 0.0
+        self.started_us = 0
+
+    def __repr__(self) -> str:
+        return f"Delivery({self.event.id} to {self.lane.id}, run {self.run}, attempt {self.number})"
+
+    def done(self, outcome: Outcome) -> None:
+        self.sender.answered(self, outcome)
+
+
+class Sender:
+    """`look` tells the reader that a lane may want a page; `disable` asks for an endpoint to be disabled."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        lanes: Lanes,
+        recorder: Recorder,
+        clock: Clock,
+        counters: Counters,
+        *,
+        slots: int,
+        rng: random.Random,
+        look: Callable[[Lane], None],
+        disable: Callable[[Lane, str], None],
+        failing: Callable[[Lane], None],
+        disable_after_s: int,
+    ) -> None:
+        self.lease_until = float("-inf")
+        self.held_by: set[str] = set()  # reasons why nothing may start: stopping, unrecorded results, owner lost
+        self.in_flight = 0
+        self.abandoned = False  # results mean nothing any more
+        self._transport = transport
+        self._lanes = lanes
+        self._recorder = recorder
+        self._clock = clock
+        self._counters = counters
+        self._slots = slots
+        self._rng = rng
+        self._look = look
+        self._disable = disable
+        self._failing_changed = failing
+        self._disable_after_us = disable_after_s * 1_000_000
+        self._failing = Share(max(1, slots // 4))
+        self._slow = Share(max(1, slots // 2))
+        self._line: deque[Lane] = deque()
+        self._timers: list[tuple[float, int, Lane]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_when = float("inf")
+        self._serial = 0  # ties in the heap
+        self._pumping = False
+        self._drained: asyncio.Event = asyncio.Event()
+        self._timestamp: tuple[int, bytes] = (0, b"")
+
+    # ── who may be served ──
+
+    def offer(self, lane: Lane) -> None:
+        """A lane has something to send, or something that kept it from sending has changed."""
+        if not lane.in_ready and not lane.gone:
+            lane.in_ready = True
+            self._line.append(lane)
+            self.pump_soon()
+
+    def pump_soon(self) -> None:
+        if not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def hold(self, reason: str) -> None:
+        self.held_by.add(reason)
+
+    def unhold(self, reason: str) -> None:
+        self.held_by.discard(reason)
+        self.pump_soon()
+
+    def may_start(self, now: float) -> bool:
+        return not self.held_by and now < self.lease_until and self.in_flight < self._slots
+
+    async def drain(self) -> None:
+        """Wait until nothing is in flight."""
+        while self.in_flight:
+            self._drained.clear()
+            await self._drained.wait()
+
+    def close(self) -> None:
+        """Take no result any more, and start nothing."""
+        self.abandoned = True
+        self.hold("closed")
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _pump(self) -> None:
+        self._pumping = False
+        now = self._clock.now()
+        while self._line and self.may_start(now):
+            lane = self._line.popleft()
+            lane.in_ready = False
+            self._serve(lane, now)
+
+    def _serve(self, lane: Lane, now: float) -> None:
+        """Give a lane its turn; it goes back into the line, into another, or nowhere if it has nothing to send."""
+        for _ in range(TURN_POSTS):
+            if lane.gone or lane.work() <= lane.connecting or lane.in_flight + lane.connecting >= lane.limit():
+                return  # whatever ends next offers the lane again
+            at = lane.ready_at(now)
+            if at > now:
+                self._wake_lane_at(lane, at)
+                return
+            if not lane.breaker.may_start(now):
+                return
+            share = self._full_share(lane, now)
+            if share is not None:
+                lane.in_ready = True
+                share.line.append(lane)
+                return
+            if self.in_flight >= self._slots:
+                break
+            assert lane.endpoint.target is not None
+            connection = self._transport.try_acquire(lane.endpoint.target.origin)
+            if connection is None:
+                lane.connecting += 1
+                self._transport.connect(lane.endpoint.target.origin, partial(self._connected, lane))
+            else:
+                self._start(lane, connection, now)
+        self.offer(lane)
+
+    def _full_share(self, lane: Lane, now: float) -> Share | None:
+        if lane.unproven(now) and self._failing.held >= self._failing.limit:
+            return self._failing
+        if lane.slow and self._slow.held >= self._slow.limit:
+            return self._slow
+        return None
+
+    def _wake_lane_at(self, lane: Lane, at: float) -> None:
+        """Offer the lane again at an instant; an earlier wake-up that is already set will do."""
+        if at == float("inf") or lane.timer_at <= at:
+            return
+        lane.timer_at = at
+        self._serial += 1
+        heapq.heappush(self._timers, (at, self._serial, lane))
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        when = self._timers[0][0] if self._timers else float("inf")
+        if when < self._timer_when:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_when = when
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, when - self._clock.now()), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer_when = float("inf")
+        now = self._clock.now()
+        while self._timers and self._timers[0][0] <= now:
+            at, _, lane = heapq.heappop(self._timers)
+            if lane.timer_at == at:
+                lane.timer_at = float("inf")
+                self._look(lane)
+                self.offer(lane)
+        self._set_timer()
+
+    # ── one POST ──
+
+    def _connected(self, lane: Lane, result: Connection | Outcome) -> None:
+        lane.connecting -= 1
+        now = self._clock.now()
+        if self.abandoned:
+            if not isinstance(result, Outcome):
+                self._transport.release(result)
+            return
+        if isinstance(result, Outcome):
+            # The delivery that asked for it has failed, if it is still there and still due.
+            if (
+                lane.work()
+                and not lane.gone
+                and not self.held_by
+                and lane.ready_at(now) <= now
+                and lane.breaker.may_start(now)
+            ):
+                delivery = self._next(lane)
+                self._occupy(delivery, now)
+                self.answered(delivery, result)
+            self.offer(lane)
+            return
+        can = (
+            lane.work()
+            and not lane.gone
+            and self.may_start(now)
+            and lane.in_flight < lane.limit()
+            and lane.ready_at(now) <= now
+        )
+        if can and lane.breaker.may_start(now) and self._full_share(lane, now) is None:
+            self._start(lane, result, now)
+        else:
+            self._transport.release(result)
+        self.offer(lane)
+
+    def _next(self, lane: Lane) -> Delivery:
+        """Take the next delivery out of the lane."""
+        if lane.retry_turn():
+            retry = lane.retries.popleft()
+            delivery = Delivery(self, lane, retry.event, retry.run, retry.number, retry.first_attempt_us)
+        else:
+            delivery = Delivery(self, lane, lane.queue.popleft(), 0, 1, None)
+        if not lane.live or lane.next_retry_us is not None:
+            self._look(lane)
+        return delivery
+
+    def _start(self, lane: Lane, connection: Connection, now: float) -> None:
+        if lane.bucket is not None:
+            taken = lane.bucket.try_take(now)
+            assert taken, "ready_at() said there is a token"
+        delivery = self._next(lane)
+        self._occupy(delivery, now)
+        self._post(delivery, connection)
+
+    def _occupy(self, delivery: Delivery, now: float) -> None:
+        """Count the delivery into its slot and shares, and begin its attempt."""
+        lane = delivery.lane
+        delivery.probe = lane.breaker.started()
+        delivery.started = now
+        delivery.started_us = self._clock.wall_us()
+        if delivery.first_attempt_us is None:
+            delivery.first_attempt_us = delivery.started_us
+        if lane.unproven(now):
+            delivery.shares += (self._failing,)
+        if lane.slow:
+            delivery.shares += (self._slow,)
+        for share in delivery.shares:
+            share.held += 1
+        lane.in_flight += 1
+        self.in_flight += 1
+
+    def _vacate(self, delivery: Delivery) -> None:
+        delivery.lane.in_flight -= 1
+        self.in_flight -= 1
+        for share in delivery.shares:
+            share.held -= 1
+            while share.line and share.held < share.limit:
+                lane = share.line.popleft()
+                lane.in_ready = False
+                self.offer(lane)
+                break
+        if not self.in_flight:
+            self._drained.set()
+
+    def _post(self, delivery: Delivery, connection: Connection) -> None:
+        self._counters.attempts += 1
+        connection.post(self._request(delivery), delivery.lane.endpoint.timeout_s, delivery.done)
+
+    def _request(self, delivery: Delivery) -> bytes:
+        """Render the whole request: the endpoint's ready-made head, what differs per attempt, the event's body."""
+        event, lane = delivery.event, delivery.lane
+        body = event.envelope()
+        second = delivery.started_us // 1_000_000
+        cached, timestamp = self._timestamp
+        if cached != second:
+            timestamp = b"%d" % second
+            self._timestamp = (second, timestamp)
+        return (
+            b"%b%b\r\nwebhook-timestamp: %b\r\nwebhook-signature: %b\r\nx-attempt: %d\r\ncontent-length: %d\r\n\r\n%b"
+            % (
+                lane.head_bytes,
+                event.public_id,
+                timestamp,
+                lane.signer.sign(event.public_id, timestamp, body),
+                delivery.number,
+                len(body),
+                body,
+            )
+        )
+
+    def answered(self, delivery: Delivery, outcome: Outcome) -> None:
+        """Take the outcome of a POST: free its slot, decide, hand the result to the recorder."""
+        if self.abandoned:
+            return
+        lane = delivery.lane
+        if outcome.fault is Fault.STALE and not delivery.again:
+            self._send_again(delivery)
+            return
+        now = self._clock.now()
+        latency_s = now - delivery.started
+        self._vacate(delivery)
+        assert delivery.first_attempt_us is not None
+        age_s = (delivery.started_us - delivery.first_attempt_us) / 1e6
+        decision = (
+            decide(outcome, delivery.number, age_s, lane.retry_policy, self._clock.wall(), self._rng)
+            if outcome.fault
+            else _DELIVERED
+        )
+        if decision.verdict is Verdict.DELIVERED:
+            self._counters.delivered += 1
+            lane.succeeded(now, latency_s, delivery.probe)
+            if lane.failing_since_us is not None:
+                lane.failing_since_us = None
+                self._failing_changed(lane)
+        else:
+            self._failed(delivery, outcome, decision, now, latency_s)
+        self._lanes.memory.let_go(delivery.event)
+        self._recorder.add(
+            Result(
+                lane, delivery.event.id, delivery.run, delivery.number, delivery.started_us, int(latency_s * 1e6), delivery.first_attempt_us,
+                outcome, decision,
+            )
+        )  # fmt: skip
+        if not lane.live or lane.next_retry_us is not None:
+            self._look(lane)
+        if lane.queue or lane.retries:
+            self.offer(lane)
+        elif self._line:
+            self.pump_soon()
+
+    def _failed(self, delivery: Delivery, outcome: Outcome, decision: Decision, now: float, latency_s: float) -> None:
+        lane = delivery.lane
+        self._counters.failed += 1
+        if decision.counts:
+            opened = lane.failed(now, latency_s, delivery.probe)
+            if lane.failing_since_us is None:
+                lane.failing_since_us = delivery.started_us
+                self._failing_changed(lane)
+            elif delivery.started_us - lane.failing_since_us > self._disable_after_us:
+                self._disable(lane, "consecutive_failures")
+            if opened:
+                self._counters.breaker_opened += 1
+                _log.warning(
+                    "breaker.opened",
+                    endpoint_id=lane.id,
+                    wait_s=round(lane.breaker.wait_s, 1),
+                    outcome=describe(outcome),
+                )
+                self._wake_lane_at(lane, lane.breaker.until)
+        else:
+            lane.breaker.abandoned(delivery.probe)
+        if decision.lane_wait_s:
+            lane.blocked_until = max(lane.blocked_until, now + decision.lane_wait_s)
+            self._wake_lane_at(lane, lane.blocked_until)
+        if decision.disable_reason is not None:
+            self._disable(lane, decision.disable_reason)
+        if lane.cant_send(now):
+            self._let_queue_go(lane)
+        _log.info(
+            "delivery.attempted",
+            endpoint_id=lane.id,
+            event_id=delivery.event.public_id.decode(),
+            id=delivery.event.id,
+            run=delivery.run,
+            attempt=delivery.number,
+            outcome=describe(outcome),
+            status=outcome.status,
+            duration_ms=round(latency_s * 1e3, 1),
+            decision=decision.verdict.value,
+            retry_in_s=round(decision.due_in_s, 1) if decision.verdict is Verdict.RETRY else None,
+        )
+
+    def _let_queue_go(self, lane: Lane) -> None:
+        """A lane that can't send for a while keeps nothing in memory: it reads on when it can."""
+        if not lane.gone:
+            self._lanes.fall_behind(lane, self._recorder.head(), drop=True)
+
+    def _send_again(self, delivery: Delivery) -> None:
+        """A kept-alive connection was already closed: once more on a new one, under the same attempt number."""
+        self._counters.stale += 1
+        delivery.again = True
+        assert delivery.lane.endpoint.target is not None
+        self._transport.connect(
+            delivery.lane.endpoint.target.origin, partial(self._again_connected, delivery), fresh=True
+        )
+
+    def _again_connected(self, delivery: Delivery, result: Connection | Outcome) -> None:
+        if isinstance(result, Outcome):
+            self.answered(delivery, result)
+        elif self.abandoned:
+            self._transport.release(result)
+        elif delivery.lane.held or delivery.lane.gone or self.held_by or self._clock.now() >= self.lease_until:
+            self._transport.release(result)
+            self._put_back(delivery)
+        else:
+            self._post(delivery, result)
+
+    def _put_back(self, delivery: Delivery) -> None:
+        """Undo the start of a delivery of which the receiver has seen nothing: its lane will read it again."""
+        self._vacate(delivery)
+        lane, event = delivery.lane, delivery.event
+        lane.breaker.abandoned(delivery.probe)
+        if lane.gone:
+            self._lanes.memory.let_go(event)
+        elif delivery.number == 1 and delivery.run == 0:
+            lane.queue.appendleft(event)
+            if lane.held:
+                self._let_queue_go(lane)
+        else:
+            self._lanes.memory.let_go(event)
+            lane.retry_hands.discard((event.id, delivery.run))
+            lane.next_retry_us = 0
+            self._look(lane)
+
+
+_DELIVERED = Decision(Verdict.DELIVERED)

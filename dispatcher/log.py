@@ -1,0 +1,51 @@
+"""Logs: structlog to stdout, JSON by orjson; readable lines on a terminal. Configured once, by the composition root."""
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import structlog
+
+if TYPE_CHECKING:
+    from dispatcher.settings import Settings
+
+Logger = Any  # structlog's bound loggers are typed by their configuration, which is only known at run time
+
+
+def configure(settings: "Settings", *, stream: Any = None) -> None:
+    """Send every log line to `stream` (stdout) in the settings' format and from their level up."""
+    stream = stream or sys.stdout
+    console = settings.log_format == "console" or (settings.log_format == "auto" and stream.isatty())
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    if console:
+        structlog.configure(
+            processors=[*shared, structlog.dev.ConsoleRenderer(colors=stream.isatty())],
+            wrapper_class=structlog.make_filtering_bound_logger(_level(settings)),
+            logger_factory=structlog.PrintLoggerFactory(stream),
+            cache_logger_on_first_use=False,
+        )
+    else:
+        structlog.configure(
+            processors=[
+                *shared,
+                structlog.processors.format_exc_info,
+                structlog.processors.JSONRenderer(serializer=orjson.dumps),
+            ],
+            wrapper_class=structlog.make_filtering_bound_logger(_level(settings)),
+            logger_factory=structlog.BytesLoggerFactory(stream.buffer),
+            cache_logger_on_first_use=False,
+        )
+
+
+def _level(settings: "Settings") -> int:
+    return logging.getLevelNamesMapping()[settings.log_level.upper()]
+
+
+def get(name: str) -> Logger:
+    return structlog.get_logger(room=name)

@@ -1,0 +1,75 @@
+"""The composition root: the one module that imports every room and joins them."""
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+
+import structlog
+
+from dispatcher.engine.engine import Engine
+from dispatcher.ports import Limits
+from dispatcher.settings import Settings
+from dispatcher.store.postgres import PgStore
+from dispatcher.transport.pool import Pool, make_tls_context
+
+_log = structlog.get_logger(room="main")
+
+# A collection walks every live object; with 1,000 connections the default thresholds cost a third of all CPU time (DESIGN §8). What lives
+# from start to end is frozen, and the young generation is made large: our hot objects are acyclic and go by reference count.
+GC_THRESHOLDS = (50_000, 20, 100)
+
+
+def make_transport(settings: Settings) -> Pool:
+    limits = Limits(
+        sockets_max=settings.sockets_max,
+        sockets_per_origin_max=settings.sockets_per_origin_max,
+        idle_s=settings.idle_socket_s,
+        connect_s=settings.connect_timeout_s,
+        headers_s=settings.headers_timeout_s,
+        header_bytes_max=settings.response_header_bytes_max,
+        body_bytes_max=settings.response_body_bytes_max,
+        head_kept_bytes=settings.response_head_kept_bytes,
+        dns_ttl_s=settings.dns_ttl_s,
+    )
+    tls = make_tls_context(None if settings.ca_file is None else str(settings.ca_file))
+    return Pool(limits, settings.address_policy, tls=tls)
+
+
+def make_engine(settings: Settings, dsn: str, transport: Pool) -> Engine:
+    return Engine(PgStore(dsn, settings), transport, settings, owner=f"{socket.gethostname()}:{os.getpid()}")
+
+
+async def serve(settings: Settings, dsn: str) -> None:
+    """Run one dispatcher until SIGTERM or SIGINT; a second signal ends it at once."""
+    transport = make_transport(settings)
+    engine = make_engine(settings, dsn, transport)
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    signals = 0
+
+    def on_signal(number: int) -> None:
+        nonlocal signals
+        signals += 1
+        if signals == 1:
+            _log.info("signal", name=signal.Signals(number).name)
+            engine.stop()
+        else:
+            _log.warning("signal.forced", name=signal.Signals(number).name)
+            assert task is not None
+            task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    tune_gc()
+    try:
+        await engine.run()
+    finally:
+        await transport.close()
+
+
+def tune_gc() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)

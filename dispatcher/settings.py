@@ -1,0 +1,223 @@
+"""Every setting, once: name, default, bounds and what it is for.
+
+Each is read from `DISPATCHER_<NAME>`, or from a TOML file (`--config`, or `DISPATCHER_CONFIG`), the environment
+first. A bad value stops the start
+with a sentence that names the setting. README's table is held to this one by a test.
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from dispatcher.domain.address import AddressPolicy, parse_networks
+from dispatcher.errors import InputError
+
+ENV_PREFIX = "DISPATCHER_"
+
+
+def default_data_dir() -> Path:
+    if os.geteuid() == 0:
+        return Path("/var/lib/dispatcher")
+    return Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local/share")) / "dispatcher"
+
+
+class Settings(BaseSettings):
+    """The effective settings of one process. Immutable; made once by `load`."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+
+    # ── database ──
+    database_url: str | None = Field(
+        None,
+        repr=False,
+        description="PostgreSQL to use (postgresql://user:password@host/db). Unset: an embedded server in data_dir.",
+    )
+    data_dir: Path = Field(
+        default_factory=default_data_dir, description="Where the embedded PostgreSQL keeps its data and its socket."
+    )
+    doorbell: Literal["on", "off"] = Field(
+        "on",
+        description="off: no NOTIFY from producers, the dispatcher polls (for two-phase commit). Applied by migrate.",
+    )
+    poll_ms: int = Field(5, ge=1, le=1000, description="How often an idle dispatcher polls when doorbell is off.")
+    payload_bytes_max: int = Field(
+        262_144, ge=1_024, le=16_777_216, description="Largest payload that the outbox accepts. Applied by migrate."
+    )
+    statement_timeout_s: float = Field(
+        10, ge=0.5, le=300, description="A statement that takes longer counts as a database that is away."
+    )
+
+    # ── delivering ──
+    slots: int = Field(4_000, ge=1, le=60_000, description="POSTs in flight in all.")
+    in_flight_max: int = Field(
+        100, ge=1, le=4_000, description="POSTs in flight per endpoint, unless the endpoint says otherwise."
+    )
+    sockets_max: int = Field(5_000, ge=1, le=64_000, description="Open sockets in all.")
+    sockets_per_origin_max: int = Field(
+        1_000, ge=1, le=64_000, description="Open sockets per origin (scheme, host, port)."
+    )
+    idle_socket_s: float = Field(30, ge=0.1, le=3_600, description="An idle connection is kept this long.")
+    connect_timeout_s: float = Field(
+        5, ge=0.1, le=60, description="Longest name look-up, connect and TLS handshake together."
+    )
+    headers_timeout_s: float = Field(
+        10,
+        ge=0.1,
+        le=60,
+        description="Longest wait for an answer's headers; an endpoint's own timeout bounds the whole POST.",
+    )
+    response_header_bytes_max: int = Field(
+        32_768, ge=1_024, le=1_048_576, description="Longest head of an answer, 1xx answers included."
+    )
+    response_body_bytes_max: int = Field(
+        65_536, ge=0, le=16_777_216, description="Body bytes read before the connection is dropped."
+    )
+    response_head_kept_bytes: int = Field(
+        2_048, ge=0, le=65_536, description="What is kept of a failed attempt's answer."
+    )
+    dns_ttl_s: float = Field(30, ge=1, le=3_600, description="Upper bound on how long a looked-up address is used.")
+    ca_file: Path | None = Field(None, description="CA bundle (PEM) for endpoints' certificates. Unset: the system's.")
+    allow_http: bool = Field(False, description="Allow plain http:// endpoints anywhere.")
+    allowed_networks: Annotated[str, NoDecode] = Field(
+        "",
+        description="Networks that endpoints may be in although they are private, comma-separated CIDRs; http:// is allowed there too.",
+    )
+    user_agent: str = Field(
+        "dispatcher/1 (webhooks)", min_length=1, max_length=200, description="User-Agent of every POST."
+    )
+
+    # ── lanes ──
+    queue_events_max: int = Field(
+        1_000, ge=1, le=100_000, description="Events queued in memory per endpoint; beyond that the lane lags."
+    )
+    memory_events_max: int = Field(20_000, ge=100, le=5_000_000, description="Events in memory in all.")
+    memory_bytes_max: int = Field(
+        67_108_864,
+        ge=1_048_576,
+        le=17_179_869_184,
+        description="Payload bytes in memory in all; also twice what one read may fetch.",
+    )
+
+    # ── retrying ──
+    retry_schedule_s: Annotated[tuple[int, ...], NoDecode] = Field(
+        (5, 30, 120, 600, 1_800, 3_600, 10_800, 21_600, 43_200, 86_400),
+        description="Waits between attempts, comma-separated seconds; each is spread by ×0.8–1.2.",
+    )
+    retry_age_max_s: int = Field(
+        259_200, ge=1, le=2_592_000, description="A delivery older than this since its first attempt is given up."
+    )
+    disable_after_s: int = Field(
+        432_000, ge=60, le=31_536_000, description="An endpoint that failed this long without one success is disabled."
+    )
+    breaker_failures: int = Field(
+        7, ge=1, le=1_000, description="Consecutive failures that open an endpoint's breaker."
+    )
+    breaker_wait_s: float = Field(
+        5, ge=0.05, le=3_600, description="First wait of an open breaker; doubles at each failed probe."
+    )
+    breaker_wait_max_s: float = Field(300, ge=0.05, le=86_400, description="Longest wait of an open breaker.")
+
+    # ── recording and stopping ──
+    record_rows_max: int = Field(1_000, ge=1, le=10_000, description="Results per recorded batch.")
+    record_wait_ms: int = Field(
+        10, ge=0, le=1_000, description="How long the first result of a batch waits for others."
+    )
+    unrecorded_max: int = Field(
+        20_000, ge=100, le=1_000_000, description="Results that may wait for the database; above, no POST starts."
+    )
+    grace_s: float = Field(15, ge=0, le=600, description="At SIGTERM, how long POSTs in flight may take to finish.")
+
+    # ── logs ──
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level logged.")
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="auto: console on a terminal, else JSON."
+    )
+
+    @field_validator("retry_schedule_s", mode="before")
+    @classmethod
+    def _split_schedule(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [part for part in value.replace(",", " ").split() if part]
+        if not value or len(value) > 50:
+            raise ValueError("give 1 to 50 comma-separated seconds, such as 5,30,120")
+        return value
+
+    @field_validator("retry_schedule_s")
+    @classmethod
+    def _check_schedule(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if min(value) < 1:
+            raise ValueError("every wait must be at least 1 second")
+        return value
+
+    @field_validator("allowed_networks", mode="before")
+    @classmethod
+    def _check_networks(cls, value: Any) -> Any:
+        text = ",".join(value) if isinstance(value, list | tuple) else value
+        try:
+            parse_networks(text)
+        except InputError as exc:
+            raise ValueError(str(exc)) from exc
+        return text
+
+    @property
+    def address_policy(self) -> AddressPolicy:
+        return AddressPolicy(allowed_networks=parse_networks(self.allowed_networks), allow_http=self.allow_http)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        path = os.environ.get("DISPATCHER_CONFIG")
+        toml = (TomlConfigSettingsSource(settings_cls, Path(path)),) if path else ()
+        return (init_settings, env_settings, *toml)
+
+
+def load(config: Path | None = None, **overrides: Any) -> Settings:
+    """Read the settings from `overrides`, the environment and the TOML file, in that order.
+
+    Raises InputError that names every bad setting, its value's source and the remedy.
+    """
+    if config is not None:
+        os.environ["DISPATCHER_CONFIG"] = str(config)
+    path = os.environ.get("DISPATCHER_CONFIG")
+    if path and not Path(path).is_file():
+        raise InputError(f"the settings file {path} does not exist; correct --config or DISPATCHER_CONFIG")
+    unknown = sorted(
+        name for name in os.environ if name.startswith(ENV_PREFIX) and name != "DISPATCHER_CONFIG" and not _known(name)
+    )
+    if unknown:
+        raise InputError(f"{unknown[0]} is not a setting; see `dispatcher run --help` or the table in README.md")
+    try:
+        return Settings(**overrides)
+    except ValidationError as exc:
+        raise InputError("\n".join(_explain(error, path) for error in exc.errors())) from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise InputError(f"the settings file {path} is not valid TOML: {exc}") from exc
+
+
+def _known(env_name: str) -> bool:
+    return env_name[len(ENV_PREFIX) :].lower() in Settings.model_fields
+
+
+def _explain(error: Any, path: str | None) -> str:
+    name = str(error["loc"][0]) if error["loc"] else "settings"
+    if error["type"] == "extra_forbidden":
+        return f"{name} in {path} is not a setting; see the table in README.md"
+    message = error["msg"].removeprefix("Value error, ")
+    shown = "" if name == "database_url" else f" (got {error['input']!r})"
+    return f"setting {ENV_PREFIX}{name.upper()}: {message}{shown}"

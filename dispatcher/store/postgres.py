@@ -1,0 +1,477 @@
+"""The store on PostgreSQL: five sessions, and the statements of queries.sql in the engine's words.
+
+owner     holds the owner lock, nothing else after Start: losing it says that another may own the log
+listener  LISTEN; wake-ups only, never data
+reader    every read of the log, one after another; holds the doorbell's lock while the engine sleeps
+recorder  every batch, one transaction each
+config    configuration changes and the few updates of endpoint rows, so that nobody's open transaction on those stops the recorder
+"""
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import asyncpg
+import structlog
+
+from dispatcher.domain.endpoint import FOREVER, Endpoint, EndpointId, EndpointState, Subscription
+from dispatcher.domain.event import Event, PublicIds
+from dispatcher.domain.ranges import IdRanges
+from dispatcher.domain.url import parse_url
+from dispatcher.errors import InputError
+from dispatcher.ports import (
+    AttemptRow,
+    Batch,
+    CheckpointWrite,
+    ConfigChanges,
+    DueRetry,
+    FencedError,
+    HeadPage,
+    Holders,
+    LaneRow,
+    LifeLostError,
+    Page,
+    RetryPage,
+    Started,
+    StoreAwayError,
+)
+from dispatcher.settings import Settings
+from dispatcher.store.session import Connection, Session, is_away
+from dispatcher.store.sql import SQL
+
+_log = structlog.get_logger(room="store")
+
+PG_EPOCH_US = 946_684_800_000_000  # PostgreSQL counts from 2000-01-01
+OWNER_WAIT_S = 10.0  # after a kill -9 the server may take a moment to notice that the old session is gone
+
+# Without these a plan made while a table was empty would scan it for ever; custom plans would cost 0.5 ms each over many partitions.
+_READER_PARAMETERS = {"plan_cache_mode": "force_generic_plan", "enable_seqscan": "off", "enable_bitmapscan": "off"}
+
+
+class PgStore:
+    """The `Store` port on PostgreSQL."""
+
+    def __init__(self, dsn: str, settings: Settings) -> None:
+        timeout_s = settings.statement_timeout_s
+        self._settings = settings
+        self._owner = Session(dsn, "owner", timeout_s=timeout_s)
+        self._listener = Session(dsn, "listener", timeout_s=timeout_s)
+        self._reader = Session(dsn, "reader", timeout_s=timeout_s, setup=_plain_codecs, parameters=_READER_PARAMETERS)
+        # A crash costs the recorder duplicates, never losses (DESIGN §10); producers keep their own setting.
+        self._recorder = Session(dsn, "recorder", timeout_s=timeout_s, parameters={"synchronous_commit": "off"})
+        self._config = Session(dsn, "config", timeout_s=timeout_s, parameters={"lock_timeout": "300ms"})
+        self._sessions = (self._owner, self._listener, self._reader, self._recorder, self._config)
+        self._epoch = 0
+        self._public_ids: PublicIds | None = None
+
+    # ── start and ownership ──
+
+    async def start(self, owner: str) -> Started:
+        await self.close()
+        for session in self._sessions:
+            session.life = None
+        deadline = asyncio.get_running_loop().time() + OWNER_WAIT_S
+        while not await self._owner.run(lambda c: c.fetchval(SQL.try_own)):
+            if asyncio.get_running_loop().time() > deadline:
+                row = await self._owner.run(lambda c: c.fetchrow(SQL.owner_of))
+                raise FencedError(
+                    f"another dispatcher owns this database: {row['owner']}, last seen {row['heartbeat_at']}"
+                )
+            await asyncio.sleep(0.1)
+        return await self._owner.run(lambda c: self._begin(c, owner))
+
+    async def _begin(self, connection: Connection, owner: str) -> Started:
+        await connection.execute(SQL.begin_life)
+        life = await connection.fetchval(SQL.life)
+        # Durable before anything is read: whoever records under an older epoch is refused from here on.
+        epoch = await connection.fetchval(SQL.raise_epoch, owner)
+        await connection.execute(SQL.forget_deleted)
+        await connection.execute(SQL.trim_config_changes)
+        self._public_ids = PublicIds(await connection.fetchval(SQL.id_key))
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            checkpoint = await connection.fetchrow(SQL.read_checkpoint)
+            config_seq = await connection.fetchval(SQL.config_seq)
+            lanes = [
+                LaneRow(row["endpoint_id"], row["settled"], _ranges(row["holes"]), row["backlog"])
+                for row in await connection.fetch(SQL.read_lanes)
+            ]
+            endpoints = self._endpoints(await connection.fetch(SQL.endpoints, None))
+            due = {row["id"]: _us(row["due_at"]) for row in await connection.fetch(SQL.read_retries_due)}
+        last_id = await connection.fetchval(SQL.last_id)
+        for session in self._sessions:
+            session.life = life
+        self._epoch = epoch
+        return Started(
+            epoch=epoch,
+            position=checkpoint["position"],
+            gaps=_ranges(checkpoint["gaps"]),
+            lanes=lanes,
+            endpoints=endpoints,
+            config_seq=config_seq,
+            last_id=last_id,
+            retries_due=due,
+            wall_us=_us(checkpoint["wall"]),
+        )
+
+    async def close(self) -> None:
+        for session in self._sessions:
+            await session.close()
+
+    def on_owner_lost(self, callback: Callable[[], None]) -> None:
+        self._owner.on_lost(callback)
+
+    async def hold_ownership(self) -> None:
+        async def work(connection: Connection) -> tuple[bool, int]:
+            return await connection.fetchval(SQL.try_own), await connection.fetchval(SQL.epoch)
+
+        had, epoch = await self._owner.run(work)
+        if epoch != self._epoch:
+            raise FencedError(f"epoch {epoch} rules, ours was {self._epoch}: another dispatcher took over")
+        if not had:
+            raise StoreAwayError("owner: our old session still holds the lock")
+
+    # ── reading ──
+
+    async def head(self, after: int, limit: int, bytes_max: int, young: Sequence[int], *, attempted: bool) -> HeadPage:
+        query = SQL.head_attempted if attempted else SQL.head
+        rows = await self._reader.run(lambda c: c.fetch(query, after, limit, bytes_max, young))
+        last_id = rows[0][0]
+        if rows[0][1] is None:
+            return HeadPage([], [] if attempted else None, False, last_id)
+        above = sum(1 for row in rows if row[1] > after) if young else len(rows)
+        full = above >= limit or rows[-1][7] >= bytes_max
+        return HeadPage(self._events(rows, 1), [row[8] for row in rows] if attempted else None, full, last_id)
+
+    async def holders(self) -> Holders:
+        rows = await self._reader.run(lambda c: c.fetch(SQL.holders))
+        return Holders(
+            frozenset(row["holder"] for row in rows if not row["prepared"]),
+            frozenset(row["holder"] for row in rows if row["prepared"]),
+        )
+
+    async def probe(self, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int) -> list[Page]:
+        lows, highs = [low for low, _ in ranges], [high for _, high in ranges]
+        rows = await self._reader.run(lambda c: c.fetch(SQL.probe, lows, highs, limit, bytes_max))
+        return self._paged(rows, len(ranges), limit, bytes_max)
+
+    async def holes(self, account_id: str, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int) -> list[Page]:
+        lows, highs = [low for low, _ in ranges], [high for _, high in ranges]
+        rows = await self._reader.run(lambda c: c.fetch(SQL.holes, account_id, lows, highs, limit, bytes_max))
+        return self._paged(rows, len(ranges), limit, bytes_max)
+
+    async def account(
+        self, account_id: str, after: int, upto: int, types: Sequence[str] | None, limit: int, bytes_max: int
+    ) -> Page:
+        rows = await self._reader.run(lambda c: c.fetch(SQL.account, account_id, after, upto, types, limit, bytes_max))
+        full = bool(rows) and (len(rows) >= limit or rows[-1][6] >= bytes_max)
+        return Page(self._events(rows, 0), [row[7] for row in rows], full)
+
+    async def due_retries(self, endpoint_id: int, limit: int, bytes_max: int) -> RetryPage:
+        async def work(connection: Connection) -> tuple[list[Any], Any]:
+            rows = await connection.fetch(SQL.due_retries, endpoint_id, limit, bytes_max)
+            return rows, await connection.fetchval(SQL.next_retry, endpoint_id)
+
+        rows, next_due = await self._reader.run(work)
+        events = self._events(rows, 4)
+        retries = [DueRetry(event, row[1], row[2], row[3]) for event, row in zip(events, rows, strict=True)]
+        full = bool(rows) and (len(rows) >= limit or rows[-1][10] >= bytes_max)
+        return RetryPage(retries, full, next_due)
+
+    async def arm_doorbell(self) -> bool:
+        armed: bool = await self._reader.run(lambda c: c.fetchval(SQL.arm_doorbell))
+        return armed
+
+    async def disarm_doorbell(self) -> None:
+        await self._reader.run(lambda c: c.fetchval(SQL.disarm_doorbell))
+
+    def _events(self, rows: Sequence[Any], at: int) -> list[Event]:
+        """Make events of the six event columns that start at column `at`; one cipher call for the page."""
+        assert self._public_ids is not None
+        public = self._public_ids.encode([(row[at + 4], row[at]) for row in rows])
+        return [
+            Event(row[at], row[at + 1], row[at + 2], row[at + 3], row[at + 4], row[at + 5], public_id)
+            for row, public_id in zip(rows, public, strict=True)
+        ]
+
+    def _paged(self, rows: Sequence[Any], ranges: int, limit: int, bytes_max: int) -> list[Page]:
+        """Deal rows (n, event columns, bytes, attempted) out to one page a range. Where the statement's bound cut, that range and those
+        after it are full."""
+        pages = [Page([], [], False) for _ in range(ranges)]
+        for event, row in zip(self._events(rows, 1), rows, strict=True):
+            page = pages[row[0] - 1]
+            page.events.append(event)
+            assert page.attempted is not None
+            page.attempted.append(row[8])
+        if rows and (len(rows) >= limit or rows[-1][7] >= bytes_max):
+            for page in pages[rows[-1][0] - 1 :]:
+                page.full = True
+        return pages
+
+    # ── wake-ups ──
+
+    async def listen(self, on_doorbell: Callable[[], None], on_config: Callable[[], None]) -> None:
+        lost = asyncio.Event()
+        self._listener.on_lost(lost.set)
+
+        async def subscribe(connection: Connection) -> None:
+            await connection.add_listener("webhook_doorbell", lambda *_: on_doorbell())
+            await connection.add_listener("webhook_config", lambda *_: on_config())
+
+        await self._listener.run(subscribe)
+        on_doorbell()  # whatever rang while nobody listened
+        on_config()
+        while not lost.is_set():
+            try:
+                async with asyncio.timeout(5):
+                    await lost.wait()
+            except TimeoutError:
+                # A connection that a middlebox dropped looks healthy from here until something is sent on it.
+                await self._listener.run(lambda c: c.fetchval("SELECT 1"))
+        raise StoreAwayError("listener: the connection was closed")
+
+    # ── recording ──
+
+    async def record(self, batch: Batch) -> list[int]:
+        try:
+            return await self._recorder.run(lambda c: self._record(c, batch, by_row=False))
+        except asyncpg.PostgresError as exc:
+            # COPY stores nothing if one row is refused: by a batch that is sent again, or by a value.
+            if exc.sqlstate is None or exc.sqlstate[:2] not in ("22", "23"):
+                raise
+        return await self._recorder.run(lambda c: self._record(c, batch, by_row=True), timeout_s=60)
+
+    async def _record(self, connection: Connection, batch: Batch, *, by_row: bool) -> list[int]:
+        taken_up: list[int] = []
+        async with connection.transaction():
+            if not await connection.fetch(SQL.fence, batch.epoch):
+                raise FencedError(f"epoch {batch.epoch} is over: another dispatcher took over")
+            if batch.attempts:
+                if by_row:
+                    for row in batch.attempts:
+                        await _insert_attempt(connection, row)
+                else:
+                    await connection.copy_to_table(
+                        "attempt",
+                        schema_name="webhook",
+                        columns=_ATTEMPT_COLUMNS,
+                        format="binary",
+                        source=_copy_rows(batch.attempts),
+                    )
+            if batch.retries:
+                r = batch.retries
+                await connection.execute(
+                    SQL.put_retries,
+                    [x.endpoint_id for x in r],
+                    [x.event_id for x in r],
+                    [x.run for x in r],
+                    [x.number for x in r],
+                    [_at(x.first_attempt_us) for x in r],
+                    [_at(x.due_us) for x in r],
+                    [_text(x.reason) for x in r],
+                )
+            if batch.dead:
+                d = batch.dead
+                await connection.execute(
+                    SQL.put_dead_letters,
+                    [x.endpoint_id for x in d],
+                    [x.event_id for x in d],
+                    [x.run for x in d],
+                    [x.attempts for x in d],
+                    [_at(x.first_attempt_us) for x in d],
+                    [_text(x.reason) for x in d],
+                    [x.status for x in d],
+                    [x.fault.value for x in d],
+                )
+            if batch.settled_retries:
+                s = batch.settled_retries
+                await connection.execute(SQL.end_retries, [x[0] for x in s], [x[1] for x in s], [x[2] for x in s])
+            if batch.checkpoint is not None:
+                taken_up = await _write_checkpoint(connection, batch.checkpoint)
+        return taken_up
+
+    # ── configuration ──
+
+    async def config_changes(self, after_seq: int, epoch: int) -> ConfigChanges:
+        rows = await self._config.run(lambda c: c.fetch(SQL.config_changes, after_seq))
+        if rows[0]["epoch"] != epoch:
+            raise FencedError(f"epoch {rows[0]['epoch']} rules, ours was {epoch}: another dispatcher took over")
+        if rows[0]["seq"] is None:
+            return ConfigChanges(after_seq, [], [])
+        ids = sorted({row["endpoint_id"] for row in rows})
+        endpoints = self._endpoints(await self._config.run(lambda c: c.fetch(SQL.endpoints, ids)))
+        return ConfigChanges(rows[-1]["seq"], endpoints, sorted(set(ids) - {endpoint.id for endpoint in endpoints}))
+
+    async def note_failing(self, failing_since_us: dict[int, int | None]) -> None:
+        values = [None if us is None else _at(us) for us in failing_since_us.values()]
+        await self._config.run(lambda c: c.execute(SQL.note_failing, list(failing_since_us), values))
+
+    async def disable_endpoint(self, endpoint_id: int, reason: str, failing_since_us: int | None) -> None:
+        since = None if failing_since_us is None else _at(failing_since_us)
+        await self._config.run(lambda c: c.execute(SQL.disable_endpoint, endpoint_id, reason, since))
+
+    async def wall_us(self) -> int:
+        return _us(await self._config.run(lambda c: c.fetchval(SQL.wall)))
+
+    def _endpoints(self, rows: Sequence[Any]) -> list[Endpoint]:
+        endpoints = []
+        for row in rows:
+            try:
+                endpoints.append(_endpoint(row, self._settings))
+            except InputError as exc:
+                # Saved by hand, or under other settings. The rest must go on; its events are held until somebody corrects it.
+                _log.error("endpoint.unusable", endpoint_id=row["id"], error=str(exc))
+        return endpoints
+
+
+# ── COPY, by hand ──
+# asyncpg's copy_records_to_table encodes value by value; a delivered attempt is eleven fixed-size words, so one struct call does (bench/README).
+
+_ATTEMPT_COLUMNS = (
+    "event_id",
+    "endpoint_id",
+    "run",
+    "number",
+    "started_at",
+    "duration_us",
+    "status",
+    "fault",
+    "response_head",
+)
+_COPY_HEADER = b"PGCOPY\n\xff\r\n\x00" + struct.pack(">ii", 0, 0)
+_COPY_END = struct.pack(">h", -1)
+_FIXED = struct.Struct(
+    ">hiqiqiiihiqii"
+)  # 9 fields; event, endpoint, run, number, started_at, duration; each after its length
+_DELIVERED = struct.Struct(">hiqiqiiihiqiiihii")  # … and status, fault NULL, response_head NULL
+
+
+async def _copy_rows(rows: Sequence[AttemptRow]) -> AsyncIterator[bytes]:
+    yield b"".join([_COPY_HEADER, *map(_copy_row, rows), _COPY_END])
+
+
+def _copy_row(row: AttemptRow) -> bytes:
+    started = row.started_us - PG_EPOCH_US
+    if row.fault is None:
+        return _DELIVERED.pack(
+            9,
+            8,
+            row.event_id,
+            8,
+            row.endpoint_id,
+            4,
+            row.run,
+            2,
+            row.number,
+            8,
+            started,
+            4,
+            row.duration_us,
+            2,
+            row.status,
+            -1,
+            -1,
+        )
+    fixed = _FIXED.pack(
+        9, 8, row.event_id, 8, row.endpoint_id, 4, row.run, 2, row.number, 8, started, 4, row.duration_us
+    )
+    status = None if row.status is None else struct.pack(">h", row.status)
+    return fixed + _field(status) + _field(row.fault.value.encode()) + _field(row.response_head)
+
+
+def _field(value: bytes | None) -> bytes:
+    return struct.pack(">i", -1) if value is None else struct.pack(">i", len(value)) + value
+
+
+async def _insert_attempt(connection: Connection, row: AttemptRow) -> None:
+    """Insert one row under a savepoint; one that is still refused goes in without its free text."""
+    values = [row.event_id, row.endpoint_id, row.run, row.number, _at(row.started_us), row.duration_us, row.status]
+    fault = None if row.fault is None else row.fault.value
+    try:
+        async with connection.transaction():
+            await connection.execute(SQL.attempt_one, *values, fault, row.response_head)
+    except asyncpg.PostgresError as exc:
+        if is_away(exc):
+            raise
+        _log.warning("attempt.text_dropped", event_id=row.event_id, endpoint_id=row.endpoint_id, error=str(exc))
+        await connection.execute(SQL.attempt_one, *values, fault, None)
+
+
+async def _write_checkpoint(connection: Connection, write: CheckpointWrite) -> list[int]:
+    taken_up: list[int] = []
+    if write.lanes:
+        lanes = write.lanes
+        await connection.execute(
+            SQL.put_lanes,
+            [x.endpoint_id for x in lanes],
+            [x.settled for x in lanes],
+            [_multirange(x.holes) for x in lanes],
+            [x.backlog for x in lanes],
+        )
+    if write.lanes_gone:
+        await connection.execute(SQL.end_lanes, write.lanes_gone)
+    if write.taken_up:
+        taken_up = [row["id"] for row in await connection.fetch(SQL.take_up, write.taken_up)]
+    await connection.execute(SQL.put_checkpoint, write.position, _multirange(write.gaps))
+    return taken_up
+
+
+# ── values ──
+
+
+async def _plain_codecs(connection: Connection) -> None:
+    """Payloads stay bytes, timestamps become µs since 1970: a datetime per event would cost a microsecond and be turned back at once."""
+    await connection.set_type_codec("json", schema="pg_catalog", encoder=bytes, decoder=bytes, format="binary")
+    await connection.set_type_codec(
+        "timestamptz",
+        schema="pg_catalog",
+        encoder=lambda us: (us - PG_EPOCH_US,),
+        decoder=lambda t: t[0] + PG_EPOCH_US,
+        format="tuple",
+    )
+
+
+def _endpoint(row: Any, settings: Settings) -> Endpoint:
+    schedule = row["retry_schedule_s"]
+    return Endpoint(
+        id=EndpointId(row["id"]),
+        account_id=row["account_id"],
+        target=parse_url(row["url"], settings.address_policy),
+        state=EndpointState(row["state"]),
+        secrets=tuple(row["secrets"]),
+        subscriptions=tuple(
+            Subscription(s[0], s[1], s[2], FOREVER if s[3] is None else s[3], s[4]) for s in row["subscriptions"]
+        ),
+        timeout_s=row["timeout_ms"] / 1000,
+        rate_per_s=row["rate_per_s"],
+        rate_burst=row["rate_burst"],
+        in_flight_max=row["in_flight_max"],
+        retry_schedule_s=None if schedule is None else tuple(schedule),
+        failing_since_us=None if row["failing_since"] is None else _us(row["failing_since"]),
+    )
+
+
+def _us(at: datetime) -> int:
+    delta = at - datetime(1970, 1, 1, tzinfo=UTC)
+    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
+
+
+def _at(us: int) -> datetime:
+    seconds, rest = divmod(us, 1_000_000)
+    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest)
+
+
+def _ranges(multirange: Any) -> IdRanges:
+    return IdRanges((r.lower, r.upper - 1) for r in multirange)
+
+
+def _multirange(ranges: IdRanges) -> str:
+    return "{" + ",".join(f"[{low},{high + 1})" for low, high in ranges) + "}"
+
+
+def _text(text: str) -> str:
+    return text.replace("\x00", "�")[:500]
+
+
+__all__ = ["LifeLostError", "PgStore"]

@@ -1,0 +1,170 @@
+"""One connection to PostgreSQL that is made again when it is lost, and the one place where foreign exceptions become ours.
+
+A session runs one thing at a time for one owner (reader, recorder, configuration, listener, owner lock). After any failure the connection
+is thrown away, because what the server thinks of it is unknown. At every connect it compares `life` with the one under which the state in
+memory was built: another one means that the server lost its memory (DESIGN §11).
+"""
+
+import asyncio
+import ssl as ssl_module
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+from uuid import UUID
+
+import asyncpg
+
+from dispatcher.errors import DatabaseAwayError, DatabaseRefusedError
+from dispatcher.ports import LifeLostError, StoreAwayError
+from dispatcher.store.sql import SQL
+
+T = TypeVar("T")
+Connection = Any  # asyncpg ships no types
+
+# What means "not now" rather than "wrong": 08 connection, 53 resources, 57 operator intervention and shutdown, 58 system, 55P03 lock not
+# available, 25006 a promoted standby that is read-only for a moment, 40 serialization and deadlock.
+_AWAY_CLASSES = ("08", "53", "57", "58", "40")
+_AWAY_STATES = ("55P03", "25006")
+
+
+def is_away(exc: BaseException) -> bool:
+    """Tell whether an exception says that the database is away, as opposed to that it refused what we asked."""
+    if isinstance(exc, asyncpg.PostgresError):
+        state = exc.sqlstate or ""
+        return state[:2] in _AWAY_CLASSES or state in _AWAY_STATES
+    return isinstance(exc, OSError | TimeoutError | asyncpg.InterfaceError | asyncpg.InternalClientError)
+
+
+class Session:
+    """`setup` prepares each new connection (codecs, parameters)."""
+
+    def __init__(
+        self,
+        dsn: str,
+        name: str,
+        *,
+        timeout_s: float,
+        setup: Callable[[Connection], Awaitable[None]] | None = None,
+        parameters: dict[str, str] | None = None,
+    ) -> None:
+        self._dsn = dsn
+        self._name = name
+        self._timeout_s = timeout_s
+        self._setup = setup
+        self._parameters = parameters or {}
+        self._connection: Connection | None = None
+        self._lost_callback: Callable[[], None] | None = None
+        self.life: UUID | None = None  # set at Start; None: not compared
+        self.round_trips = 0
+        self.connects = 0
+
+    def on_lost(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the connection ends without our doing."""
+        self._lost_callback = callback
+
+    async def run(self, work: Callable[[Connection], Awaitable[T]], *, timeout_s: float | None = None) -> T:
+        """Run `work` on the connection, connecting first if need be. Raises StoreAwayError or LifeLostError; any other database error is
+        the caller's to know."""
+        connection = self._connection
+        if connection is None or connection.is_closed():
+            connection = await self._connect()
+        self.round_trips += 1
+        try:
+            async with asyncio.timeout(timeout_s or self._timeout_s):
+                return await work(connection)
+        except BaseException as exc:
+            if not isinstance(exc, asyncpg.PostgresError) or is_away(exc):
+                self.drop()  # also when we were cancelled: the answer may still be on its way
+            if is_away(exc):
+                raise StoreAwayError(f"{self._name}: {_say(exc)}") from exc
+            raise
+
+    @property
+    def is_connected(self) -> bool:
+        return self._connection is not None and not self._connection.is_closed()
+
+    def drop(self) -> None:
+        """Throw the connection away without waiting."""
+        connection, self._connection = self._connection, None
+        if connection is not None and not connection.is_closed():
+            connection.terminate()
+
+    async def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None and not connection.is_closed():
+            try:
+                await connection.close(timeout=2)
+            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                connection.terminate()  # a goodbye that fails leaves one way: hang up
+
+    async def _connect(self) -> Connection:
+        try:
+            connection = await connect(self._dsn, f"dispatcher {self._name}", self._timeout_s, self._parameters)
+        except Exception as exc:
+            if is_away(exc):
+                raise StoreAwayError(f"{self._name}: {_say(exc)}") from exc
+            raise
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                if self._setup is not None:
+                    await self._setup(connection)
+                if self.life is not None and await connection.fetchval(SQL.life) != self.life:
+                    raise LifeLostError(f"{self._name}: the server was restarted after a crash, or promoted")
+        except BaseException as exc:
+            connection.terminate()
+            if is_away(exc):
+                raise StoreAwayError(f"{self._name}: {_say(exc)}") from exc
+            raise
+        self.connects += 1
+        self._connection = connection
+        connection.add_termination_listener(self._terminated)
+        return connection
+
+    def _terminated(self, connection: Connection) -> None:
+        if connection is self._connection:  # else we dropped it ourselves
+            self._connection = None
+            if self._lost_callback is not None:
+                self._lost_callback()
+
+
+async def connect(dsn: str, name: str, timeout_s: float, parameters: dict[str, str]) -> Connection:
+    """Open one connection. `parameters` are session settings."""
+    return await asyncpg.connect(
+        dsn,
+        timeout=timeout_s,
+        command_timeout=None,  # Session.run bounds whole pieces of work
+        server_settings={
+            "application_name": name,
+            "jit": "off",  # our statements are short; compiling one costs more than running it
+            "timezone": "UTC",
+            "tcp_keepalives_idle": "5",
+            "tcp_keepalives_interval": "1",
+            "tcp_keepalives_count": "3",
+            **parameters,
+        },
+    )
+
+
+async def connect_once(dsn: str, name: str) -> Connection:
+    """Open one connection for a command-line verb, with errors for a person."""
+    try:
+        return await connect(dsn, name, 10, {})
+    except (asyncpg.InvalidPasswordError, asyncpg.InvalidAuthorizationSpecificationError) as exc:
+        raise DatabaseRefusedError(
+            f"the database refused the login ({exc}); check the user and password in DISPATCHER_DATABASE_URL"
+        ) from exc
+    except asyncpg.InvalidCatalogNameError as exc:
+        raise DatabaseRefusedError(f"{exc}; create it, or correct DISPATCHER_DATABASE_URL") from exc
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+        raise DatabaseAwayError(
+            f"the database can't be reached ({_say(exc)}); check DISPATCHER_DATABASE_URL and that the server runs"
+        ) from exc
+    except (ValueError, ssl_module.SSLError) as exc:
+        raise DatabaseRefusedError(
+            f"DISPATCHER_DATABASE_URL is malformed ({exc}); it looks like postgresql://user:password@host:5432/database"
+        ) from exc
+
+
+def _say(exc: BaseException) -> str:
+    if isinstance(exc, TimeoutError):
+        return "no answer in time"
+    return str(exc) or type(exc).__name__

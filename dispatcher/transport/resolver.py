@@ -1,0 +1,101 @@
+"""Names to addresses: c-ares by aiodns, cached for the record's time to live, one look-up a name at a time.
+
+Not `loop.getaddrinfo`: it runs in threads, two at a time on uvloop, so that two hung look-ups delayed a healthy one by 2.9 s; and it accepts
+spellings such as full-width digits. What a name resolves to is judged by the address policy at each connect, not here.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from ipaddress import ip_address
+
+import aiodns
+
+NEGATIVE_TTL_S = 1.0
+NAMES_MAX = 100_000  # cached; the oldest go first
+
+
+class UnresolvedError(Exception):
+    """A name that does not resolve, or not in time."""
+
+
+class Resolver:
+    """`lookup` is replaced in tests."""
+
+    def __init__(self, ttl_max_s: float) -> None:
+        self._ttl_max_s = ttl_max_s
+        self._cache: dict[str, tuple[float, tuple[str, ...] | UnresolvedError]] = {}
+        self._lookups: dict[str, asyncio.Task[tuple[str, ...]]] = {}  # one a name; owned here
+        self._resolver: aiodns.DNSResolver | None = None
+        self.lookups = 0
+
+    async def resolve(self, host: str) -> tuple[str, ...]:
+        """Return the addresses of `host`, IPv6 and IPv4. Raises UnresolvedError.
+
+        Cancelling the caller doesn't end a look-up that others share."""
+        try:
+            return (str(ip_address(host)),)
+        except ValueError:
+            pass
+        loop = asyncio.get_running_loop()
+        cached = self._cache.get(host)
+        if cached is not None and cached[0] > loop.time():
+            if isinstance(cached[1], UnresolvedError):
+                raise cached[1]
+            return cached[1]
+        task = self._lookups.get(host)
+        if task is None:
+            task = self._lookups[host] = loop.create_task(self._lookup_and_cache(host))
+            task.add_done_callback(self._forget(host))
+        return await asyncio.shield(task)
+
+    async def lookup(self, host: str) -> tuple[tuple[str, ...], float]:
+        """Ask the system's name servers (and its hosts file): addresses and seconds to live."""
+        if self._resolver is None:
+            self._resolver = aiodns.DNSResolver(timeout=2.0, tries=3)
+        try:
+            result = await self._resolver.getaddrinfo(host, family=socket.AF_UNSPEC, type=socket.SOCK_STREAM)
+        except aiodns.error.DNSError as exc:
+            raise UnresolvedError(f"{host} does not resolve ({exc.args[-1]})") from exc
+        addresses = tuple(dict.fromkeys(_text(node.addr[0]) for node in result.nodes))
+        if not addresses:
+            raise UnresolvedError(f"{host} has no address")
+        return addresses, min(float(node.ttl) for node in result.nodes)
+
+    async def close(self) -> None:
+        tasks = list(self._lookups.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._resolver is not None:
+            await self._resolver.close()
+            self._resolver = None
+
+    async def _lookup_and_cache(self, host: str) -> tuple[str, ...]:
+        loop = asyncio.get_running_loop()
+        self.lookups += 1
+        try:
+            addresses, ttl_s = await self.lookup(host)
+        except UnresolvedError as exc:
+            self._remember(host, loop.time() + NEGATIVE_TTL_S, exc)
+            raise
+        self._remember(host, loop.time() + min(max(ttl_s, 1.0), self._ttl_max_s), addresses)
+        return addresses
+
+    def _remember(self, host: str, until: float, result: tuple[str, ...] | UnresolvedError) -> None:
+        self._cache.pop(host, None)
+        self._cache[host] = (until, result)
+        if len(self._cache) > NAMES_MAX:
+            del self._cache[next(iter(self._cache))]
+
+    def _forget(self, host: str) -> "Callable[[asyncio.Task[tuple[str, ...]]], None]":
+        def done(task: asyncio.Task[tuple[str, ...]]) -> None:
+            self._lookups.pop(host, None)
+            if not task.cancelled():
+                task.exception()  # seen, even if every waiter was cancelled meanwhile
+
+        return done
+
+
+def _text(address: bytes | str) -> str:
+    return address.decode() if isinstance(address, bytes) else address
