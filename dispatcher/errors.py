@@ -1,9 +1,8 @@
 """What can go wrong that a person must hear about, as sentences.
 
-`DispatcherError` is our side of every boundary: a setting, a database or an input that we refuse. Its text says what
-is wrong, which id or setting,
-and what to do; the CLI prints it after "error:" and exits with `exit_code`. What a receiver does to us is never an exception but an
-`Outcome` (domain/outcome.py).
+`DispatcherError` is our side of every boundary: a setting, a database or an input that we refuse. Its text says what is
+wrong, which id or setting, and what to do; the CLI prints it after "error:" and exits with `exit_code`. What a receiver
+does to us is never an exception but an `Outcome` (domain/outcome.py).
 """
 
 

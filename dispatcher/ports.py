@@ -1,10 +1,11 @@
 """What the engine needs from the world, in the engine's words: a store that holds the log, and a transport that POSTs.
 
-Each port has two adapters, the real one and an in-memory twin, that pass the same conformance suite (tests/store, tests/transport).
-Library types stop at the adapters. Times that are stored are µs since 1970 by the database's clock.
+Each port has two adapters, the real one and an in-memory twin, that pass the same conformance suite (tests/store,
+tests/transport). Library types stop at the adapters. Times that are stored are µs since 1970 by the database's clock.
 
-What a store call may raise: `StoreAwayError` (not reachable now: nothing is known to have happened, call again), `LifeLostError` (the server
-lost its memory: everything learnt from it is void, begin at Start), `FencedError` (another dispatcher rules: stop).
+What a store call may raise: `StoreAwayError` (not reachable now: nothing is known to have happened, call again),
+`LifeLostError` (the server lost its memory: everything learnt from it is void, begin at Start), `FencedError` (another
+dispatcher rules: stop).
 """
 
 from collections.abc import Callable, Sequence

@@ -128,7 +128,12 @@ class Settings(BaseSettings):
     breaker_wait_max_s: float = Field(300, ge=0.05, le=86_400, description="Longest wait of an open breaker.")
 
     # ── recording and stopping ──
-    record_rows_max: int = Field(1_000, ge=1, le=10_000, description="Results per recorded batch.")
+    record_rows_max: int = Field(
+        5_000,
+        ge=1,
+        le=10_000,
+        description="Results per recorded batch at most; with a fifth of that, none waits for more.",
+    )
     record_wait_ms: int = Field(
         10, ge=0, le=1_000, description="How long the first result of a batch waits for others."
     )
@@ -147,8 +152,8 @@ class Settings(BaseSettings):
     @classmethod
     def _split_schedule(cls, value: Any) -> Any:
         if isinstance(value, str):
-            value = [part for part in value.replace(",", " ").split() if part]
-        if not value or len(value) > 50:
+            value = value.replace(",", " ").split()
+        if not isinstance(value, list | tuple) or not 1 <= len(value) <= 50:
             raise ValueError("give 1 to 50 comma-separated seconds, such as 5,30,120")
         return value
 
@@ -162,7 +167,9 @@ class Settings(BaseSettings):
     @field_validator("allowed_networks", mode="before")
     @classmethod
     def _check_networks(cls, value: Any) -> Any:
-        text = ",".join(value) if isinstance(value, list | tuple) else value
+        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+        if not isinstance(text, str):
+            raise ValueError("give networks separated by commas, such as 10.1.0.0/16,fd00:1::/48")
         try:
             parse_networks(text)
         except InputError as exc:
@@ -206,7 +213,7 @@ def load(config: Path | None = None, **overrides: Any) -> Settings:
         return Settings(**overrides)
     except ValidationError as exc:
         raise InputError("\n".join(_explain(error, path) for error in exc.errors())) from exc
-    except tomllib.TOMLDecodeError as exc:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise InputError(f"the settings file {path} is not valid TOML: {exc}") from exc
 
 

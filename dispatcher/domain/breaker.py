@@ -6,9 +6,10 @@
        │                                              └──── probe failed: longer ──┘   │
        └──────────────────────────────── probe succeeded ──────────────────────────────┘
 
-OPEN lets nothing start. HALF_OPEN lets one probe start; its result decides. Results of POSTs that began before the breaker opened count
-for nothing while it is open, so that a burst that fails together opens it once, not forty times over. Only what says "the endpoint is
-unwell" is fed in: an answer with Retry-After is not a failure here (DESIGN §9). States and names: M. Nygard, "Release It!".
+OPEN lets nothing start. HALF_OPEN lets one probe start; its result decides. Results of POSTs that began before the
+breaker opened count for nothing while it is open, so that a burst that fails together opens it once, not forty times
+over. Only what says "the endpoint is unwell" is fed in: an answer with Retry-After is not a failure here (DESIGN §9).
+States and names: M. Nygard, "Release It!".
 """
 
 from dataclasses import dataclass

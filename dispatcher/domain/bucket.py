@@ -1,8 +1,13 @@
 """Token bucket: at most rate·t + burst POSTs start in any span of t seconds.
 
-Exact: tokens accrue continuously and `ready_at` is the instant at which the next one is there, so that a lane can sleep until then instead
-of looking. Used per endpoint; the algorithm is RFC 2697's, with one rate and one burst.
+Exact: tokens accrue continuously and `ready_at` is the instant at which the next one is there, so that a lane can sleep
+until then instead of looking. Used per endpoint; the algorithm is RFC 2697's, with one rate and one burst.
 """
+
+# After months of uptime a double holds an instant to about a nanosecond, so what ready_at() returns can lie that much
+# before the token. Less than this counts as there, up to 4 years of uptime; what was taken early is owed (`tokens`
+# falls below 0), so it never adds up.
+EARLY_S = 1e-8
 
 
 class TokenBucket:
@@ -24,16 +29,16 @@ class TokenBucket:
     def try_take(self, now: float) -> bool:
         """Take a token if one is there."""
         self._accrue(now)
-        # Half a billionth of a token: a sleep until ready_at() must not wake a rounding error too early.
-        if self.tokens < 1 - 5e-10:
+        if 1 - self.tokens > self.rate_per_s * EARLY_S:
             return False
-        self.tokens = max(0.0, self.tokens - 1)
+        self.tokens -= 1
         return True
 
     def ready_at(self, now: float) -> float:
-        """Return when the next token is there: `now` or later."""
+        """Return when the next token is there: `now` or later. `try_take` at that instant succeeds."""
         self._accrue(now)
-        return now if self.tokens >= 1 - 5e-10 else now + (1 - self.tokens) / self.rate_per_s
+        missing = 1 - self.tokens
+        return now if missing <= self.rate_per_s * EARLY_S else now + missing / self.rate_per_s
 
     def change(self, rate_per_s: float, burst: int, now: float) -> None:
         """Adopt other limits, keeping no more tokens than the new burst."""

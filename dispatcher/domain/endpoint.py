@@ -1,7 +1,8 @@
-"""Endpoints and subscriptions as the engine sees them: immutable values, replaced as a whole when the configuration changes.
+"""Endpoints and subscriptions as the engine sees them: immutable values, replaced as a whole when the configuration
+changes.
 
-A subscription is endpoint × pattern × the ids it is valid for; an event matches iff since_id < id ≤ until_id, on every path and also years
-later. A pattern is an exact type, a prefix (`message.*`), or `*`.
+A subscription is endpoint × pattern × the ids it is valid for; an event matches iff since_id < id ≤ until_id, on every
+path and also years later. A pattern is an exact type, a prefix (`message.*`), or `*`.
 """
 
 import hashlib

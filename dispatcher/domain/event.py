@@ -1,11 +1,13 @@
 """Events: what a log row is in memory, its public id, and the envelope that receivers get.
 
-The producer's payload stays the bytes it wrote: the envelope is built around them by concatenation, never by parsing. Built once per event,
-it is shared by every endpoint that gets the event, over all attempts: only signature and headers differ.
+The producer's payload stays the bytes it wrote: the envelope is built around them by concatenation, never by parsing.
+Built once per event, it is shared by every endpoint that gets the event, over all attempts: only signature and headers
+differ.
 
-Public ids are `evt_` + 32 hex digits: one AES block over (created_at in µs, id). Opaque, stable over retries and resends, reversible by whoever
-holds the key, and different even if a failover hands out a log id twice. (ECB of one block is a pseudorandom permutation of 128 bits,
-which is all that is asked of it; nothing is secret about the plaintext but the rate of events.)
+Public ids are `evt_` + 32 hex digits: one AES block over (created_at in µs, id). Opaque, stable over retries and
+resends, reversible by whoever holds the key, and different even if a failover hands out a log id twice. (ECB of one
+block is a pseudorandom permutation of 128 bits, which is all that is asked of it; nothing is secret about the plaintext
+but the rate of events.)
 """
 
 import re
@@ -82,15 +84,19 @@ def envelope(
 
 
 _second_cache: tuple[int, bytes] = (-1, b"")
+# RFC 3339 has four digits for the year, and a producer may write any timestamptz, 4713 BC and infinity too: the nearest
+# that can be said is sent.
+_FIRST_US = -62_135_596_800_000_000  # 0001-01-01T00:00:00Z
+_LAST_US = 253_402_300_799_999_999  # 9999-12-31T23:59:59.999999Z
 
 
 def timestamp(at_us: int) -> bytes:
     """Format µs since 1970 as RFC 3339 UTC with milliseconds. Neighbours share their second, so it is formatted once."""
     global _second_cache
-    second, us = divmod(at_us, 1_000_000)
+    second, us = divmod(min(max(at_us, _FIRST_US), _LAST_US), 1_000_000)
     cached, text = _second_cache
     if cached != second:
-        text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S").encode()
+        text = datetime.fromtimestamp(second, UTC).isoformat()[:19].encode()  # strftime's %Y drops leading zeros
         _second_cache = (second, text)
     return b"%b.%03dZ" % (text, us // 1000)
 

@@ -1,8 +1,8 @@
 """What one POST saw, and what we do about it.
 
-An `Outcome` is a value: a 500, a timeout and a refused connection are expected. `decide` is the policy, DESIGN §9's table, as a pure
-function: `now` and `rng` come in. It follows Standard Webhooks 1.0.0 ("2xx is success", 410 disables, 429/502/504 slow down) completed where
-the standard is silent.
+An `Outcome` is a value: a 500, a timeout and a refused connection are expected. `decide` is the policy, DESIGN §9's
+table, as a pure function: `now` and `rng` come in. It follows Standard Webhooks 1.0.0 ("2xx is success", 410 disables,
+429/502/504 slow down) completed where the standard is silent.
 """
 
 import random
@@ -131,7 +131,7 @@ def retry_after_s(value: str | None, now: datetime) -> float | None:
     else:
         try:
             at = parsedate_to_datetime(value)
-        except ValueError:
+        except (ValueError, OverflowError):  # a year or a zone of twenty digits overflows
             return None
         if at.tzinfo is None:  # "-0000" and asctime dates: HTTP dates are UTC
             at = at.replace(tzinfo=UTC)

@@ -1,8 +1,8 @@
 """Sets of event ids as ascending, disjoint, inclusive ranges.
 
-Gaps and holes are sets of ids that are mostly neighbours; a range costs the same whether it covers one id or five million. The set can be
-bounded: `shrink` joins the closest neighbours, which makes the set larger, never smaller. That is always safe here, because a range only
-says "look again", and looking again skips what is settled (DESIGN §1).
+Gaps and holes are sets of ids that are mostly neighbours; a range costs the same whether it covers one id or five
+million. The set can be bounded: `shrink` joins the closest neighbours, which makes the set larger, never smaller. That
+is always safe here, because a range only says "look again", and looking again skips what is settled (DESIGN §1).
 """
 
 from bisect import bisect_left, bisect_right

@@ -1,7 +1,8 @@
 """Standard Webhooks 1.0.0, symmetric signatures: `v1,` + base64(HMAC-SHA256(secret, "id.timestamp.body")).
 
-Secrets are `whsec_` + base64 of 24–64 random bytes. While a secret is being rotated each valid one signs, space-delimited, newest first.
-Source: https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
+Secrets are `whsec_` + base64 of 24–64 random bytes. While a secret is being rotated each valid one signs, space-
+delimited, newest first. Source: https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-
+webhooks.md
 """
 
 import base64

@@ -1,6 +1,7 @@
 """The engine's two clocks: a monotonic one for waits, and the database's wall clock for what is stored.
 
-`time.monotonic`, not `loop.time()`: uvloop's is cached per iteration and counts milliseconds. A simulation replaces `monotonic`.
+`time.monotonic`, not `loop.time()`: uvloop's is cached per iteration and counts milliseconds. A simulation replaces
+`monotonic`.
 """
 
 import time

@@ -1,12 +1,12 @@
 """Configuration while running: what changed, and the lease that lets deliveries start.
 
 A NOTIFY or at the latest 0.4 s later, changes are read by their number. Each successful look is also a **lease** on
-sending, counted from the moment
-before it began: nothing starts more than 0.9 s after the last look. So no POST starts later than a second after a pause has returned, also
-when the database stops answering; and a process that was frozen starts nothing before it has seen that its epoch still rules.
+sending, counted from the moment before it began: nothing starts more than 0.9 s after the last look. So no POST starts
+later than a second after a pause has returned, also when the database stops answering; and a process that was frozen
+starts nothing before it has seen that its epoch still rules.
 
-The few updates of endpoint rows (disabled, failing since) go through here as well, on the configuration's own session: somebody's open
-transaction on such a row delays the note, never the recorder.
+The few updates of endpoint rows (disabled, failing since) go through here as well, on the configuration's own session:
+somebody's open transaction on such a row delays the note, never the recorder.
 """
 
 import asyncio

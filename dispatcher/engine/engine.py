@@ -6,10 +6,12 @@ An *incarnation* is everything learnt since one Start: lanes, gaps, results not 
     recorder writes results, the checkpoint   config    changes, the lease on sending
     owner    holds the owner lock
 
-`LifeLostError` (the server lost its memory) ends the incarnation, and the next one begins at Start: the same code as for a start after a crash.
-`FencedError` ends the engine: another dispatcher rules. `StoreAwayError` is met by each task on its own, with its state as it was.
+`LifeLostError` (the server lost its memory) ends the incarnation, and the next one begins at Start: the same code as
+for a start after a crash. `FencedError` ends the engine: another dispatcher rules. `StoreAwayError` is met by each task
+on its own, with its state as it was.
 
-Stop: read no more, start no more, let POSTs end until the grace is over, record the results with a last checkpoint, release the lock.
+Stop: read no more, start no more, let POSTs end until the grace is over, record the results with a last checkpoint,
+release the lock.
 """
 
 import asyncio

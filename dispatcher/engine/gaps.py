@@ -1,19 +1,20 @@
 """Gaps: ids at or below the head that are not visible (yet).
 
-Ids are taken in order, but rows become visible in commit order, and a rolled-back id never does. A *young* gap is one id, looked at again with
-every head read: with many producers most events are first seen so. After 100 ms it becomes part of an *old* gap, a range, which is closed as
-"never" only when no transaction is left that could fill it:
+Ids are taken in order, but rows become visible in commit order, and a rolled-back id never does. A *young* gap is one
+id, looked at again with every head read: with many producers most events are first seen so. After 100 ms it becomes
+part of an *old* gap, a range, which is closed as "never" only when no transaction is left that could fill it:
 
     NEW ──holders noted──▶ WATCHED ──every holder gone──▶ CLOSING ──a later read found nothing more──▶ gone
                               │
                               └─ looked at again when a holder has left, and each second
 
-A *barrier* is the set of transactions that held the writers' lock on the log at a moment when the gap was known; it only shrinks. But a prepared
-transaction changes its name when the server restarts, so when a running member has left, the prepared holders of that moment join. Two
-tempting rules are wrong: snapshots' xmax is no bound on transactions that have yet to take an xid, and an id can be taken before an xid.
+A *barrier* is the set of transactions that held the writers' lock on the log at a moment when the gap was known; it
+only shrinks. But a prepared transaction changes its name when the server restarts, so when a member has left,
+the prepared holders of that moment join. Two tempting rules are wrong: snapshots' xmax is no bound on transactions that
+have yet to take an xid, and an id can be taken before an xid.
 
-Ranges with different barriers are never joined, but at the bound; a joined range begins again as NEW. No I/O here: the reader asks what to read,
-and tells what it saw.
+Ranges with different barriers are never joined, but at the bound; a joined range begins again as NEW. No I/O here: the
+reader asks what to read, and tells what it saw.
 """
 
 from bisect import bisect_right
@@ -36,9 +37,13 @@ PROBE_EVERY_S = 1.0
 
 @dataclass(slots=True, eq=False)
 class Barrier:
-    """`members` only shrinks, but for prepared transactions that join."""
+    """`members` only shrinks, but for prepared transactions that join when one of the `first` members leaves."""
 
     members: frozenset[str]
+    first: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first = self.members
 
     @property
     def is_open(self) -> bool:
@@ -48,9 +53,11 @@ class Barrier:
         """Take in who holds now; return whether a member has left."""
         now = holders.running | holders.prepared
         left = self.members - now
-        if left:
-            # A member that has left may have been prepared, and may bear another name since.
-            self.members = (self.members | holders.prepared) & now
+        if left & self.first:
+            # It may have been prepared, and may bear another name since. A name changes once, so nobody follows those who
+            # joined: else a platform that always has something prepared would keep every gap open for ever.
+            self.members |= holders.prepared
+        self.members &= now
         return bool(left)
 
 
@@ -103,19 +110,18 @@ class Gaps:
     def passed(self, old_head: int, new_head: int, seen: Iterable[int], now: float) -> None:
         """Note which ids of (old_head, new_head] were not among the ascending `seen`."""
         at = old_head + 1
-        for event_id in seen:
+        ranges = []
+        for event_id in (*seen, new_head + 1):
             if event_id > at:
-                self._missing(at, event_id - 1, now)
+                low, high = at, event_id - 1
+                if high - low < YOUNG_RUN_MAX and len(self.young) + high - low < YOUNG_MAX:
+                    for missing in range(low, high + 1):
+                        self.young[missing] = now
+                else:
+                    ranges.append(Gap(low, high))
             at = event_id + 1
-        if at <= new_head:
-            self._missing(at, new_head, now)
-
-    def _missing(self, low: int, high: int, now: float) -> None:
-        if high - low < YOUNG_RUN_MAX and len(self.young) < YOUNG_MAX:
-            for event_id in range(low, high + 1):
-                self.young[event_id] = now
-        else:
-            self._insert([Gap(low, high)])
+        if ranges:
+            self._insert(ranges)
 
     def found_young(self, event_id: int) -> None:
         self.young.pop(event_id, None)
@@ -124,7 +130,7 @@ class Gaps:
         """Turn young ids whose time is over into old gaps."""
         over = []
         for event_id, since in self.young.items():  # in the order in which they were seen missing
-            if now - since < YOUNG_S:
+            if now < since + YOUNG_S:
                 break
             over.append(event_id)
         if over:
@@ -139,6 +145,8 @@ class Gaps:
             joined.shrink(OLD_MAX // 2)
             kept = {(gap.low, gap.high): gap for gap in self.old}
             self.old = [kept.get(span) or Gap(*span) for span in joined]
+            for event_id in [event_id for event_id in self.young if event_id in joined]:
+                del self.young[event_id]  # ranges stay disjoint when it ages
 
     # ── what to do next ──
 
@@ -154,15 +162,17 @@ class Gaps:
     def note_holders(self, holders: Holders, now: float) -> None:
         """Give new gaps their barrier, and let the others' shrink."""
         self._watched_at = now
-        for barrier in {gap.barrier for gap in self.old if gap.barrier is not None}:
-            if barrier.note(holders):
-                self._changed_at = now
-                for gap in self.old:
-                    gap.probe_now |= gap.barrier is barrier
+        moved = {
+            barrier for barrier in {gap.barrier for gap in self.old} if barrier is not None and barrier.note(holders)
+        }
         fresh = Barrier(frozenset() if self._barrier_off else holders.running | holders.prepared)
         for gap in self.old:
             if gap.barrier is None:
-                gap.barrier, gap.probe_now, self._changed_at = fresh, True, now
+                gap.barrier = fresh
+            elif gap.barrier not in moved:
+                continue
+            # From its low end: what an earlier look has passed may have been filled since, and the closing look comes once.
+            gap.probe_now, gap.page_from, self._changed_at = True, 0, now
 
     def to_probe(self, now: float, *, every: bool = False) -> list[Gap]:
         """Return the gaps to look at: those whose barrier moved, and each second all (`every`: now)."""

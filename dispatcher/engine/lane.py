@@ -1,13 +1,15 @@
-"""A lane: everything in memory about delivering to one endpoint. State and arithmetic only; reader, sender and recorder move it.
+"""A lane: everything in memory about delivering to one endpoint. State and arithmetic only; reader, sender and recorder
+move it.
 
-**Towards the log.** A live lane takes events from the head as the reader passes them; its cursor *is* the head. A lagging lane doesn't: the
-reader reads pages for it from `cursor` until it meets the head again. What it took and hasn't settled is in `hands` (id → when taken), in queue,
-in flight, unrecorded alike. `settled mark` = the oldest in hand − 1, else the cursor. Ids that were taken from a gap at or below a position
-already written are `late`: they don't hold the mark, they stand in the lane's holes (or the checkpoint's gaps) until they are settled.
-`moved` counts changes of cursor or queue that make a page which is under way worthless.
+**Towards the log.** A live lane takes events from the head as the reader passes them; its cursor *is* the head. A
+lagging lane doesn't: the reader reads pages for it from `cursor` until it meets the head again. What it took and hasn't
+settled is in `hands` (id → when taken), in queue, in flight, unrecorded alike. `settled mark` = the oldest in hand − 1,
+else the cursor. Ids that were taken from a gap at or below a position already written are `late`: they don't hold the
+mark, they stand in the lane's holes (or the checkpoint's gaps) until they are settled. `moved` counts changes of cursor
+or queue that make a page which is under way worthless.
 
-**Towards the endpoint.** Token bucket, breaker, adaptive limit of POSTs in flight (starts at 2, +1 a success, halved by a failure, 1 after the
-breaker closes), and the turn between fresh events and retries.
+**Towards the endpoint.** Token bucket, breaker, adaptive limit of POSTs in flight (starts at 2, +1 a success, halved by
+a failure, 1 after the breaker closes), and the turn between fresh events and retries.
 
 Every method is atomic (no await). One instance per endpoint lives at a time, owned by `Lanes`.
 """
@@ -23,6 +25,7 @@ from dispatcher.domain.event import Event
 from dispatcher.domain.outcome import RetryPolicy
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.domain.signing import Signer
+from dispatcher.engine.request import render_head
 from dispatcher.ports import DueRetry
 from dispatcher.settings import Settings
 
@@ -126,14 +129,7 @@ class Lane:
                 self.bucket.change(endpoint.rate_per_s, burst, now)
         self.signer = Signer(endpoint.secrets)
         target = endpoint.target
-        self.head_bytes = (
-            b""
-            if target is None
-            else (
-                f"POST {target.request_target} HTTP/1.1\r\nhost: {target.host_header}\r\nuser-agent: {self.limits.user_agent}\r\n"
-                "content-type: application/json\r\nwebhook-id: "
-            ).encode("ascii")
-        )
+        self.head_bytes = b"" if target is None else render_head(target, self.limits.user_agent)
 
     # ── towards the log ──
 

@@ -1,7 +1,7 @@
 """The lanes of all endpoints, the routes from events to them, and the account of events in memory.
 
-Routing is a look-up: account → type → the lanes whose subscriptions match, computed once per account and type and forgotten when one of the
-account's endpoints changes.
+Routing is a look-up: account → type → the lanes whose subscriptions match, computed once per account and type and
+forgotten when one of the account's endpoints changes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,15 +1,15 @@
 """The reader: the one coroutine that reads the log, one read after another.
 
-A *turn* is the head with the young gaps, to their end, then one page of one other kind: old gaps, a lagging lane, or an endpoint's due retries.
-So no lane that is behind touches another's latency. What a read found is applied in one go, without an await: head, gaps, cursors and
-queues change together.
+A *turn* is the head with the young gaps, to their end, then one page of one other kind: old gaps, a lagging lane, or an
+endpoint's due retries. So no lane that is behind touches another's latency. What a read found is applied in one go,
+without an await: head, gaps, cursors and queues change together.
 
-When nothing is new, the reader polls a few times and then tries to sleep: it arms the doorbell, looks once more at
-the head and at every open gap,
-and waits to be rung. While it sleeps it still serves lanes and retries, and looks once a second in case the ring was lost.
+When nothing is new, the reader polls a few times and then tries to sleep: it arms the doorbell, looks once more at the
+head and at every open gap, and waits to be rung. While it sleeps it still serves lanes and retries, and looks once a
+second in case the ring was lost.
 
-A batch that was committed while a read was under way is released only after that read has been applied: what the read saw may predate the
-commit, and only the lane's hands say then that an event is settled.
+A batch that was committed while a read was under way is released only after that read has been applied: what the read
+saw may predate the commit, and only the lane's hands say then that an event is settled.
 """
 
 import asyncio

@@ -1,10 +1,9 @@
 """The recorder: results in, one transaction a batch out, and the checkpoint that says what is settled.
 
 Results collect for a few milliseconds or until a batch is full. A batch is built once; if the fate of its COMMIT is
-unknown it is sent again, because
-every row of it is idempotent and the fence waits for the first one to end. While the database is away results wait; above `unrecorded_max`
-nothing new is started. About once a second, and with the last batch, the checkpoint goes along: position, gaps, and the rows of
-lanes that are behind.
+unknown it is sent again, because every row of it is idempotent and the fence waits for the first one to end. While the
+database is away results wait; above `unrecorded_max` nothing new is started. About once a second, and with the last
+batch, the checkpoint goes along: position, gaps, and the rows of lanes that are behind.
 """
 
 import asyncio
@@ -74,6 +73,7 @@ class Recorder:
         self._counters = counters
         self._epoch = epoch
         self._rows_max = rows_max
+        self._rows_enough = max(1, rows_max // 5)
         self._wait_s = wait_s
         self._unrecorded_max = unrecorded_max
         self._results: list[Result] = []
@@ -93,7 +93,7 @@ class Recorder:
         results.append(result)
         if len(results) == 1:
             self._some.set()
-        elif len(results) >= self._rows_max:
+        elif len(results) >= self._rows_enough:
             self._enough.set()
             if not self._is_piled_up and self.unrecorded >= self._unrecorded_max:
                 self._is_piled_up = True
@@ -128,7 +128,7 @@ class Recorder:
             self._some.clear()
             if not await _within(self._some, self._checkpoint_at - self._clock.now()):
                 return
-        if len(self._results) < self._rows_max and not self._stopping:
+        if len(self._results) < self._rows_enough and not self._stopping:
             self._enough.clear()
             await _within(self._enough, self._wait_s)
 

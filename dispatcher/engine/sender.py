@@ -1,15 +1,16 @@
 """The sender: gives ready lanes their turns, and takes each POST from slot to outcome to decision.
 
-Lanes with something to send stand in one line and get a few POSTs a turn. Turns bound how often slots are granted,
-not how long they are held, so
-two shares are bounded as well: lanes without a recent success hold at most a quarter of the slots together, slow lanes at most a half. Who
-waits for time (tokens, breaker, Retry-After) stands in a heap of instants; who waits for room stands in the line of what it lacks. Waiting for a
-name, a connection or room at an origin holds no slot.
+Lanes with something to send stand in one line and get a few POSTs a turn. Turns bound how often slots are granted, not
+how long they are held, so two shares are bounded as well: lanes without a recent success hold at most a quarter of the
+slots together, slow lanes at most a half. Who waits for time (tokens, breaker, Retry-After) stands in a heap of
+instants; who waits for room stands in the line of what it lacks. Waiting for a name, a connection or room at an origin
+holds no slot.
 
 No task per delivery: a POST is a call to the connection and a call back. All methods are atomic.
 
-Nothing starts unless `lease_until` lies ahead: it is moved by whoever has just seen that this process still rules and what is paused
-(engine/config.py), so that a frozen process, a lost database and a pause all stop deliveries within a second by the same rule.
+Nothing starts unless `lease_until` lies ahead: it is moved by whoever has just seen that this process still rules and
+what is paused (engine/config.py), so that a frozen process, a lost database and a pause all stop deliveries within a
+second by the same rule.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ from dispatcher.engine.counters import Counters
 from dispatcher.engine.lane import Lane
 from dispatcher.engine.lanes import Lanes
 from dispatcher.engine.recorder import Recorder, Result
+from dispatcher.engine.request import render
 from dispatcher.ports import Connection, Transport
 
 _log = structlog.get_logger(room="sender")
@@ -326,7 +328,7 @@ class Sender:
         connection.post(self._request(delivery), delivery.lane.endpoint.timeout_s, delivery.done)
 
     def _request(self, delivery: Delivery) -> bytes:
-        """Render the whole request: the endpoint's ready-made head, what differs per attempt, the event's body."""
+        """Render the request; the timestamp is this attempt's."""
         event, lane = delivery.event, delivery.lane
         body = event.envelope()
         second = delivery.started_us // 1_000_000
@@ -334,18 +336,7 @@ class Sender:
         if cached != second:
             timestamp = b"%d" % second
             self._timestamp = (second, timestamp)
-        return (
-            b"%b%b\r\nwebhook-timestamp: %b\r\nwebhook-signature: %b\r\nx-attempt: %d\r\ncontent-length: %d\r\n\r\n%b"
-            % (
-                lane.head_bytes,
-                event.public_id,
-                timestamp,
-                lane.signer.sign(event.public_id, timestamp, body),
-                delivery.number,
-                len(body),
-                body,
-            )
-        )
+        return render(lane.head_bytes, lane.signer, event.public_id, timestamp, delivery.number, body)
 
     def answered(self, delivery: Delivery, outcome: Outcome) -> None:
         """Take the outcome of a POST: free its slot, decide, hand the result to the recorder."""

@@ -1,10 +1,9 @@
 """The store on PostgreSQL: five sessions, and the statements of queries.sql in the engine's words.
 
-owner     holds the owner lock, nothing else after Start: losing it says that another may own the log
-listener  LISTEN; wake-ups only, never data
-reader    every read of the log, one after another; holds the doorbell's lock while the engine sleeps
-recorder  every batch, one transaction each
-config    configuration changes and the few updates of endpoint rows, so that nobody's open transaction on those stops the recorder
+owner     holds the owner lock, nothing else after Start: losing it says that another may own the log listener  LISTEN;
+wake-ups only, never data reader    every read of the log, one after another; holds the doorbell's lock while the engine
+sleeps recorder  every batch, one transaction each config    configuration changes and the few updates of endpoint rows,
+so that nobody's open transaction on those stops the recorder
 """
 
 import asyncio
@@ -170,8 +169,8 @@ class PgStore:
 
     async def due_retries(self, endpoint_id: int, limit: int, bytes_max: int) -> RetryPage:
         async def work(connection: Connection) -> tuple[list[Any], Any]:
-            rows = await connection.fetch(SQL.due_retries, endpoint_id, limit, bytes_max)
-            return rows, await connection.fetchval(SQL.next_retry, endpoint_id)
+            next_due = await connection.fetchval(SQL.next_retry, endpoint_id)
+            return await connection.fetch(SQL.due_retries, endpoint_id, limit, bytes_max), next_due
 
         rows, next_due = await self._reader.run(work)
         events = self._events(rows, 4)
@@ -220,6 +219,7 @@ class PgStore:
             await connection.add_listener("webhook_config", lambda *_: on_config())
 
         await self._listener.run(subscribe)
+        connects = self._listener.connects
         on_doorbell()  # whatever rang while nobody listened
         on_config()
         while not lost.is_set():
@@ -228,7 +228,9 @@ class PgStore:
                     await lost.wait()
             except TimeoutError:
                 # A connection that a middlebox dropped looks healthy from here until something is sent on it.
-                await self._listener.run(lambda c: c.fetchval("SELECT 1"))
+                await self._listener.run(lambda c: c.fetchval(SQL.ping))
+                if self._listener.connects != connects:
+                    break  # it was lost and made again in between, and nobody listens on the new one
         raise StoreAwayError("listener: the connection was closed")
 
     # ── recording ──
@@ -315,14 +317,7 @@ class PgStore:
         return _us(await self._config.run(lambda c: c.fetchval(SQL.wall)))
 
     def _endpoints(self, rows: Sequence[Any]) -> list[Endpoint]:
-        endpoints = []
-        for row in rows:
-            try:
-                endpoints.append(_endpoint(row, self._settings))
-            except InputError as exc:
-                # Saved by hand, or under other settings. The rest must go on; its events are held until somebody corrects it.
-                _log.error("endpoint.unusable", endpoint_id=row["id"], error=str(exc))
-        return endpoints
+        return [_endpoint(row, self._settings) for row in rows]
 
 
 # ── COPY, by hand ──
@@ -434,10 +429,16 @@ async def _plain_codecs(connection: Connection) -> None:
 
 def _endpoint(row: Any, settings: Settings) -> Endpoint:
     schedule = row["retry_schedule_s"]
+    try:
+        target = parse_url(row["url"], settings.address_policy)
+    except InputError as exc:
+        # Saved by hand, or under other settings. An endpoint that is left out would count as deleted, and its events as settled.
+        _log.error("endpoint.unusable", endpoint_id=row["id"], error=str(exc))
+        target = None
     return Endpoint(
         id=EndpointId(row["id"]),
         account_id=row["account_id"],
-        target=parse_url(row["url"], settings.address_policy),
+        target=target,
         state=EndpointState(row["state"]),
         secrets=tuple(row["secrets"]),
         subscriptions=tuple(

@@ -1,12 +1,13 @@
-"""One connection to PostgreSQL that is made again when it is lost, and the one place where foreign exceptions become ours.
+"""One connection to PostgreSQL that is made again when it is lost, and the one place where foreign exceptions become
+ours.
 
-A session runs one thing at a time for one owner (reader, recorder, configuration, listener, owner lock). After any failure the connection
-is thrown away, because what the server thinks of it is unknown. At every connect it compares `life` with the one under which the state in
-memory was built: another one means that the server lost its memory (DESIGN §11).
+A session runs one thing at a time for one owner (reader, recorder, configuration, listener, owner lock). After any
+failure the connection is thrown away, because what the server thinks of it is unknown. At every connect it compares
+`life` with the one under which the state in memory was built: another one means that the server lost its memory (DESIGN
+§11).
 """
 
 import asyncio
-import ssl as ssl_module
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 from uuid import UUID
@@ -21,9 +22,11 @@ T = TypeVar("T")
 Connection = Any  # asyncpg ships no types
 
 # What means "not now" rather than "wrong": 08 connection, 53 resources, 57 operator intervention and shutdown, 58 system, 55P03 lock not
-# available, 25006 a promoted standby that is read-only for a moment, 40 serialization and deadlock.
+# available, 25006 and 0A000 (an UNLOGGED table read there) a standby that is about to be promoted, 40 serialization and deadlock.
 _AWAY_CLASSES = ("08", "53", "57", "58", "40")
-_AWAY_STATES = ("55P03", "25006")
+_AWAY_STATES = ("55P03", "25006", "0A000")
+# What means "never": 28 the login, 3D a database that isn't there.
+_REFUSED_CLASSES = ("28", "3D")
 
 
 def is_away(exc: BaseException) -> bool:
@@ -31,6 +34,8 @@ def is_away(exc: BaseException) -> bool:
     if isinstance(exc, asyncpg.PostgresError):
         state = exc.sqlstate or ""
         return state[:2] in _AWAY_CLASSES or state in _AWAY_STATES
+    if isinstance(exc, ValueError) and not isinstance(exc, OSError):
+        return False  # asyncpg refuses a value or a dsn so, as an InterfaceError too: asking again would be for ever
     return isinstance(exc, OSError | TimeoutError | asyncpg.InterfaceError | asyncpg.InternalClientError)
 
 
@@ -127,40 +132,43 @@ class Session:
 
 
 async def connect(dsn: str, name: str, timeout_s: float, parameters: dict[str, str]) -> Connection:
-    """Open one connection. `parameters` are session settings."""
-    return await asyncpg.connect(
-        dsn,
-        timeout=timeout_s,
-        command_timeout=None,  # Session.run bounds whole pieces of work
-        server_settings={
-            "application_name": name,
-            "jit": "off",  # our statements are short; compiling one costs more than running it
-            "timezone": "UTC",
-            "tcp_keepalives_idle": "5",
-            "tcp_keepalives_interval": "1",
-            "tcp_keepalives_count": "3",
-            **parameters,
-        },
-    )
+    """Open one connection. `parameters` are session settings. Raises DatabaseRefusedError when asking again won't help."""
+    try:
+        return await asyncpg.connect(
+            dsn,
+            timeout=timeout_s,
+            command_timeout=None,  # Session.run bounds whole pieces of work
+            server_settings={
+                "application_name": name,
+                "jit": "off",  # our statements are short; compiling one costs more than running it
+                "timezone": "UTC",
+                "tcp_keepalives_idle": "5",
+                "tcp_keepalives_interval": "1",
+                "tcp_keepalives_count": "3",
+                **parameters,
+            },
+        )
+    except asyncpg.PostgresError as exc:
+        if (exc.sqlstate or "")[:2] not in _REFUSED_CLASSES:
+            raise
+        raise DatabaseRefusedError(
+            f"the database refused the login ({exc}); check user, password and database in DISPATCHER_DATABASE_URL"
+        ) from exc
+    except (ValueError, OverflowError) as exc:
+        if isinstance(exc, OSError):
+            raise  # a certificate that doesn't verify is both
+        raise DatabaseRefusedError(
+            f"DISPATCHER_DATABASE_URL is malformed ({exc}); it looks like postgresql://user:password@host:5432/database"
+        ) from exc
 
 
 async def connect_once(dsn: str, name: str) -> Connection:
     """Open one connection for a command-line verb, with errors for a person."""
     try:
         return await connect(dsn, name, 10, {})
-    except (asyncpg.InvalidPasswordError, asyncpg.InvalidAuthorizationSpecificationError) as exc:
-        raise DatabaseRefusedError(
-            f"the database refused the login ({exc}); check the user and password in DISPATCHER_DATABASE_URL"
-        ) from exc
-    except asyncpg.InvalidCatalogNameError as exc:
-        raise DatabaseRefusedError(f"{exc}; create it, or correct DISPATCHER_DATABASE_URL") from exc
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
         raise DatabaseAwayError(
             f"the database can't be reached ({_say(exc)}); check DISPATCHER_DATABASE_URL and that the server runs"
-        ) from exc
-    except (ValueError, ssl_module.SSLError) as exc:
-        raise DatabaseRefusedError(
-            f"DISPATCHER_DATABASE_URL is malformed ({exc}); it looks like postgresql://user:password@host:5432/database"
         ) from exc
 
 

@@ -1,7 +1,8 @@
 """Names to addresses: c-ares by aiodns, cached for the record's time to live, one look-up a name at a time.
 
-Not `loop.getaddrinfo`: it runs in threads, two at a time on uvloop, so that two hung look-ups delayed a healthy one by 2.9 s; and it accepts
-spellings such as full-width digits. What a name resolves to is judged by the address policy at each connect, not here.
+Not `loop.getaddrinfo`: it runs in threads, two at a time on uvloop, so that two hung look-ups delayed a healthy one by
+2.9 s; and it accepts spellings such as full-width digits. What a name resolves to is judged by the address policy at
+each connect, not here.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ class Resolver:
 
     def __init__(self, ttl_max_s: float) -> None:
         self._ttl_max_s = ttl_max_s
-        self._cache: dict[str, tuple[float, tuple[str, ...] | UnresolvedError]] = {}
+        self._cache: dict[str, tuple[float, tuple[str, ...] | str]] = {}  # until; addresses, or why there are none
         self._lookups: dict[str, asyncio.Task[tuple[str, ...]]] = {}  # one a name; owned here
         self._resolver: aiodns.DNSResolver | None = None
         self.lookups = 0
@@ -40,8 +41,10 @@ class Resolver:
         loop = asyncio.get_running_loop()
         cached = self._cache.get(host)
         if cached is not None and cached[0] > loop.time():
-            if isinstance(cached[1], UnresolvedError):
-                raise cached[1]
+            if isinstance(cached[1], str):
+                raise UnresolvedError(
+                    cached[1]
+                )  # a new one: an exception raised again keeps every traceback it has had
             return cached[1]
         task = self._lookups.get(host)
         if task is None:
@@ -77,12 +80,12 @@ class Resolver:
         try:
             addresses, ttl_s = await self.lookup(host)
         except UnresolvedError as exc:
-            self._remember(host, loop.time() + NEGATIVE_TTL_S, exc)
+            self._remember(host, loop.time() + NEGATIVE_TTL_S, str(exc))
             raise
         self._remember(host, loop.time() + min(max(ttl_s, 1.0), self._ttl_max_s), addresses)
         return addresses
 
-    def _remember(self, host: str, until: float, result: tuple[str, ...] | UnresolvedError) -> None:
+    def _remember(self, host: str, until: float, result: tuple[str, ...] | str) -> None:
         self._cache.pop(host, None)
         self._cache[host] = (until, result)
         if len(self._cache) > NAMES_MAX:

@@ -1,0 +1,56 @@
+"""The command line: `dispatcher VERB`. Every verb teaches with --help, prints JSON with --json where it prints
+anything, and ends with a sentence and an exit status when something is wrong (dispatcher/errors.py)."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from dispatcher import errors
+from dispatcher.cli.common import Context
+from dispatcher.cli.endpoint import endpoint
+from dispatcher.cli.event import event, tail
+from dispatcher.cli.service import demo, migrate, run
+from dispatcher.sink import sink_command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="dispatcher")
+@click.option(
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    envvar="DISPATCHER_CONFIG",
+    help="TOML file with settings.",
+)
+@click.pass_context
+def cli(context: click.Context, config: Path | None) -> None:
+    """Deliver webhooks from a PostgreSQL outbox.
+
+    Settings come from DISPATCHER_* variables or a TOML file. Without DISPATCHER_DATABASE_URL an embedded PostgreSQL is used, so that
+    everything here works at once:
+
+    \b
+      dispatcher demo                                   see it work
+      dispatcher sink --port 9000                       a receiver to try things out
+      dispatcher endpoint create acct_1 URL             make an endpoint, test it, go live
+      dispatcher event send acct_1 message.sent '{}'    send it an event
+      dispatcher run                                    the service
+    """
+    context.obj = Context(config)
+
+
+for command in (run, demo, migrate, endpoint, event, tail):
+    cli.add_command(command)
+cli.add_command(sink_command, "sink")
+
+
+def main() -> None:
+    """Run the command line; `DispatcherError` becomes a sentence on stderr and its exit status."""
+    try:
+        cli(standalone_mode=True)
+    except errors.DispatcherError as exc:
+        click.echo(f"error: {exc}", err=True)
+        sys.exit(exc.exit_code)
+
+
+__all__ = ["cli", "main"]

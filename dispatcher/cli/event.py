@@ -1,0 +1,125 @@
+"""`dispatcher event …` and `dispatcher tail`: append events, and see what became of them."""
+
+import asyncio
+from datetime import datetime, timedelta
+from typing import Any
+
+import click
+import orjson
+
+from dispatcher.cli.common import Context, admin, as_json, print_json, run_async, with_admin
+from dispatcher.errors import InputError
+from dispatcher.settings import Settings
+
+TAIL_POLL_S = 0.3
+TAIL_WINDOW_IDS = 50_000  # attempts of older events (retries) are not shown by tail; `event show` has them
+
+
+@click.group()
+def event() -> None:
+    """Append events to the outbox, and see what became of them."""
+
+
+@event.command()
+@click.argument("account_id")
+@click.argument("event_type")
+@click.argument("payload")
+@click.option(
+    "--occurred-at", type=click.DateTime(["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S.%f%z"]), help="When it happened."
+)
+@as_json
+@click.pass_obj
+def send(
+    context: Context, /, account_id: str, event_type: str, payload: str, occurred_at: datetime | None, json_out: bool
+) -> None:
+    """Append one event, as a producer's INSERT would. PAYLOAD is JSON; - reads it from standard input.
+
+    \b
+    dispatcher event send acct_1 message.delivered '{"message": {"id": "m_1"}}'
+    """
+    if payload == "-":
+        try:
+            payload = click.get_binary_stream("stdin").read().decode()
+        except UnicodeDecodeError as exc:
+            raise InputError(f"the payload on standard input is not valid UTF-8: {exc}") from exc
+    event_id, public_id = with_admin(context.settings(), lambda a: a.send(account_id, event_type, payload, occurred_at))
+    if json_out:
+        print_json({"id": event_id, "event_id": public_id})
+    else:
+        click.echo(f"{event_id}  {public_id}")
+
+
+@event.command()
+@click.argument("reference")
+@as_json
+@click.pass_obj
+def show(context: Context, reference: str, json_out: bool) -> None:
+    """Show what happened to an event, attempt by attempt. REFERENCE is an outbox id or an evt_… id.
+
+    Each endpoint that was subscribed is listed, also one that has had no attempt: that answers "why did this not arrive?".
+    """
+    shown = with_admin(context.settings(), lambda a: a.show(reference))
+    if json_out:
+        print_json(shown | {"payload": orjson.Fragment(shown["payload"].encode())})
+        return
+    click.echo(
+        f"{shown['id']}  {shown['event_id']}  {shown['type']}  account {shown['account_id']}  {shown['created_at']:%Y-%m-%d %H:%M:%S.%f} UTC"
+    )
+    if not shown["deliveries"]:
+        click.echo("No endpoint was subscribed to it.")
+    for delivery in shown["deliveries"]:
+        click.echo(f"endpoint {delivery['endpoint_id']}  {delivery['url']}  {delivery['fate']}")
+        for attempt in delivery["attempts"]:
+            answer = attempt["status"] if attempt["fault"] in (None, "status") else attempt["fault"]
+            run = f"run {attempt['run']} " if attempt["run"] else ""
+            click.echo(
+                f"  {run}attempt {attempt['number']}  {attempt['started_at']:%H:%M:%S.%f}  {attempt['duration_us'] / 1000:8.1f} ms  {answer}"
+            )
+
+
+@click.command()
+@click.option("--endpoint", "endpoint_id", type=int, help="Of this endpoint only.")
+@click.option("--failures", is_flag=True, help="Failed attempts only.")
+@click.option("--seconds", type=float, help="End after so long. [default: until Ctrl-C]")
+@click.option("--json", "json_out", is_flag=True, help="One JSON object a line.")
+@click.pass_obj
+def tail(context: Context, endpoint_id: int | None, failures: bool, seconds: float | None, json_out: bool) -> None:
+    """Follow deliveries as they are recorded."""
+    try:
+        run_async(_tail(context.settings(), endpoint_id, failures, seconds, json_out))
+    except KeyboardInterrupt:
+        pass  # how one leaves it
+
+
+async def _tail(
+    settings: Settings, endpoint_id: int | None, failures: bool, seconds: float | None, json_out: bool
+) -> None:
+    loop = asyncio.get_running_loop()
+    deadline = float("inf") if seconds is None else loop.time() + seconds
+    async with admin(settings) as opened:
+        # A batch is recorded some time after its attempts began, so each look goes back a little and skips what was shown.
+        since = await opened.now()
+        shown: dict[tuple[Any, ...], None] = {}
+        while loop.time() < deadline:
+            for attempt in await opened.tail(since - timedelta(seconds=15), endpoint_id, TAIL_WINDOW_IDS):
+                key = (attempt["event_id"], attempt["endpoint_id"], attempt["run"], attempt["number"])
+                if key in shown or attempt["started_at"] < since - timedelta(seconds=15):
+                    continue
+                shown[key] = None
+                if not failures or attempt["fault"] is not None:
+                    _print_attempt(attempt, json_out)
+            while len(shown) > 100_000:
+                del shown[next(iter(shown))]
+            since = max(since, await opened.now() - timedelta(seconds=1))
+            await asyncio.sleep(TAIL_POLL_S)
+
+
+def _print_attempt(attempt: dict[str, Any], json_out: bool) -> None:
+    if json_out:
+        click.echo(orjson.dumps(attempt, default=str))
+        return
+    answer = attempt["status"] if attempt["fault"] in (None, "status") else attempt["fault"]
+    click.echo(
+        f"{attempt['started_at']:%H:%M:%S.%f}  endpoint {attempt['endpoint_id']:<6} event {attempt['event_id']:<10} {attempt['type']:22} "
+        f"attempt {attempt['number']}  {attempt['duration_us'] / 1000:7.1f} ms  {answer}"
+    )

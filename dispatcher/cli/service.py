@@ -1,0 +1,86 @@
+"""`dispatcher run`, `migrate` and `demo`."""
+
+import click
+import structlog
+
+from dispatcher import log
+from dispatcher.cli.common import Context, as_json, connection_to, database, print_json, run_async
+from dispatcher.demo.run import run_demo
+from dispatcher.errors import DatabaseRefusedError
+from dispatcher.main import serve
+from dispatcher.ports import FencedError
+from dispatcher.settings import Settings
+from dispatcher.store.migrate import check
+from dispatcher.store.migrate import migrate as migrate_schema
+
+_log = structlog.get_logger(room="main")
+
+
+@click.command()
+@click.pass_obj
+def run(context: Context) -> None:
+    """Run the service: deliver until SIGTERM or Ctrl-C, which lets POSTs in flight end first; a second one forces.
+
+    One process delivers for one database; `dispatcher migrate` installs the schema there first (an embedded PostgreSQL is installed by itself).
+    """
+    settings = context.settings()
+    log.configure(settings)
+    try:
+        run_async(_run(settings))
+    except FencedError as exc:
+        raise DatabaseRefusedError(str(exc)) from exc
+
+
+async def _run(settings: Settings) -> None:
+    async with database(settings) as dsn:
+        async with connection_to(dsn, "check") as connection:
+            for warning in await check(connection, settings):
+                _log.warning("database.check", warning=warning)
+        await serve(settings, dsn)
+
+
+@click.command()
+@as_json
+@click.pass_obj
+def migrate(context: Context, json_out: bool) -> None:
+    """Install the schema, or bring it up to date. Safe to repeat.
+
+    Applies DISPATCHER_PAYLOAD_BYTES_MAX and DISPATCHER_DOORBELL to the database too. Needs CREATE on the database, and CREATEROLE for the roles
+    webhook_producer and webhook_dispatcher (without it they are left out, with a notice).
+    """
+    settings = context.settings()
+
+    async def work() -> None:
+        async with database(settings, migrated=False) as dsn, connection_to(dsn, "migrate") as connection:
+            migrated = await migrate_schema(connection, settings)
+        if json_out:
+            print_json({"version": migrated.version, "done": list(migrated.done)})
+        else:
+            click.echo("\n".join(migrated.done) or f"up to date: schema version {migrated.version}")
+
+    run_async(work())
+
+
+@click.command()
+@click.option(
+    "--seconds", type=click.FloatRange(min=1), help="Produce for so long, then settle. [default: until Ctrl-C]"
+)
+@click.option(
+    "--rate", type=click.FloatRange(min=1, max=20_000), default=200, show_default=True, help="Events a second."
+)
+@click.option("--plain", is_flag=True, help="Lines instead of the live view.")
+@as_json
+@click.pass_obj
+def demo(context: Context, seconds: float | None, rate: float, plain: bool, json_out: bool) -> None:
+    """See it work: an embedded PostgreSQL, an SMS platform that inserts events, and receivers that are fast, slow, flaky, rate-limited and down.
+
+    Everything is made anew in a temporary directory and removed at the end. When time is up, or at Ctrl-C, it lets everything settle and checks
+    from the database that every committed event was delivered or is accounted for; that is the exit status.
+    """
+    settings = context.settings(
+        database_url=None, allowed_networks="127.0.0.0/8", log_level="error",
+        retry_schedule_s=(1, 2, 3, 5, 8, 13, 21), breaker_wait_s=1.0, breaker_wait_max_s=4.0,
+    )  # fmt: skip
+    log.configure(settings)
+    if not run_async(run_demo(settings, seconds=seconds, rate=rate, plain=plain or json_out, json_out=json_out)):
+        raise SystemExit(1)

@@ -1,0 +1,42 @@
+"""A test's verdict in words: what happened, and what its owner should do about it."""
+
+from dispatcher.domain.outcome import Fault, Outcome
+
+_BY_STATUS = {
+    400: "the endpoint did not like the request; it must accept any JSON body with the webhook-… headers",
+    401: "the endpoint wants a login; a receiver checks the signature instead",
+    403: "the endpoint, or a firewall before it, forbids the request",
+    404: "nothing is at this path; check the URL",
+    405: "the path exists, but does not take POST",
+    410: "Gone: the receiver says that this endpoint is no more; in operation this disables it",
+    413: "the receiver's limit on body size is too low",
+    429: "the receiver is limiting us; set a rate limit on the endpoint",
+}
+
+_BY_FAULT = {
+    Fault.TIMEOUT: "no whole answer in time; answer first with 2xx and work afterwards",
+    Fault.CONNECT: "no connection; is the server running and reachable from here, and the port right?",
+    Fault.DNS: "the host name does not resolve; check its spelling",
+    Fault.TLS: "no trusted TLS connection; the certificate must be valid for the host and its chain complete",
+    Fault.PROTOCOL: "what came back is not HTTP/1.1; is the port right, and is it http where https is expected?",
+    Fault.RESET: "the receiver closed the connection before a whole answer",
+    Fault.BLOCKED: "the address may not be delivered to",
+    Fault.STALE: "the receiver closed the connection before a whole answer",
+}
+
+
+def verdict(outcome: Outcome) -> str:
+    """Return one sentence for the owner of the endpoint."""
+    if outcome.fault is None:
+        return f"{outcome.status}: passed"
+    if outcome.fault is not Fault.STATUS:
+        detail = f" ({outcome.detail})" if outcome.detail else ""
+        return f"{outcome.fault.value}: {_BY_FAULT[outcome.fault]}{detail}"
+    status = outcome.status or 0
+    if 300 <= status <= 399:
+        return f"{status}: redirects are not followed; give the final address"
+    if status in _BY_STATUS:
+        return f"{status}: {_BY_STATUS[status]}"
+    if status >= 500:
+        return f"{status}: the receiver failed; its logs will say why"
+    return f"{status}: only 2xx is success"

@@ -1,0 +1,147 @@
+"""Install and check the schema.
+
+`migrate` is safe to repeat: it installs schema.sql where nothing is, and brings two things in line with the settings,
+the payload bound and the doorbell trigger. `check` is what `run` asks before it starts: it changes nothing and refuses
+what could lose events, with the remedy.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import asyncpg
+
+from dispatcher.errors import DatabaseRefusedError
+from dispatcher.settings import Settings
+from dispatcher.store.session import Connection
+from dispatcher.store.sql import SQL, load
+
+ADMIN = load(Path(__file__).with_name("admin.sql"))
+
+SCHEMA_VERSION = 1
+SERVER_VERSION_MIN = 150_000
+
+
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """What `migrate` did, in words; empty if there was nothing to do."""
+
+    version: int
+    done: tuple[str, ...]
+
+
+def schema_sql() -> str:
+    """Return schema.sql: beside this package where it is installed, at the root of a checkout."""
+    package = Path(__file__).parent.parent
+    for path in (package / "schema.sql", package.parent / "schema.sql"):
+        if path.is_file():
+            return path.read_text()
+    raise DatabaseRefusedError("schema.sql is missing from this installation; install the package again")
+
+
+async def migrate(connection: Connection, settings: Settings) -> Migrated:
+    """Bring the database to this program's schema and settings."""
+    await _check_server(connection)
+    done = []
+    version = await _installed_version(connection)
+    if version > SCHEMA_VERSION:
+        raise DatabaseRefusedError(_newer(version))
+    if version == 0:
+        try:
+            await connection.execute(schema_sql())
+        except asyncpg.InsufficientPrivilegeError as exc:
+            await connection.execute("ROLLBACK")
+            raise DatabaseRefusedError(
+                f"the schema can't be installed: {exc}. Grant CREATE on the database to this role, or let its owner run schema.sql"
+            ) from exc
+        done.append(f"installed schema version {SCHEMA_VERSION}")
+    bound = await _payload_bound(connection)
+    if bound != settings.payload_bytes_max:
+        await connection.execute(ADMIN.replace_payload_bound.format(bytes=int(settings.payload_bytes_max)))
+        done.append(f"payload bound {bound} → {settings.payload_bytes_max} bytes")
+    rings = await connection.fetchval(ADMIN.has_doorbell)
+    if rings and settings.doorbell == "off":
+        await connection.execute(ADMIN.drop_doorbell)
+        done.append("doorbell trigger dropped")
+    elif not rings and settings.doorbell == "on":
+        await connection.execute(ADMIN.create_doorbell)
+        done.append("doorbell trigger created")
+    return Migrated(SCHEMA_VERSION, tuple(done))
+
+
+async def check(connection: Connection, settings: Settings) -> list[str]:
+    """Raise DatabaseRefusedError where running would be unsafe; return warnings for the rest."""
+    role = await _check_server(connection)
+    version = await _installed_version(connection)
+    if version == 0:
+        raise DatabaseRefusedError("the schema is not installed in this database; run `dispatcher migrate`")
+    if version > SCHEMA_VERSION:
+        raise DatabaseRefusedError(_newer(version))
+    if version < SCHEMA_VERSION:
+        raise DatabaseRefusedError(
+            f"the schema has version {version}, this program needs {SCHEMA_VERSION}; run `dispatcher migrate`"
+        )
+    missing = [row["missing"] for row in await connection.fetch(SQL.missing_privileges)]
+    if missing:
+        raise DatabaseRefusedError(
+            f"role {role} lacks privileges on schema webhook: {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; "
+            f"GRANT webhook_dispatcher TO {role}, or use the role that installed the schema"
+        )
+    cache = await connection.fetchval(SQL.sequence_cache)
+    if cache != 1:
+        raise DatabaseRefusedError(
+            f"the sequence webhook.outbox_id_seq has CACHE {cache}: sessions would commit ids long after their neighbours were read, and "
+            "those events would be lost; run ALTER SEQUENCE webhook.outbox_id_seq CACHE 1"
+        )
+    warnings = []
+    bound = await _payload_bound(connection)
+    if bound != settings.payload_bytes_max:
+        warnings.append(
+            f"the outbox accepts payloads up to {bound} bytes, DISPATCHER_PAYLOAD_BYTES_MAX says {settings.payload_bytes_max}; "
+            "run `dispatcher migrate` to apply it"
+        )
+    if settings.doorbell == "on" and not await connection.fetchval(ADMIN.has_doorbell):
+        warnings.append(
+            "the doorbell trigger is missing, so events wait for the 1 s poll; run `dispatcher migrate`, or set DISPATCHER_DOORBELL=off"
+        )
+    return warnings
+
+
+async def _check_server(connection: Connection) -> str:
+    """Refuse a server that can't hold the log; return the role's name."""
+    row = await connection.fetchrow(SQL.fitness)
+    if row["version_num"] < SERVER_VERSION_MIN:
+        raise DatabaseRefusedError(f"the server is PostgreSQL {row['version_num'] // 10_000}; 15 or newer is needed")
+    if row["encoding"] != "UTF8":
+        raise DatabaseRefusedError(
+            f"the database's encoding is {row['encoding']}; payloads are sent as they are stored, so it must be UTF8: "
+            "CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
+        )
+    if row["in_recovery"]:
+        raise DatabaseRefusedError(
+            "the server is a standby (in recovery); DISPATCHER_DATABASE_URL must point at the primary"
+        )
+    role: str = row["role"]
+    return role
+
+
+async def _installed_version(connection: Connection) -> int:
+    try:
+        version: int | None = await connection.fetchval(SQL.schema_version)
+    except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
+        return 0
+    except asyncpg.InsufficientPrivilegeError as exc:
+        raise DatabaseRefusedError(
+            f"this role may not read schema webhook ({exc}); GRANT webhook_dispatcher TO it"
+        ) from exc
+    return version or 0
+
+
+async def _payload_bound(connection: Connection) -> int:
+    definition = await connection.fetchval(ADMIN.constraint_definition)
+    found = re.search(r"<= (\d+)", definition or "")
+    return int(found[1]) if found else 0
+
+
+def _newer(version: int) -> str:
+    return f"the schema has version {version}, newer than this program's {SCHEMA_VERSION}; install the program that belongs to it"

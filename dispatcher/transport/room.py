@@ -1,0 +1,300 @@
+"""Who gets a socket, and when: the bounds and waiting lines that every transport here shares.
+
+    connect() ──room?──▶ opening ──▶ acquired ⇄ idle ──▶ closed        room is counted from the moment a connection is being opened
+        └──no──▶ waits in its origin's line
+
+Bounds: sockets in all, sockets an origin, idle time. Who finds no room waits in its origin's line and is served in order; an idle
+connection makes way for whoever needs its room. So while anybody waits for room in all, nothing is idle anywhere, and while anybody waits
+at an origin, nothing is idle there. A connection that becomes free goes to its origin's line first, else to the top of the origin's idle
+stack, so that a quiet origin's surplus sockets grow old and are closed.
+
+Origins that wait for room in all take turns for what becomes free. One that has fewer connections also gets those of one that has more,
+until they are even; there each goes on using its own, because moving a socket costs a handshake.
+
+Nothing here knows what a connection is made of: `Pool` opens sockets, `MemoryTransport` doesn't. All methods but `close` are atomic, and
+all state is touched by the loop's thread only. One sweep looks at every deadline, because a timer a POST would cost more than the POST's
+share of it; it runs while there are connections. Order is that of dicts, never of sets: a simulation must see the same twice.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from dispatcher.domain.outcome import Fault, Outcome
+from dispatcher.domain.url import Origin
+from dispatcher.ports import Connection, Limits
+
+_log = structlog.get_logger(room="transport")
+
+SWEEP_S = 0.05  # how late a deadline may be noticed; one look at 5,000 connections costs 0.2 ms
+
+Ready = Callable[[Connection | Outcome], None]
+
+_STOPPING = Outcome(Fault.CONNECT, detail="stopping")
+
+
+class Kept(Connection, Protocol):
+    """A connection as the room sees it. It tells `Room.closed` when it is gone, and `Room.release` when a whole answer left it usable."""
+
+    origin: Origin
+    closed: bool
+    kept: bool
+    deadline: float
+
+    def expire(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Line:
+    """What the room knows of one origin. `count`: open and opening. `in_turn`: it is in the queue for room in all."""
+
+    __slots__ = ("count", "idle", "in_turn", "origin", "waiting")
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self.count = 0
+        self.idle: list[Kept] = []  # by deadline, as they came
+        self.waiting: deque[_Waiter] = deque()
+        self.in_turn = False
+
+
+@dataclass(slots=True)
+class _Waiter:
+    on_ready: Ready
+    fresh: bool
+
+
+class Room:
+    """The `Transport` port but for `_establish`, which makes a connection."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._lines: dict[Origin, _Line] = {}  # has a connection, or waits for one
+        self._connections: dict[Kept, None] = {}  # open; it is what makes a connection count
+        self._opening: dict[asyncio.Task[None], None] = {}  # owned here, ended by close()
+        self._turns: deque[_Line] = deque()  # wait for room in all; entries whose need has gone are skipped
+        self._aging: deque[tuple[float, Kept]] = deque()  # see _oldest_idle
+        self._idled = False  # something has become idle since _aging was filled
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._closing = False
+        self.count = 0  # open and opening, in all
+        self.opened = 0
+        self.reused = 0
+        self.unasked_bytes = 0
+        self.connect_failures = 0
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.count} sockets, {len(self._lines)} origins, {self.opened} opened, {self.reused} reused)"
+
+    async def _establish(self, origin: Origin) -> Kept | Outcome:
+        """Open a connection, or say why there is none. Whatever it leaves behind when cancelled must not count on being closed by us."""
+        raise NotImplementedError
+
+    # ── the port ──
+
+    def try_acquire(self, origin: Origin) -> Connection | None:
+        line = self._lines.get(origin)
+        if line is None or not line.idle:
+            return None
+        self.reused += 1
+        return line.idle.pop()
+
+    def release(self, connection: Connection) -> None:
+        kept: Kept = connection  # type: ignore[assignment]  # the port promises that it is one of ours
+        line = self._lines.get(kept.origin)
+        if kept.closed or line is None:
+            return
+        kept.kept = True
+        kept.deadline = asyncio.get_running_loop().time() + self._limits.idle_s
+        if line.waiting or self._turns:
+            self._pass_on(line, kept)
+        else:
+            line.idle.append(kept)
+            self._idled = True
+
+    def connect(self, origin: Origin, on_ready: Ready, *, fresh: bool = False) -> None:
+        loop = asyncio.get_running_loop()
+        if self._closing:
+            loop.call_soon(on_ready, _STOPPING)
+            return
+        line = self._lines.get(origin)
+        if line is None:
+            line = self._lines[origin] = _Line(origin)
+        if line.idle and not fresh:
+            self.reused += 1
+            loop.call_soon(on_ready, line.idle.pop())
+        elif self._take_room(line):
+            self._start_opening(line, on_ready)
+        else:
+            line.waiting.append(_Waiter(on_ready, fresh))
+            self._queue(line)
+
+    async def close(self) -> None:
+        """Close every connection; requests in flight end as resets, who waits is told. Call it after draining."""
+        self._closing = True
+        tasks = list(self._opening)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for line in list(self._lines.values()):
+            while line.waiting:
+                line.waiting.popleft().on_ready(_STOPPING)
+        for connection in list(self._connections):
+            connection.close()
+        self._lines.clear()
+        self._turns.clear()
+        self._aging.clear()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+
+    # ── told by connections ──
+
+    def closed(self, connection: Kept) -> None:
+        """Forget a connection. One that isn't ours yet, or has been given up while it was being opened, is `_open`'s to count."""
+        if connection not in self._connections:
+            return
+        del self._connections[connection]
+        line = self._lines[connection.origin]
+        if connection in line.idle:
+            line.idle.remove(connection)
+        self._freed(line)
+
+    # ── room ──
+
+    def _take_room(self, line: _Line) -> bool:
+        """Count one more connection if there is room, or an idle one makes way; False if the line must wait."""
+        if line.waiting:
+            return False  # in order
+        victim = None
+        if line.count >= self._limits.sockets_per_origin_max:
+            if not line.idle:
+                return False
+            victim = line.idle[0]
+        elif self.count >= self._limits.sockets_max:
+            victim = self._oldest_idle()
+            if victim is None:
+                return False
+        line.count += 1  # before the victim goes, so that nobody else takes its room, nor the line for empty
+        self.count += 1
+        if victim is not None:
+            victim.close()
+        return True
+
+    def _freed(self, line: _Line) -> None:
+        """A socket is gone: its room goes to those who wait, by turns."""
+        line.count -= 1
+        self.count -= 1
+        self._queue(line)
+        while (
+            not self._closing and self.count < self._limits.sockets_max and (first := self._first_in_turn()) is not None
+        ):
+            self._turns.popleft()
+            first.in_turn = False
+            first.count += 1
+            self.count += 1
+            self._start_opening(first, first.waiting.popleft().on_ready)
+            self._queue(first)
+        if not line.count and not line.waiting:
+            self._lines.pop(line.origin, None)
+
+    def _pass_on(self, line: _Line, connection: Kept) -> None:
+        """Decide who gets a connection that became free while somebody waits."""
+        first = self._first_in_turn()
+        if (
+            first is not None
+            and first is not line
+            and (not line.waiting or not first.count or first.count + 1 < line.count)
+        ):
+            connection.close()  # its room goes to `first`
+        elif not line.waiting:
+            line.idle.append(connection)  # those who waited have gone
+            self._idled = True
+        elif line.waiting[0].fresh:
+            connection.close()
+        else:
+            if first is not None:
+                self._turns.rotate(-1)  # the next release looks at another origin
+            self.reused += 1
+            # Not at once: a waiter that has no use for it releases it to the next, and a long line would end the stack.
+            asyncio.get_running_loop().call_soon(line.waiting.popleft().on_ready, connection)
+
+    def _queue(self, line: _Line) -> None:
+        """Put a line that only wants room in all into the queue for it, once."""
+        if line.waiting and not line.in_turn and line.count < self._limits.sockets_per_origin_max:
+            line.in_turn = True
+            self._turns.append(line)
+
+    def _first_in_turn(self) -> _Line | None:
+        while self._turns:
+            line = self._turns[0]
+            if line.waiting and line.count < self._limits.sockets_per_origin_max:
+                return line
+            self._turns.popleft().in_turn = False
+        return None
+
+    def _oldest_idle(self) -> Kept | None:
+        """Find the idle connection that is nearest its end.
+
+        A look at all origins serves as many evictions as it found connections: whatever becomes idle later is younger than those. It sorts,
+        which 10,000 origins make 3 ms; an eviction costs a handshake anyway."""
+        while True:
+            while self._aging:
+                deadline, connection = self._aging.popleft()
+                line = self._lines.get(connection.origin)
+                # Still idle, and since then: the stack is used from the top, so it has nothing older below it.
+                if connection.deadline == deadline and line is not None and line.idle and line.idle[0] is connection:
+                    return connection
+            if not self._idled:
+                return None
+            self._idled = False
+            found = [(connection.deadline, connection) for line in self._lines.values() for connection in line.idle]
+            found.sort(key=lambda pair: pair[0])
+            self._aging.extend(found)
+
+    def _sweep(self) -> None:
+        # The next one is set first: what a callback raises must not end the deadlines of all.
+        loop = asyncio.get_running_loop()
+        self._sweeper = loop.call_later(SWEEP_S, self._sweep) if self._connections and not self._closing else None
+        now = loop.time()
+        for connection in [c for c in self._connections if c.deadline <= now]:
+            if not connection.closed and connection.deadline <= now:  # a callback may have changed that
+                connection.expire()
+
+    # ── opening ──
+
+    def _start_opening(self, line: _Line, on_ready: Ready) -> None:
+        task = asyncio.get_running_loop().create_task(self._open(line, on_ready))
+        self._opening[task] = None
+        task.add_done_callback(self._opening.pop)
+
+    async def _open(self, line: _Line, on_ready: Ready) -> None:
+        result: Kept | Outcome
+        try:
+            result = await self._establish(line.origin)
+        except asyncio.CancelledError:
+            self._freed(line)
+            on_ready(_STOPPING)
+            raise
+        except Exception as exc:  # noqa: BLE001 - a library's surprise must not take the lane's turn with it; it is told and logged
+            _log.exception("connect.surprise", host=line.origin.host)
+            result = Outcome(Fault.CONNECT, detail=f"{type(exc).__name__}: {exc}")
+        if not isinstance(result, Outcome):
+            self.opened += 1
+            if result.closed:  # gone between the handshake and here
+                result = Outcome(Fault.RESET, detail="closed right after connecting")
+        if isinstance(result, Outcome):
+            self.connect_failures += 1
+            self._freed(line)
+        else:
+            self._connections[result] = None
+            now = asyncio.get_running_loop().time()
+            result.deadline = now + self._limits.idle_s
+            if self._sweeper is None:
+                self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+        on_ready(result)
