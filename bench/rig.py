@@ -17,7 +17,7 @@ from typing import Any
 
 import asyncpg
 
-from dispatcher.settings import Settings
+from dispatcher import settings as settings_module
 from dispatcher.store import embedded
 from dispatcher.store.migrate import migrate
 
@@ -148,7 +148,7 @@ async def install(dsn: str, *, endpoints: int, port: int, in_flight: int) -> asy
     """Install the schema anew, with one endpoint in each of `endpoints` accounts."""
     connection = await asyncpg.connect(dsn)
     await connection.execute("DROP SCHEMA IF EXISTS webhook CASCADE")
-    await migrate(connection, Settings(database_url=dsn))
+    await migrate(connection, settings_module.load(database_url=dsn))
     await connection.execute(
         "INSERT INTO webhook.endpoint (account_id, url, state, in_flight_max) "
         "SELECT 'acct_' || n, 'http://127.0.0.1:' || $2::text || '/hook/' || n, 'live', $3 FROM generate_series(0, $1::integer - 1) AS n",

@@ -41,6 +41,18 @@ class DatabaseRefusedError(DispatcherError):
     exit_code = 5
 
 
+class ForcedStopError(DispatcherError):
+    """A second signal ended the process before it had finished what it had begun."""
+
+    code = "forced_stop"
+
+    def __init__(self, number: int, name: str) -> None:
+        super().__init__(
+            f"stopped at once by a second signal ({name}); what was in flight will be sent again by the next start"
+        )
+        self.exit_code = 128 + number
+
+
 class DatabaseAwayError(DispatcherError):
     """The database can't be reached now; the same call may succeed later."""
 

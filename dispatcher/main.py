@@ -9,6 +9,7 @@ import socket
 import structlog
 
 from dispatcher.engine.engine import Engine
+from dispatcher.errors import ForcedStopError
 from dispatcher.ports import Limits
 from dispatcher.settings import Settings
 from dispatcher.store.postgres import PgStore
@@ -42,17 +43,16 @@ def make_engine(settings: Settings, dsn: str, transport: Pool) -> Engine:
 
 
 async def serve(settings: Settings, dsn: str) -> None:
-    """Run one dispatcher until SIGTERM or SIGINT; a second signal ends it at once."""
+    """Run one dispatcher until SIGTERM or SIGINT; a second signal ends it at once (ForcedStopError)."""
     transport = make_transport(settings)
     engine = make_engine(settings, dsn, transport)
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
-    signals = 0
+    signals: list[int] = []
 
     def on_signal(number: int) -> None:
-        nonlocal signals
-        signals += 1
-        if signals == 1:
+        signals.append(number)
+        if len(signals) == 1:
             _log.info("signal", name=signal.Signals(number).name)
             engine.stop()
         else:
@@ -65,6 +65,10 @@ async def serve(settings: Settings, dsn: str) -> None:
     tune_gc()
     try:
         await engine.run()
+    except asyncio.CancelledError:
+        if len(signals) < 2:
+            raise
+        raise ForcedStopError(signals[1], signal.Signals(signals[1]).name) from None
     finally:
         await transport.close()
 

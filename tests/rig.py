@@ -103,7 +103,14 @@ class Rig:
                     "INSERT INTO webhook.subscription (endpoint_id, pattern, since_id) VALUES ($1, $2, webhook.last_id())",
                     endpoint_id, pattern,
                 )  # fmt: skip
+        if self.task is not None and state == "live" and not self.db.is_in_transaction():
+            await until(lambda: self.has_taken_up(endpoint_id), what=f"endpoint {endpoint_id} is known and live")
         return endpoint_id
+
+    def has_taken_up(self, endpoint_id: int) -> bool:
+        incarnation = self.engine.incarnation
+        lane = None if incarnation is None else incarnation.lanes.get(endpoint_id)
+        return lane is not None and lane.live
 
     async def emit(
         self, count: int = 1, *, account: str = "acct", type: str = "message.sent", payload: str = '{"n": 1}'

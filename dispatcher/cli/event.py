@@ -1,6 +1,7 @@
 """`dispatcher event …` and `dispatcher tail`: append events, and see what became of them."""
 
 import asyncio
+import sys
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -39,7 +40,7 @@ def send(
     """
     if payload == "-":
         try:
-            payload = click.get_binary_stream("stdin").read().decode()
+            payload = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as exc:
             raise InputError(f"the payload on standard input is not valid UTF-8: {exc}") from exc
     event_id, public_id = with_admin(context.settings(), lambda a: a.send(account_id, event_type, payload, occurred_at))

@@ -20,6 +20,7 @@ known, a literal address right away. Parsing the `url` of a result gives that re
 import re
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
+from typing import NamedTuple
 
 import idna
 
@@ -31,9 +32,11 @@ HOST_CHARS_MAX = 253  # RFC 1035, 2.3.4: 255 bytes on the wire, which is 253 cha
 DEFAULT_PORTS = {"https": 443, "http": 80}
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What a connection is made to, and shared by. `host` is lower-case ASCII; an IPv6 address has no brackets here."""
+class Origin(NamedTuple):
+    """What a connection is made to, and shared by. `host` is lower-case ASCII; an IPv6 address has no brackets here.
+
+    A tuple, because it is looked up for each POST and a tuple hashes in C.
+    """
 
     scheme: str
     host: str

@@ -22,8 +22,9 @@ class Clock:
     def sync(self, wall_us: int) -> None:
         self._offset_us = wall_us - int(self.now() * 1e6)
 
-    def wall_us(self) -> int:
-        return self._offset_us + int(self.now() * 1e6)
+    def wall_us(self, now: float | None = None) -> int:
+        """Return the wall clock, of the monotonic instant `now` if given: µs since 1970."""
+        return self._offset_us + int((self.now() if now is None else now) * 1e6)
 
     def wall(self) -> datetime:
         return datetime.fromtimestamp(self.wall_us() / 1e6, UTC)

@@ -16,7 +16,7 @@ release the lock.
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 import structlog
@@ -93,7 +93,7 @@ class Engine:
         wait_s = AWAY_WAIT_S
         while not self._stop.is_set():
             try:
-                started = await self._store.start(self._owner)
+                started = await self._unless_stopped(self._store.start(self._owner))
             except (StoreAwayError, LifeLostError) as exc:
                 self.counters.store_away += 1
                 _log.warning("start.away", error=str(exc), retry_in_s=wait_s)
@@ -103,6 +103,8 @@ class Engine:
                 except TimeoutError:
                     wait_s = min(wait_s * 2, AWAY_WAIT_MAX_S)
                 continue
+            if started is None:
+                return None
             if started.last_id < started.position:
                 raise FencedError(
                     f"the outbox sequence is at {started.last_id}, behind the checkpoint at {started.position}: the server was restored to an "
@@ -122,6 +124,17 @@ class Engine:
             )
             return started
         return None
+
+    async def _unless_stopped(self, starting: Coroutine[Any, Any, Started]) -> Started | None:
+        """Await Start, which may wait long for the owner lock; None if stopped meanwhile."""
+        start, stop = asyncio.create_task(starting), asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait([start, stop], return_when=asyncio.FIRST_COMPLETED)
+            return start.result() if start.done() else None
+        finally:
+            for task in (start, stop):
+                task.cancel()
+            await asyncio.gather(start, stop, return_exceptions=True)
 
 
 class Incarnation:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from dispatcher.domain.breaker import BreakerLimits, BreakerState, CircuitBreaker
+from dispatcher.domain.breaker import CLOSED, BreakerLimits, BreakerState, CircuitBreaker
 from dispatcher.domain.bucket import TokenBucket
 from dispatcher.domain.endpoint import Endpoint, EndpointState
 from dispatcher.domain.event import Event
@@ -34,7 +34,7 @@ RETRIES_MAX = 50  # retries in memory a lane; the rest wait in their table
 RETRY_TURN = 5  # retries get one turn in five while fresh events wait
 IN_FLIGHT_START = 2
 SLOW_S = 1.0
-UNPROVEN_AFTER_S = 30.0  # without a success for so long, a lane shares the room of the failing
+RECENT_S = 30.0  # a success within so long makes up for a failure or two
 OLDEST_QUEUED_MAX_S = 5.0
 CANT_SEND_MAX_S = 1.0
 NOTHING: AbstractSet[int] = frozenset()
@@ -64,9 +64,10 @@ class LaneLimits:
 class Lane:
     __slots__ = (
         "backlog", "blocked_until", "breaker", "bucket", "connecting", "cursor", "endpoint", "failing_since_us", "gone", "hands",
-        "has_row", "head_bytes", "holes", "id", "in_flight", "in_flight_limit", "in_flight_max", "in_ready", "last_success", "late",
+        "has_row", "head_bytes", "held", "holes", "id", "in_flight", "in_flight_limit", "in_flight_max", "in_ready", "last_success", "late",
         "latency_s", "limits", "live", "moved", "next_retry_us", "queue", "retries", "retry_hands", "retry_policy", "signer", "timer_at",
         "turn",
+        "untried",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, limits: LaneLimits, now: float, *, live: bool, cursor: int) -> None:
@@ -97,6 +98,7 @@ class Lane:
         self.last_success = float("-inf")
         self.latency_s = 0.0
         self.turn = 0
+        self.untried = True  # no outcome since it was made
         self.in_ready = False
         self.timer_at = float("inf")
         self.failing_since_us = endpoint.failing_since_us
@@ -113,6 +115,8 @@ class Lane:
     def configure(self, endpoint: Endpoint, now: float) -> None:
         """Adopt a new version of the endpoint."""
         self.endpoint = endpoint
+        # Paused, disabled, or unusable: its events wait in the log.
+        self.held = endpoint.state is not EndpointState.LIVE or endpoint.target is None
         self.in_flight_max = endpoint.in_flight_max or self.limits.in_flight_max
         self.in_flight_limit = min(self.in_flight_limit, self.in_flight_max)
         schedule = endpoint.retry_schedule_s
@@ -142,17 +146,14 @@ class Lane:
 
     def cant_send(self, now: float) -> bool:
         """Tell whether nothing can be sent for over a second."""
+        if not self.held and self.breaker.state is CLOSED and self.blocked_until <= now:
+            return False  # asked for every event that passes
         soon = now + CANT_SEND_MAX_S
         return (
             self.held
             or self.blocked_until > soon
             or (self.breaker.state is BreakerState.OPEN and self.breaker.until > soon)
         )
-
-    @property
-    def held(self) -> bool:
-        """Paused, disabled, or unusable: its events wait in the log."""
-        return self.endpoint.state is not EndpointState.LIVE or self.endpoint.target is None
 
     def take(self, event: Event, now: float) -> None:
         self.queue.append(event)
@@ -217,36 +218,41 @@ class Lane:
         return len(self.queue) + len(self.retries)
 
     def retry_turn(self) -> bool:
-        """Choose between a retry and a fresh event; at least one is there."""
+        """Tell whether a retry, of which there are some, goes before a fresh event."""
         self.turn += 1
-        return bool(self.retries) and (not self.queue or self.turn % RETRY_TURN == 0)
+        return not self.queue or self.turn % RETRY_TURN == 0
 
     def ready_at(self, now: float) -> float:
         """Return when a POST may start as far as time decides: `now`, later, or never (inf) until something else changes."""
         if self.held:
             return float("inf")
-        at = max(now, self.blocked_until)
-        if self.breaker.state is BreakerState.OPEN:
-            at = max(at, self.breaker.until)
-        if self.bucket is not None and at <= now:
+        at = now
+        if self.blocked_until > at:
+            at = self.blocked_until
+        if self.breaker.state is not CLOSED and self.breaker.state is BreakerState.OPEN and self.breaker.until > at:
+            at = self.breaker.until
+        if self.bucket is not None and at == now:
             at = self.bucket.ready_at(now)
         return at
 
     def limit(self) -> int:
-        return self.in_flight_limit if self.breaker.state is BreakerState.CLOSED else 1
+        return self.in_flight_limit if self.breaker.state is CLOSED else 1
 
-    def unproven(self, now: float) -> bool:
-        return now - self.last_success > UNPROVEN_AFTER_S or self.breaker.consecutive >= 3
+    def failing(self, now: float) -> bool:
+        """Tell whether it has failed lately without a recent success; a quiet lane whose last POST went well is not failing."""
+        failed = self.breaker.consecutive
+        return failed >= 3 or (failed > 0 and now - self.last_success > RECENT_S)
 
     @property
-    def slow(self) -> bool:
-        return self.latency_s > SLOW_S
+    def is_ordinary(self) -> bool:
+        """Neither new, failing nor slow: most lanes, most of the time."""
+        return not self.untried and not self.breaker.consecutive and self.latency_s <= SLOW_S
 
     def accepts(self, now: float) -> bool:
         """Tell whether one more event that was read again may be queued: while a breaker isn't closed, only one to probe with."""
         if self.cant_send(now):
             return False
-        if self.breaker.state is not BreakerState.CLOSED:
+        if self.breaker.state is not CLOSED:
             return self.work() + self.in_flight + self.connecting == 0
         return len(self.queue) < self.limits.queue_max
 
@@ -254,7 +260,7 @@ class Lane:
         """Return how many events the reader should fetch for a lane that lags: 0 unless it can send and is half empty."""
         if not self.accepts(now):
             return 0
-        if self.breaker.state is not BreakerState.CLOSED:
+        if self.breaker.state is not CLOSED:
             return 1
         return self.limits.queue_max - len(self.queue) if len(self.queue) <= self.limits.queue_max // 2 else 0
 
@@ -262,11 +268,12 @@ class Lane:
         """The same for its due retries."""
         if not self.accepts(now):
             return 0
-        if self.breaker.state is not BreakerState.CLOSED:
+        if self.breaker.state is not CLOSED:
             return 1
         return RETRIES_MAX - len(self.retries) if len(self.retries) <= RETRIES_MAX // 2 else 0
 
     def succeeded(self, now: float, latency_s: float, probe: bool) -> None:
+        self.untried = False
         self.last_success = now
         self.latency_s += 0.2 * (latency_s - self.latency_s)
         if self.breaker.succeeded(now, probe):
@@ -276,6 +283,7 @@ class Lane:
 
     def failed(self, now: float, latency_s: float, probe: bool) -> bool:
         """Note a failure that counts; return whether it opened the breaker."""
+        self.untried = False
         self.latency_s += 0.2 * (latency_s - self.latency_s)
         self.in_flight_limit = max(1, self.in_flight_limit // 2)
         return self.breaker.failed(now, probe)

@@ -24,7 +24,7 @@ from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.gaps import Gaps
 from dispatcher.engine.lane import Lane
-from dispatcher.engine.lanes import Lanes, spans
+from dispatcher.engine.lanes import Lanes, wanting
 from dispatcher.ports import HeadPage, Started, Store
 
 _log = structlog.get_logger(room="reader")
@@ -264,7 +264,7 @@ class Reader:
     def _offer(self, event: Event, skip: Sequence[int], now: float) -> None:
         """Give an event above the old head to its live lanes; a lane without room falls behind before it."""
         wanted = False
-        for lane in spans(self._lanes.routes(event.account_id, event.type), event.id):
+        for lane in wanting(self._lanes.routes(event.account_id, event.type), event.id):
             wanted = True
             if not lane.live:
                 lane.backlog += 1
@@ -281,7 +281,7 @@ class Reader:
 
     def _found(self, event: Event, skip: Sequence[int], now: float) -> None:
         """Give an event that appeared in a gap to its lanes. A lagging lane whose cursor is below meets it by itself."""
-        for lane in spans(self._lanes.routes(event.account_id, event.type), event.id):
+        for lane in wanting(self._lanes.routes(event.account_id, event.type), event.id):
             if (
                 event.id in lane.hands
                 or lane.id in skip
@@ -382,12 +382,12 @@ class Reader:
 
     async def _read_holes(self, lane: Lane, room: int) -> bool:
         """Holes first: they are the oldest. A range is done as far as a page has passed it."""
-        spans_ = lane.holes.page(100)
+        holes = lane.holes.page(100)
         self._reading = True
-        pages = await self._store.holes(lane.endpoint.account_id, spans_, min(room, PAGE_ROWS), READ_BYTES_MAX)
+        pages = await self._store.holes(lane.endpoint.account_id, holes, min(room, PAGE_ROWS), READ_BYTES_MAX)
         now = self._clock.now()
         progress = False
-        for (low, high), page in zip(spans_, pages, strict=True):
+        for (low, high), page in zip(holes, pages, strict=True):
             assert page.attempted is not None
             if lane.gone or (page.full and not page.events):
                 continue
@@ -410,15 +410,12 @@ class Reader:
         return progress
 
     def _fill_holes(self, lane: Lane, low: int, high: int) -> bool:
-        """Take low … high out of the lane's holes, but for ids in open gaps: only the gap path delivers those."""
+        """Take low … high out of the lane's holes, also ids in open gaps: the gap path delivers those. (A hole that waited for a gap to close
+        kept the lane from reading on.)"""
         if high < low:
             return False
         before = lane.holes.count()
-        inside = (
-            [(max(low, a), min(high, b)) for a, b in self.gaps.ranges() if a <= high and b >= low] if self.gaps else []
-        )
         lane.holes.remove(low, high)
-        lane.holes.update(inside)
         return lane.holes.count() < before
 
     async def _read_account(self, first: Lane, room: int) -> bool:

@@ -9,13 +9,13 @@ batch, the checkpoint goes along: position, gaps, and the rows of lanes that are
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import structlog
 
-from dispatcher.domain.outcome import Decision, Outcome, Verdict
+from dispatcher.domain.outcome import Verdict
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
+from dispatcher.engine.delivery import Delivery
 from dispatcher.engine.gaps import Gaps
 from dispatcher.engine.lane import NOTHING, Lane
 from dispatcher.engine.lanes import Lanes
@@ -27,21 +27,6 @@ CHECKPOINT_S = 1.0
 CHECKPOINT_GAPS_MAX = 1_000
 UNSETTLED_MAX_S = 5.0  # a POST that takes longer doesn't hold the checkpoint: its id becomes a hole
 AWAY_WAIT_S, AWAY_WAIT_MAX_S = 0.05, 1.0
-
-
-@dataclass(slots=True)
-class Result:
-    """One attempt and what was decided about it."""
-
-    lane: Lane
-    event_id: int
-    run: int
-    number: int
-    started_us: int
-    duration_us: int
-    first_attempt_us: int
-    outcome: Outcome
-    decision: Decision
 
 
 class Recorder:
@@ -76,7 +61,7 @@ class Recorder:
         self._rows_enough = max(1, rows_max // 5)
         self._wait_s = wait_s
         self._unrecorded_max = unrecorded_max
-        self._results: list[Result] = []
+        self._results: list[Delivery] = []
         self._under_way = 0
         self._some = asyncio.Event()
         self._enough = asyncio.Event()
@@ -88,9 +73,9 @@ class Recorder:
     def unrecorded(self) -> int:
         return len(self._results) + self._under_way
 
-    def add(self, result: Result) -> None:
+    def add(self, delivery: Delivery) -> None:
         results = self._results
-        results.append(result)
+        results.append(delivery)
         if len(results) == 1:
             self._some.set()
         elif len(results) >= self._rows_enough:
@@ -146,7 +131,7 @@ class Recorder:
 
     # ── building ──
 
-    def _build(self, results: list[Result], *, checkpoint: bool) -> Batch:
+    def _build(self, results: list[Delivery], *, checkpoint: bool) -> Batch:
         batch = Batch(self._epoch)
         now_us = self._clock.wall_us()
         attempts = batch.attempts
@@ -154,7 +139,7 @@ class Recorder:
             outcome = r.outcome
             attempts.append(
                 AttemptRow(
-                    r.event_id,
+                    r.event.id,
                     r.lane.id,
                     r.run,
                     r.number,
@@ -168,19 +153,19 @@ class Recorder:
             verdict = r.decision.verdict
             if verdict is Verdict.DELIVERED:
                 if r.number > 1:
-                    batch.settled_retries.append((r.lane.id, r.event_id, r.run))
+                    batch.settled_retries.append((r.lane.id, r.event.id, r.run))
                 continue
             assert outcome.fault is not None
             if verdict is Verdict.RETRY:
                 due_us = now_us + int(r.decision.due_in_s * 1e6)
                 batch.retries.append(
-                    RetryRow(r.lane.id, r.event_id, r.run, r.number + 1, r.first_attempt_us, due_us, r.decision.reason)
+                    RetryRow(r.lane.id, r.event.id, r.run, r.number + 1, r.first_attempt_us, due_us, r.decision.reason)
                 )
             else:
                 batch.dead.append(
                     DeadRow(
                         r.lane.id,
-                        r.event_id,
+                        r.event.id,
                         r.run,
                         r.number,
                         r.first_attempt_us,
@@ -190,19 +175,19 @@ class Recorder:
                     )
                 )
                 if r.number > 1:
-                    batch.settled_retries.append((r.lane.id, r.event_id, r.run))
+                    batch.settled_retries.append((r.lane.id, r.event.id, r.run))
         if checkpoint:
             batch.checkpoint = self._checkpoint(results)
         return batch
 
-    def _checkpoint(self, results: list[Result]) -> CheckpointWrite:
+    def _checkpoint(self, results: list[Delivery]) -> CheckpointWrite:
         """Say what is settled once this batch is. For every lane without a row all ids at or below `position` and outside `gaps` are; a lane
         with a row speaks for itself. (DESIGN §4, and the executable model's `record`.)"""
         head, written = self.head(), self.position
         done: defaultdict[Lane, set[int]] = defaultdict(set)
         for r in results:
-            if r.number == 1 and r.run == 0:
-                done[r.lane].add(r.event_id)
+            if r.is_first:
+                done[r.lane].add(r.event.id)
         self._let_slow_ones_be_late()
         lanes = list(self._lanes.unsettled)
         marks = {lane: lane.mark(head, done.get(lane, NOTHING)) for lane in lanes}
@@ -238,7 +223,7 @@ class Recorder:
 
     # ── after the commit ──
 
-    def _committed(self, results: list[Result], batch: Batch, taken_up: list[int]) -> None:
+    def _committed(self, results: list[Delivery], batch: Batch, taken_up: list[int]) -> None:
         self._counters.batches += 1
         self._counters.rows_recorded += len(batch.attempts)
         for row in batch.retries:
@@ -273,12 +258,12 @@ class Recorder:
             self.piled_up(False)
 
 
-def _release(results: list[Result]) -> None:
+def _release(results: list[Delivery]) -> None:
     for r in results:
-        if r.number == 1 and r.run == 0:
-            r.lane.settle(r.event_id)
+        if r.is_first:
+            r.lane.settle(r.event.id)
         else:
-            r.lane.retry_hands.discard((r.event_id, r.run))
+            r.lane.retry_hands.discard((r.event.id, r.run))
 
 
 async def _within(event: asyncio.Event, wait_s: float) -> bool:

@@ -1,10 +1,11 @@
 """The sender: gives ready lanes their turns, and takes each POST from slot to outcome to decision.
 
 Lanes with something to send stand in one line and get a few POSTs a turn. Turns bound how often slots are granted, not
-how long they are held, so two shares are bounded as well: lanes without a recent success hold at most a quarter of the
-slots together, slow lanes at most a half. Who waits for time (tokens, breaker, Retry-After) stands in a heap of
-instants; who waits for room stands in the line of what it lacks. Waiting for a name, a connection or room at an origin
-holds no slot.
+how long they are held, so three shares of the slots are bounded as well: a quarter for all lanes that are failing,
+another quarter for lanes that have not been tried yet (in one share with the failing, a new and healthy endpoint would
+wait for the timeouts of the dead), a half for slow ones. Who waits for time (tokens, breaker, Retry-After) stands in a
+heap of instants; who waits for room stands in the line of what it lacks. Waiting for a name, a connection or room at an
+origin holds no slot.
 
 No task per delivery: a POST is a call to the connection and a call back. All methods are atomic.
 
@@ -22,13 +23,13 @@ from functools import partial
 
 import structlog
 
-from dispatcher.domain.event import Event
-from dispatcher.domain.outcome import Decision, Fault, Outcome, Verdict, decide, describe
+from dispatcher.domain.outcome import DELIVER, Decision, Fault, Outcome, Verdict, decide, describe
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
-from dispatcher.engine.lane import Lane
+from dispatcher.engine.delivery import Delivery
+from dispatcher.engine.lane import SLOW_S, Lane
 from dispatcher.engine.lanes import Lanes
-from dispatcher.engine.recorder import Recorder, Result
+from dispatcher.engine.recorder import Recorder
 from dispatcher.engine.request import render
 from dispatcher.ports import Connection, Transport
 
@@ -46,45 +47,6 @@ class Share:
         self.limit = limit
         self.held = 0
         self.line: deque[Lane] = deque()
-
-
-class Delivery:
-    """One POST from being taken out of its lane until it is recorded. Plain and mutable: thousands are alive."""
-
-    __slots__ = (
-        "again",
-        "event",
-        "first_attempt_us",
-        "lane",
-        "number",
-        "probe",
-        "run",
-        "sender",
-        "shares",
-        "started",
-        "started_us",
-    )
-
-    def __init__(
-        self, sender: "Sender", lane: Lane, event: Event, run: int, number: int, first_attempt_us: int | None
-    ) -> None:
-        self.sender = sender
-        self.lane = lane
-        self.event = event
-        self.run = run
-        self.number = number
-        self.first_attempt_us = first_attempt_us
-        self.again = False  # sent once more after `stale`
-        self.probe = False
-        self.shares: tuple[Share, ...] = ()
-        self.started = 0.0
-        self.started_us = 0
-
-    def __repr__(self) -> str:
-        return f"Delivery({self.event.id} to {self.lane.id}, run {self.run}, attempt {self.number})"
-
-    def done(self, outcome: Outcome) -> None:
-        self.sender.answered(self, outcome)
 
 
 class Sender:
@@ -121,6 +83,7 @@ class Sender:
         self._failing_changed = failing
         self._disable_after_us = disable_after_s * 1_000_000
         self._failing = Share(max(1, slots // 4))
+        self._untried = Share(max(1, slots // 4))
         self._slow = Share(max(1, slots // 2))
         self._line: deque[Lane] = deque()
         self._timers: list[tuple[float, int, Lane]] = []
@@ -175,6 +138,16 @@ class Sender:
             lane = self._line.popleft()
             lane.in_ready = False
             self._serve(lane, now)
+            self._call_next()
+
+    def _call_next(self) -> None:
+        """Call the first of each share's line that has room. After every turn, because who was called may have no use for the room (nothing
+        to send, no longer untried), and then nobody ends who would call the next."""
+        for share in (self._untried, self._failing, self._slow):
+            if share.line and share.held < share.limit:
+                lane = share.line.popleft()
+                lane.in_ready = False
+                self.offer(lane)
 
     def _serve(self, lane: Lane, now: float) -> None:
         """Give a lane its turn; it goes back into the line, into another, or nowhere if it has nothing to send."""
@@ -203,11 +176,21 @@ class Sender:
                 self._start(lane, connection, now)
         self.offer(lane)
 
+    def _shares(self, lane: Lane, now: float) -> tuple[Share, ...]:
+        """Return the shares that a POST of the lane counts into."""
+        if lane.is_ordinary:
+            return ()
+        chosen = (
+            (lane.untried, self._untried),
+            (lane.failing(now), self._failing),
+            (lane.latency_s > SLOW_S, self._slow),
+        )
+        return tuple(share for applies, share in chosen if applies)
+
     def _full_share(self, lane: Lane, now: float) -> Share | None:
-        if lane.unproven(now) and self._failing.held >= self._failing.limit:
-            return self._failing
-        if lane.slow and self._slow.held >= self._slow.limit:
-            return self._slow
+        for share in self._shares(lane, now):
+            if share.held >= share.limit:
+                return share
         return None
 
     def _wake_lane_at(self, lane: Lane, at: float) -> None:
@@ -257,7 +240,7 @@ class Sender:
                 and lane.breaker.may_start(now)
             ):
                 delivery = self._next(lane)
-                self._occupy(delivery, now)
+                self._occupy(delivery)
                 self.answered(delivery, result)
             self.offer(lane)
             return
@@ -276,11 +259,11 @@ class Sender:
 
     def _next(self, lane: Lane) -> Delivery:
         """Take the next delivery out of the lane."""
-        if lane.retry_turn():
+        if lane.retries and lane.retry_turn():
             retry = lane.retries.popleft()
             delivery = Delivery(self, lane, retry.event, retry.run, retry.number, retry.first_attempt_us)
         else:
-            delivery = Delivery(self, lane, lane.queue.popleft(), 0, 1, None)
+            delivery = Delivery(self, lane, lane.queue.popleft(), 0, 1, 0)
         if not lane.live or lane.next_retry_us is not None:
             self._look(lane)
         return delivery
@@ -290,21 +273,18 @@ class Sender:
             taken = lane.bucket.try_take(now)
             assert taken, "ready_at() said there is a token"
         delivery = self._next(lane)
-        self._occupy(delivery, now)
+        self._occupy(delivery)
         self._post(delivery, connection)
 
-    def _occupy(self, delivery: Delivery, now: float) -> None:
+    def _occupy(self, delivery: Delivery) -> None:
         """Count the delivery into its slot and shares, and begin its attempt."""
         lane = delivery.lane
+        now = delivery.started = self._clock.now()
         delivery.probe = lane.breaker.started()
-        delivery.started = now
-        delivery.started_us = self._clock.wall_us()
-        if delivery.first_attempt_us is None:
+        delivery.started_us = self._clock.wall_us(now)
+        if not delivery.first_attempt_us:
             delivery.first_attempt_us = delivery.started_us
-        if lane.unproven(now):
-            delivery.shares += (self._failing,)
-        if lane.slow:
-            delivery.shares += (self._slow,)
+        delivery.shares = self._shares(lane, now)
         for share in delivery.shares:
             share.held += 1
         lane.in_flight += 1
@@ -315,11 +295,9 @@ class Sender:
         self.in_flight -= 1
         for share in delivery.shares:
             share.held -= 1
-            while share.line and share.held < share.limit:
-                lane = share.line.popleft()
-                lane.in_ready = False
-                self.offer(lane)
-                break
+        self._call_next()
+        if self._line:
+            self.pump_soon()  # whoever stands there may have found no slot
         if not self.in_flight:
             self._drained.set()
 
@@ -349,34 +327,25 @@ class Sender:
         now = self._clock.now()
         latency_s = now - delivery.started
         self._vacate(delivery)
-        assert delivery.first_attempt_us is not None
-        age_s = (delivery.started_us - delivery.first_attempt_us) / 1e6
-        decision = (
-            decide(outcome, delivery.number, age_s, lane.retry_policy, self._clock.wall(), self._rng)
-            if outcome.fault
-            else _DELIVERED
-        )
-        if decision.verdict is Verdict.DELIVERED:
+        delivery.outcome, delivery.duration_us = outcome, int(latency_s * 1e6)
+        if outcome.fault is None:
+            delivery.decision = DELIVER
             self._counters.delivered += 1
             lane.succeeded(now, latency_s, delivery.probe)
             if lane.failing_since_us is not None:
                 lane.failing_since_us = None
                 self._failing_changed(lane)
         else:
+            age_s = (delivery.started_us - delivery.first_attempt_us) / 1e6
+            decision = decide(outcome, delivery.number, age_s, lane.retry_policy, self._clock.wall(), self._rng)
+            delivery.decision = decision
             self._failed(delivery, outcome, decision, now, latency_s)
         self._lanes.memory.let_go(delivery.event)
-        self._recorder.add(
-            Result(
-                lane, delivery.event.id, delivery.run, delivery.number, delivery.started_us, int(latency_s * 1e6), delivery.first_attempt_us,
-                outcome, decision,
-            )
-        )  # fmt: skip
+        self._recorder.add(delivery)
         if not lane.live or lane.next_retry_us is not None:
             self._look(lane)
         if lane.queue or lane.retries:
             self.offer(lane)
-        elif self._line:
-            self.pump_soon()
 
     def _failed(self, delivery: Delivery, outcome: Outcome, decision: Decision, now: float, latency_s: float) -> None:
         lane = delivery.lane
@@ -452,15 +421,13 @@ class Sender:
         lane.breaker.abandoned(delivery.probe)
         if lane.gone:
             self._lanes.memory.let_go(event)
-        elif delivery.number == 1 and delivery.run == 0:
+        elif delivery.is_first:
             lane.queue.appendleft(event)
             if lane.held:
                 self._let_queue_go(lane)
+            self.offer(lane)
         else:
             self._lanes.memory.let_go(event)
             lane.retry_hands.discard((event.id, delivery.run))
             lane.next_retry_us = 0
             self._look(lane)
-
-
-_DELIVERED = Decision(Verdict.DELIVERED)

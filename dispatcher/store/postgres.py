@@ -7,6 +7,7 @@ so that nobody's open transaction on those stops the recorder
 """
 
 import asyncio
+import contextlib
 import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
@@ -47,6 +48,14 @@ OWNER_WAIT_S = 10.0  # after a kill -9 the server may take a moment to notice th
 
 # Without these a plan made while a table was empty would scan it for ever; custom plans would cost 0.5 ms each over many partitions.
 _READER_PARAMETERS = {"plan_cache_mode": "force_generic_plan", "enable_seqscan": "off", "enable_bitmapscan": "off"}
+_RECORDER_PARAMETERS = {
+    # A crash costs the recorder duplicates, never losses (DESIGN §10); producers keep their own setting.
+    "synchronous_commit": "off",
+    # Its few joins look up a handful of rows. Planned while the log was small, one of them would hash all of it, and go on so as it grows.
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+}
 
 
 class PgStore:
@@ -58,8 +67,7 @@ class PgStore:
         self._owner = Session(dsn, "owner", timeout_s=timeout_s)
         self._listener = Session(dsn, "listener", timeout_s=timeout_s)
         self._reader = Session(dsn, "reader", timeout_s=timeout_s, setup=_plain_codecs, parameters=_READER_PARAMETERS)
-        # A crash costs the recorder duplicates, never losses (DESIGN §10); producers keep their own setting.
-        self._recorder = Session(dsn, "recorder", timeout_s=timeout_s, parameters={"synchronous_commit": "off"})
+        self._recorder = Session(dsn, "recorder", timeout_s=timeout_s, parameters=_RECORDER_PARAMETERS)
         self._config = Session(dsn, "config", timeout_s=timeout_s, parameters={"lock_timeout": "300ms"})
         self._sessions = (self._owner, self._listener, self._reader, self._recorder, self._config)
         self._epoch = 0
@@ -115,8 +123,7 @@ class PgStore:
         )
 
     async def close(self) -> None:
-        for session in self._sessions:
-            await session.close()
+        await asyncio.gather(*(session.close() for session in self._sessions))
 
     def on_owner_lost(self, callback: Callable[[], None]) -> None:
         self._owner.on_lost(callback)
@@ -246,7 +253,7 @@ class PgStore:
 
     async def _record(self, connection: Connection, batch: Batch, *, by_row: bool) -> list[int]:
         taken_up: list[int] = []
-        async with connection.transaction():
+        async with _transaction(connection):
             if not await connection.fetch(SQL.fence, batch.epoch):
                 raise FencedError(f"epoch {batch.epoch} is over: another dispatcher took over")
             if batch.attempts:
@@ -379,12 +386,27 @@ def _field(value: bytes | None) -> bytes:
     return struct.pack(">i", -1) if value is None else struct.pack(">i", len(value)) + value
 
 
+@contextlib.asynccontextmanager
+async def _transaction(connection: Connection) -> AsyncIterator[None]:
+    """Commit, or roll back what the server refused. After anything else, a cancellation too, the session hangs up: a ROLLBACK would
+    first wait for the cancelled statement, for as long as the server is silent."""
+    transaction = connection.transaction()
+    await transaction.start()
+    try:
+        yield
+    except asyncpg.PostgresError as exc:
+        if not is_away(exc):
+            await transaction.rollback()
+        raise
+    await transaction.commit()
+
+
 async def _insert_attempt(connection: Connection, row: AttemptRow) -> None:
     """Insert one row under a savepoint; one that is still refused goes in without its free text."""
     values = [row.event_id, row.endpoint_id, row.run, row.number, _at(row.started_us), row.duration_us, row.status]
     fault = None if row.fault is None else row.fault.value
     try:
-        async with connection.transaction():
+        async with _transaction(connection):
             await connection.execute(SQL.attempt_one, *values, fault, row.response_head)
     except asyncpg.PostgresError as exc:
         if is_away(exc):

@@ -1,6 +1,7 @@
 -- Every statement of the store, by name, with its why. sql.py loads this file; Python holds no SQL strings.
 -- Event columns are always (id, account_id, type, payload, created_at, occurred_at); `bytes` is the running size of the page, so that a page
--- ends with the first row that reaches its byte bound and is never empty when something is there. pg_column_size() doesn't fetch the payload.
+-- ends with the first row that reaches its byte bound and is never empty when something is there. `size` is the payload's, told without fetching
+-- it; only what came compressed out of another table, and was stored so, has to be opened (200 kB of it can read as 2).
 
 
 -- ═══ reading the log (reader session; plans are generic and held to index scans, see tests/store/test_plans.py) ═══
@@ -10,13 +11,16 @@
 SELECT l.last_id, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.bytes
 FROM (SELECT coalesce(pg_sequence_last_value('webhook.outbox_id_seq'::regclass), 0) AS last_id) AS l
 LEFT JOIN LATERAL (
-    SELECT q.*, sum(pg_column_size(q.payload)) OVER (ORDER BY q.id ROWS UNBOUNDED PRECEDING) AS bytes
+    SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.id ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
         SELECT id, account_id, type, payload, created_at, occurred_at FROM webhook.outbox WHERE id = ANY ($4::bigint[])
         UNION ALL
         (SELECT id, account_id, type, payload, created_at, occurred_at FROM webhook.outbox WHERE id > $1 ORDER BY id LIMIT $2)
     ) AS q
-) AS b ON b.bytes - pg_column_size(b.payload) < $3
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN pg_column_compression(q.payload) IS NULL THEN pg_column_size(q.payload) ELSE octet_length(q.payload::text) END
+    ) AS s (size)
+) AS b ON b.bytes - b.size < $3
 ORDER BY b.id;
 
 -- name: head_attempted
@@ -25,13 +29,16 @@ SELECT l.last_id, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurre
        ARRAY(SELECT a.endpoint_id FROM webhook.attempt AS a WHERE a.event_id = b.id AND a.run = 0) AS attempted
 FROM (SELECT coalesce(pg_sequence_last_value('webhook.outbox_id_seq'::regclass), 0) AS last_id) AS l
 LEFT JOIN LATERAL (
-    SELECT q.*, sum(pg_column_size(q.payload)) OVER (ORDER BY q.id ROWS UNBOUNDED PRECEDING) AS bytes
+    SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.id ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
         SELECT id, account_id, type, payload, created_at, occurred_at FROM webhook.outbox WHERE id = ANY ($4::bigint[])
         UNION ALL
         (SELECT id, account_id, type, payload, created_at, occurred_at FROM webhook.outbox WHERE id > $1 ORDER BY id LIMIT $2)
     ) AS q
-) AS b ON b.bytes - pg_column_size(b.payload) < $3
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN pg_column_compression(q.payload) IS NULL THEN pg_column_size(q.payload) ELSE octet_length(q.payload::text) END
+    ) AS s (size)
+) AS b ON b.bytes - b.size < $3
 ORDER BY b.id;
 
 -- name: holders
@@ -47,7 +54,7 @@ WHERE locktype = 'relation' AND relation = 'webhook.outbox'::regclass AND mode =
 SELECT b.n, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.bytes,
        ARRAY(SELECT a.endpoint_id FROM webhook.attempt AS a WHERE a.event_id = b.id AND a.run = 0) AS attempted
 FROM (
-    SELECT q.*, sum(pg_column_size(q.payload)) OVER (ORDER BY q.n, q.id ROWS UNBOUNDED PRECEDING) AS bytes
+    SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.n, q.id ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
         SELECT r.n, o.*
         FROM unnest($1::bigint[], $2::bigint[]) WITH ORDINALITY AS r (low, high, n)
@@ -58,8 +65,11 @@ FROM (
         ORDER BY r.n, o.id
         LIMIT $3
     ) AS q
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN pg_column_compression(q.payload) IS NULL THEN pg_column_size(q.payload) ELSE octet_length(q.payload::text) END
+    ) AS s (size)
 ) AS b
-WHERE b.bytes - pg_column_size(b.payload) < $4
+WHERE b.bytes - b.size < $4
 ORDER BY b.n, b.id;
 
 -- name: account
@@ -67,15 +77,18 @@ ORDER BY b.n, b.id;
 SELECT b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.bytes,
        ARRAY(SELECT a.endpoint_id FROM webhook.attempt AS a WHERE a.event_id = b.id AND a.run = 0) AS attempted
 FROM (
-    SELECT q.*, sum(pg_column_size(q.payload)) OVER (ORDER BY q.id ROWS UNBOUNDED PRECEDING) AS bytes
+    SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.id ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
         SELECT id, account_id, type, payload, created_at, occurred_at
         FROM webhook.outbox
         WHERE account_id = $1 AND id > $2 AND id <= $3 AND ($4::text[] IS NULL OR type = ANY ($4::text[]))
         ORDER BY id LIMIT $5
     ) AS q
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN pg_column_compression(q.payload) IS NULL THEN pg_column_size(q.payload) ELSE octet_length(q.payload::text) END
+    ) AS s (size)
 ) AS b
-WHERE b.bytes - pg_column_size(b.payload) < $6
+WHERE b.bytes - b.size < $6
 ORDER BY b.id;
 
 -- name: holes
@@ -83,7 +96,7 @@ ORDER BY b.id;
 SELECT b.n, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.bytes,
        ARRAY(SELECT a.endpoint_id FROM webhook.attempt AS a WHERE a.event_id = b.id AND a.run = 0) AS attempted
 FROM (
-    SELECT q.*, sum(pg_column_size(q.payload)) OVER (ORDER BY q.n, q.id ROWS UNBOUNDED PRECEDING) AS bytes
+    SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.n, q.id ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
         SELECT r.n, o.*
         FROM unnest($2::bigint[], $3::bigint[]) WITH ORDINALITY AS r (low, high, n)
@@ -94,8 +107,11 @@ FROM (
         ORDER BY r.n, o.id
         LIMIT $4
     ) AS q
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN pg_column_compression(q.payload) IS NULL THEN pg_column_size(q.payload) ELSE octet_length(q.payload::text) END
+    ) AS s (size)
 ) AS b
-WHERE b.bytes - pg_column_size(b.payload) < $5
+WHERE b.bytes - b.size < $5
 ORDER BY b.n, b.id;
 
 -- name: due_retries
@@ -105,7 +121,7 @@ ORDER BY b.n, b.id;
 -- joined by a hash over the whole log.
 SELECT o.event_id, o.run, o.number, o.first_attempt_at, o.id, o.account_id, o.type, o.payload, o.created_at, o.occurred_at, o.bytes
 FROM (
-    SELECT q.*, sum(pg_column_size(q.payload)) OVER (ORDER BY q.due_at, q.event_id, q.run ROWS UNBOUNDED PRECEDING) AS bytes
+    SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.due_at, q.event_id, q.run ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
         SELECT d.event_id, d.run, d.number, d.first_attempt_at, d.due_at, e.id, e.account_id, e.type, e.payload, e.created_at, e.occurred_at
         FROM (
@@ -117,8 +133,11 @@ FROM (
             SELECT id, account_id, type, payload, created_at, occurred_at FROM webhook.outbox WHERE id = d.event_id LIMIT 1
         ) AS e
     ) AS q
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN pg_column_compression(q.payload) IS NULL THEN pg_column_size(q.payload) ELSE octet_length(q.payload::text) END
+    ) AS s (size)
 ) AS o
-WHERE o.bytes - pg_column_size(o.payload) < $3
+WHERE o.bytes - o.size < $3
 ORDER BY o.due_at, o.event_id, o.run;
 
 -- name: next_retry

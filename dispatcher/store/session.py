@@ -27,6 +27,7 @@ _AWAY_CLASSES = ("08", "53", "57", "58", "40")
 _AWAY_STATES = ("55P03", "25006", "0A000")
 # What means "never": 28 the login, 3D a database that isn't there.
 _REFUSED_CLASSES = ("28", "3D")
+GOODBYE_S = 0.5
 
 
 def is_away(exc: BaseException) -> bool:
@@ -73,15 +74,26 @@ class Session:
         if connection is None or connection.is_closed():
             connection = await self._connect()
         self.round_trips += 1
+        late = False
+
+        def hang_up() -> None:
+            nonlocal late
+            late = True
+            self.drop()
+
+        # Not asyncio.timeout(): asyncpg answers a cancellation by asking the server to cancel, and a transaction that unwinds waits for
+        # the reply before its ROLLBACK, without a bound. A server that doesn't answer would hold us for as long as it is silent.
+        timer = asyncio.get_running_loop().call_later(timeout_s or self._timeout_s, hang_up)
         try:
-            async with asyncio.timeout(timeout_s or self._timeout_s):
-                return await work(connection)
+            return await work(connection)
         except BaseException as exc:
             if not isinstance(exc, asyncpg.PostgresError) or is_away(exc):
                 self.drop()  # also when we were cancelled: the answer may still be on its way
             if is_away(exc):
-                raise StoreAwayError(f"{self._name}: {_say(exc)}") from exc
+                raise StoreAwayError(f"{self._name}: {'no answer in time' if late else _say(exc)}") from exc
             raise
+        finally:
+            timer.cancel()
 
     @property
     def is_connected(self) -> bool:
@@ -97,7 +109,7 @@ class Session:
         connection, self._connection = self._connection, None
         if connection is not None and not connection.is_closed():
             try:
-                await connection.close(timeout=2)
+                await connection.close(timeout=GOODBYE_S)
             except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
                 connection.terminate()  # a goodbye that fails leaves one way: hang up
 

@@ -5,6 +5,7 @@ whole has one deadline, and what it was busy with then is the fault: dns, connec
 """
 
 import asyncio
+import os
 import socket
 import ssl
 from typing import Any
@@ -77,29 +78,36 @@ class Pool(Room):
         except ssl.SSLError as exc:
             return Outcome(Fault.TLS, detail=_tls_reason(exc))
         except OSError as exc:
-            return Outcome(stage, detail=exc.strerror or str(exc) or type(exc).__name__)
+            return Outcome(stage, detail=os.strerror(exc.errno) if exc.errno else str(exc) or type(exc).__name__)
 
     async def _join(self, sock: socket.socket, origin: Origin) -> HttpConnection | Outcome:
         """Make a connection of a connected socket, if its peer may be talked to."""
         loop = asyncio.get_running_loop()
         connection = HttpConnection(self, origin, self._limits, loop)
+        options: dict[str, Any] = {}
+        if origin.scheme == "https":
+            options = {
+                "ssl": self._tls,
+                "server_hostname": origin.host,
+                "ssl_handshake_timeout": self._limits.connect_s,
+            }
         try:
             refusal = self._guard.refusal(sock.getpeername()[0], origin.scheme)
-            if refusal is not None:
-                sock.close()
-                return Outcome(Fault.BLOCKED, detail=refusal)
-            options: dict[str, Any] = {}
-            if origin.scheme == "https":
-                options = {
-                    "ssl": self._tls,
-                    "server_hostname": origin.host,
-                    "ssl_handshake_timeout": self._limits.connect_s,
-                }
+        except OSError:
+            sock.close()
+            raise
+        if refusal is not None:
+            sock.close()
+            return Outcome(Fault.BLOCKED, detail=refusal)
+        try:
             await loop.create_connection(lambda: connection, sock=sock, **options)
         except BaseException:
             connection.close()  # its transport may exist already
-            sock.close()
             raise
+        finally:
+            # libuv owns the descriptor now, and has closed it if the peer was quick to hang up; uvloop doesn't always tell the socket.
+            # Closing it here, or when it is collected, would close whatever has got the same number since.
+            sock.detach()
         return connection
 
 

@@ -58,7 +58,7 @@ class Resolver:
             self._resolver = aiodns.DNSResolver(timeout=2.0, tries=3)
         try:
             result = await self._resolver.getaddrinfo(host, family=socket.AF_UNSPEC, type=socket.SOCK_STREAM)
-        except aiodns.error.DNSError as exc:
+        except (aiodns.error.DNSError, UnicodeError) as exc:  # the latter: of idna, for what can't be a name
             raise UnresolvedError(f"{host} does not resolve ({exc.args[-1]})") from exc
         addresses = tuple(dict.fromkeys(_text(node.addr[0]) for node in result.nodes))
         if not addresses:

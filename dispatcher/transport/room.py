@@ -20,6 +20,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -76,7 +77,7 @@ class Room:
         self._limits = limits
         self._lines: dict[Origin, _Line] = {}  # has a connection, or waits for one
         self._connections: dict[Kept, None] = {}  # open; it is what makes a connection count
-        self._opening: dict[asyncio.Task[None], None] = {}  # owned here, ended by close()
+        self._opening: dict[asyncio.Task[Kept | Outcome], None] = {}  # owned here, ended by close()
         self._turns: deque[_Line] = deque()  # wait for room in all; entries whose need has gone are skipped
         self._aging: deque[tuple[float, Kept]] = deque()  # see _oldest_idle
         self._idled = False  # something has become idle since _aging was filled
@@ -92,7 +93,7 @@ class Room:
         return f"{type(self).__name__}({self.count} sockets, {len(self._lines)} origins, {self.opened} opened, {self.reused} reused)"
 
     async def _establish(self, origin: Origin) -> Kept | Outcome:
-        """Open a connection, or say why there is none. Whatever it leaves behind when cancelled must not count on being closed by us."""
+        """Open a connection, or say why there is none. When it raises or is cancelled it leaves nothing open."""
         raise NotImplementedError
 
     # ── the port ──
@@ -156,7 +157,7 @@ class Room:
     # ── told by connections ──
 
     def closed(self, connection: Kept) -> None:
-        """Forget a connection. One that isn't ours yet, or has been given up while it was being opened, is `_open`'s to count."""
+        """Forget a connection. One that isn't ours yet, or has been given up while it was being opened, is `_opened`'s to count."""
         if connection not in self._connections:
             return
         del self._connections[connection]
@@ -269,21 +270,22 @@ class Room:
     # ── opening ──
 
     def _start_opening(self, line: _Line, on_ready: Ready) -> None:
-        task = asyncio.get_running_loop().create_task(self._open(line, on_ready))
+        task = asyncio.get_running_loop().create_task(self._establish(line.origin))
         self._opening[task] = None
-        task.add_done_callback(self._opening.pop)
+        # Not in the task: one that is cancelled before its first step runs nothing of itself.
+        task.add_done_callback(partial(self._opened, line, on_ready))
 
-    async def _open(self, line: _Line, on_ready: Ready) -> None:
+    def _opened(self, line: _Line, on_ready: Ready, task: asyncio.Task[Kept | Outcome]) -> None:
+        """Take over what was opened, or give its room back."""
+        del self._opening[task]
         result: Kept | Outcome
-        try:
-            result = await self._establish(line.origin)
-        except asyncio.CancelledError:
-            self._freed(line)
-            on_ready(_STOPPING)
-            raise
-        except Exception as exc:  # noqa: BLE001 - a library's surprise must not take the lane's turn with it; it is told and logged
-            _log.exception("connect.surprise", host=line.origin.host)
+        if task.cancelled():  # by close()
+            result = _STOPPING
+        elif (exc := task.exception()) is not None:  # a library's surprise must not take the lane's turn with it
+            _log.error("connect.surprise", host=line.origin.host, exc_info=exc)
             result = Outcome(Fault.CONNECT, detail=f"{type(exc).__name__}: {exc}")
+        else:
+            result = task.result()
         if not isinstance(result, Outcome):
             self.opened += 1
             if result.closed:  # gone between the handshake and here
@@ -293,8 +295,8 @@ class Room:
             self._freed(line)
         else:
             self._connections[result] = None
-            now = asyncio.get_running_loop().time()
-            result.deadline = now + self._limits.idle_s
+            loop = asyncio.get_running_loop()
+            result.deadline = loop.time() + self._limits.idle_s
             if self._sweeper is None:
-                self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+                self._sweeper = loop.call_later(SWEEP_S, self._sweep)
         on_ready(result)

@@ -1,0 +1,65 @@
+"""One POST on its way: from being taken out of its lane, over its outcome and the decision, until it is recorded."""
+
+from typing import TYPE_CHECKING
+
+from dispatcher.domain.event import Event
+from dispatcher.domain.outcome import Decision, Outcome
+from dispatcher.engine.lane import Lane
+
+if TYPE_CHECKING:
+    from dispatcher.engine.sender import Sender, Share
+
+
+class Delivery:
+    """Plain and mutable, and the same object all the way: thousands are made a second.
+
+    `outcome`, `decision` and `duration_us` are there once it was answered; from then on it is the recorder's.
+    """
+
+    __slots__ = (
+        "again",
+        "decision",
+        "duration_us",
+        "event",
+        "first_attempt_us",
+        "lane",
+        "number",
+        "outcome",
+        "probe",
+        "run",
+        "sender",
+        "shares",
+        "started",
+        "started_us",
+    )
+
+    outcome: Outcome
+    decision: Decision
+    duration_us: int
+    first_attempt_us: int
+    started: float  # monotonic
+    started_us: int  # the database's clock
+    probe: bool
+    shares: "tuple[Share, ...]"
+
+    def __init__(
+        self, sender: "Sender", lane: Lane, event: Event, run: int, number: int, first_attempt_us: int
+    ) -> None:
+        self.sender = sender
+        self.lane = lane
+        self.event = event
+        self.run = run
+        self.number = number
+        self.first_attempt_us = first_attempt_us  # 0: this is the first
+        self.again = False  # sent once more after `stale`
+
+    def __repr__(self) -> str:
+        return f"Delivery({self.event.id} to {self.lane.id}, run {self.run}, attempt {self.number})"
+
+    @property
+    def is_first(self) -> bool:
+        """The original run's first attempt: what settles the event for its lane."""
+        return self.number == 1 and self.run == 0
+
+    def done(self, outcome: Outcome) -> None:
+        self.sender.answered(self, outcome)

@@ -1,0 +1,362 @@
+"""Every setting's bounds, where its value comes from, and what is said about a bad one."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from annotated_types import Ge, Le, MaxLen, MinLen
+
+from dispatcher import settings as settings_module
+from dispatcher.domain.address import parse_networks
+from dispatcher.errors import InputError
+from dispatcher.settings import ENV_PREFIX, Settings, load
+
+FIELDS = Settings.model_fields
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(ENV_PREFIX)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("DISPATCHER_CONFIG", "")  # so that what `load` writes there is undone
+    monkeypatch.delenv("DISPATCHER_CONFIG")
+
+
+@pytest.fixture
+def toml(tmp_path):
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "settings.toml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def refusal(config: Path | None = None, **overrides: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        load(config, **overrides)
+    return str(caught.value)
+
+
+# Bounds
+
+
+def bound(name: str, kind: type) -> Any:
+    (limit,) = [m for m in FIELDS[name].metadata if isinstance(m, kind)] or [None]
+    return limit
+
+
+NUMBERS = sorted(name for name, field in FIELDS.items() if field.annotation in (int, float))
+BOUNDS = {  # setting: least, most. Written down once more, so that a bound that moves is a decision
+    "poll_ms": (1, 1_000),
+    "payload_bytes_max": (1_024, 16_777_216),
+    "statement_timeout_s": (0.5, 300),
+    "slots": (1, 60_000),
+    "in_flight_max": (1, 4_000),
+    "sockets_max": (1, 64_000),
+    "sockets_per_origin_max": (1, 64_000),
+    "idle_socket_s": (0.1, 3_600),
+    "connect_timeout_s": (0.1, 60),
+    "headers_timeout_s": (0.1, 60),
+    "response_header_bytes_max": (1_024, 1_048_576),
+    "response_body_bytes_max": (0, 16_777_216),
+    "response_head_kept_bytes": (0, 65_536),
+    "dns_ttl_s": (1, 3_600),
+    "queue_events_max": (1, 100_000),
+    "memory_events_max": (100, 5_000_000),
+    "memory_bytes_max": (1_048_576, 17_179_869_184),
+    "retry_age_max_s": (1, 2_592_000),
+    "disable_after_s": (60, 31_536_000),
+    "breaker_failures": (1, 1_000),
+    "breaker_wait_s": (0.05, 3_600),
+    "breaker_wait_max_s": (0.05, 86_400),
+    "record_rows_max": (1, 10_000),
+    "record_wait_ms": (0, 1_000),
+    "unrecorded_max": (100, 1_000_000),
+    "grace_s": (0, 600),
+}
+
+
+def test_every_number_has_bounds():
+    assert {name: (bound(name, Ge).ge, bound(name, Le).le) for name in NUMBERS} == BOUNDS
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_number_at_its_bounds_and_beyond(name, monkeypatch):
+    env_name = ENV_PREFIX + name.upper()
+    least, most = BOUNDS[name]
+    for value in (least, most):
+        monkeypatch.setenv(env_name, str(value))
+        assert getattr(load(), name) == value
+    step = 1 if FIELDS[name].annotation is int else 0.01
+    for value, words in ((least - step, "greater than or equal"), (most + step, "less than or equal")):
+        monkeypatch.setenv(env_name, str(value))
+        text = refusal()
+        assert text.startswith(f"setting {env_name}: ")
+        assert words in text
+        assert text.endswith(f"(got '{value}')")
+    for value in ("", "many", "nan", "inf", "-inf", "1e999"):
+        monkeypatch.setenv(env_name, value)
+        assert refusal().startswith(f"setting {env_name}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("doorbell", ("on", "off")),
+        ("log_level", ("debug", "info", "warning", "error")),
+        ("log_format", ("auto", "json", "console")),
+    ],
+)
+def test_a_choice(name, choices, monkeypatch):
+    assert (get_origin(FIELDS[name].annotation), get_args(FIELDS[name].annotation)) == (Literal, choices)
+    env_name = ENV_PREFIX + name.upper()
+    for choice in choices:
+        monkeypatch.setenv(env_name, choice)
+        assert getattr(load(), name) == choice
+    monkeypatch.setenv(env_name, "loud")
+    text = refusal()
+    assert text.startswith(f"setting {env_name}: ")
+    assert all(choice in text for choice in choices)
+
+
+def test_the_length_of_the_user_agent():
+    assert load(user_agent="x" * 200).user_agent == "x" * 200
+    assert (bound("user_agent", MinLen).min_length, bound("user_agent", MaxLen).max_length) == (1, 200)
+    for value in ("", "x" * 201):
+        assert "DISPATCHER_USER_AGENT" in refusal(user_agent=value)
+
+
+@pytest.mark.parametrize(("value", "allowed"), [("true", True), ("1", True), ("off", False), ("0", False)])
+def test_a_switch(value, allowed, monkeypatch):
+    monkeypatch.setenv("DISPATCHER_ALLOW_HTTP", value)
+    assert load().allow_http is allowed
+    monkeypatch.setenv("DISPATCHER_ALLOW_HTTP", "perhaps")
+    assert refusal().startswith("setting DISPATCHER_ALLOW_HTTP: ")
+
+
+@pytest.mark.parametrize(
+    ("value", "schedule"),
+    [
+        ("5", (5,)),
+        ("5,30,120", (5, 30, 120)),
+        (" 5, 30 ,120,", (5, 30, 120)),
+        ("5 30", (5, 30)),
+        (",".join(["1"] * 50), (1,) * 50),
+        ([5, 30], (5, 30)),
+        ((5, 30), (5, 30)),
+    ],
+)
+def test_a_retry_schedule(value, schedule):
+    assert load(retry_schedule_s=value).retry_schedule_s == schedule
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("", "give 1 to 50"),
+        (" , ", "give 1 to 50"),
+        ([], "give 1 to 50"),
+        (",".join(["1"] * 51), "give 1 to 50"),
+        (5, "give 1 to 50"),
+        (None, "give 1 to 50"),
+        ({"a": 1}, "give 1 to 50"),
+        ("5,0", "at least 1 second"),
+        ("-5", "at least 1 second"),
+        ("5,soon", "valid integer"),
+        ("1.5", "valid integer"),
+        ([[5]], "valid integer"),
+    ],
+)
+def test_a_bad_retry_schedule(value, words):
+    text = refusal(retry_schedule_s=value)
+    assert text.startswith("setting DISPATCHER_RETRY_SCHEDULE_S: ")
+    assert words in text
+
+
+@pytest.mark.parametrize(
+    ("value", "networks"),
+    [
+        ("", ""),
+        ("10.1.0.0/16, fd00:1::/48", "10.1.0.0/16 fd00:1::/48"),
+        (["10.1.0.0/16", "::1"], "10.1.0.0/16 ::1"),
+        ([], ""),
+    ],
+)
+def test_allowed_networks(value, networks):
+    settings = load(allowed_networks=value, allow_http=True)
+    assert settings.address_policy.allowed_networks == parse_networks(networks)
+    assert settings.address_policy.allow_http
+    assert not load().address_policy.allow_http
+
+
+@pytest.mark.parametrize(
+    "value", ["10.0.0.0/33", "everywhere", "10.0.0.1/8", ["10.0.0.0/8", "x"], [5, "x"], 5, None, {"a": 1}]
+)
+def test_bad_allowed_networks(value):
+    assert refusal(allowed_networks=value).startswith("setting DISPATCHER_ALLOWED_NETWORKS: ")
+
+
+def test_paths_and_texts():
+    settings = load(data_dir="/a/b", ca_file="c.pem", database_url="postgresql://h/d")
+    assert (settings.data_dir, settings.ca_file, settings.database_url) == (
+        Path("/a/b"),
+        Path("c.pem"),
+        "postgresql://h/d",
+    )
+    assert refusal(ca_file=5).startswith("setting DISPATCHER_CA_FILE: ")
+
+
+def test_every_setting_is_tried_here():
+    tried = {
+        *BOUNDS,
+        "doorbell",
+        "log_level",
+        "log_format",
+        "user_agent",
+        "allow_http",
+        "retry_schedule_s",
+        "allowed_networks",
+    }
+    assert set(FIELDS) == tried | {"data_dir", "ca_file", "database_url"}
+
+
+def test_every_setting_says_what_it_is_for():
+    for name, field in FIELDS.items():
+        assert field.description, name
+        assert field.description.endswith("."), name
+
+
+def test_the_defaults_are_good():
+    settings = Settings.model_validate(load().model_dump())
+    assert settings == load()
+    for name in BOUNDS:
+        assert BOUNDS[name][0] <= getattr(settings, name) <= BOUNDS[name][1]
+
+
+def test_settings_do_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        load().slots = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("euid", "xdg", "path"),
+    [
+        (0, None, "/var/lib/dispatcher"),
+        (0, "/x", "/var/lib/dispatcher"),
+        (1000, "/x", "/x/dispatcher"),
+        (1000, None, "/home/u/.local/share/dispatcher"),
+    ],
+)
+def test_where_data_is_kept(euid, xdg, path, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: euid)
+    monkeypatch.setenv("HOME", "/home/u")
+    if xdg is None:
+        monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    else:
+        monkeypatch.setenv("XDG_DATA_HOME", xdg)
+    assert load().data_dir == Path(path)
+
+
+# Where values come from
+
+
+def test_an_override_goes_before_the_environment_the_file_and_the_default(toml, monkeypatch):
+    default = load().slots
+    path = toml("slots = 11\nin_flight_max = 12\npoll_ms = 13\n")
+    monkeypatch.setenv("DISPATCHER_SLOTS", "21")
+    monkeypatch.setenv("DISPATCHER_IN_FLIGHT_MAX", "22")
+    settings = load(path, slots=31)
+    assert (settings.slots, settings.in_flight_max, settings.poll_ms) == (31, 22, 13)
+    assert default not in (11, 21, 31)
+
+
+def test_the_environment_may_name_the_file(toml, monkeypatch):
+    monkeypatch.setenv("DISPATCHER_CONFIG", str(toml("slots = 11")))
+    assert load().slots == 11
+
+
+def test_a_file_may_hold_every_setting(toml):
+    settings = load(
+        toml(
+            'database_url = "postgresql://h/d"\nretry_schedule_s = [5, 30]\nallowed_networks = ["10.0.0.0/8", "::1"]\n'
+            'allow_http = true\ngrace_s = 1.5\nlog_level = "debug"\nca_file = "/ca.pem"\n'
+        )
+    )
+    assert (settings.retry_schedule_s, settings.allow_http, settings.grace_s) == ((5, 30), True, 1.5)
+    assert settings.address_policy.allowed_networks == parse_networks("10.0.0.0/8 ::1")
+
+
+# What is said about a bad one
+
+
+def test_all_bad_settings_are_named_at_once(toml, monkeypatch):
+    monkeypatch.setenv("DISPATCHER_SLOTS", "0")
+    lines = refusal(toml("poll_ms = 0\nretry_schedule_s = 5\n")).splitlines()
+    assert [line.split(":")[0] for line in sorted(lines)] == [
+        "setting DISPATCHER_POLL_MS",
+        "setting DISPATCHER_RETRY_SCHEDULE_S",
+        "setting DISPATCHER_SLOTS",
+    ]
+
+
+@pytest.mark.parametrize("name", ["DISPATCHER_SLOT", "DISPATCHER_", "DISPATCHER_CONFIGS", "DISPATCHER_SLOTS_"])
+def test_an_unknown_name_in_the_environment_is_refused(name, monkeypatch):
+    monkeypatch.setenv(name, "hunter2")
+    text = refusal()
+    assert text.startswith(f"{name} is not a setting")
+    assert "hunter2" not in text
+
+
+def test_others_environment_is_none_of_our_business(monkeypatch):
+    monkeypatch.setenv("DISPATCH_SLOTS", "0")
+    monkeypatch.setenv("SLOTS", "0")
+    assert load() == load()
+
+
+def test_an_unknown_name_in_the_file_is_refused(toml):
+    path = toml('slot = "hunter2"')
+    assert refusal(path) == f"slot in {path} is not a setting; see the table in README.md"
+
+
+@pytest.mark.parametrize("content", ["slots = ", "slots 5", b"\xff = 1", 'a = "', "slots = 1\nslots = 2"])
+def test_a_file_that_is_no_toml_is_refused(content, toml):
+    path = toml(content)
+    assert refusal(path).startswith(f"the settings file {path} is not valid TOML: ")
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "none.toml"
+    assert refusal(path) == f"the settings file {path} does not exist; correct --config or DISPATCHER_CONFIG"
+    assert "does not exist" in refusal(tmp_path)  # a directory
+    monkeypatch.setenv("DISPATCHER_CONFIG", str(path))
+    assert "does not exist" in refusal()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'database_url = ["postgresql://u:hunter2@h/d"]',
+        'database_uri = "postgresql://u:hunter2@h/d"',
+        "[database_url]\nx = 'postgresql://u:hunter2@h/d'",
+        "database_url = 'postgresql://u:hunter2@h/d'\nslots = 0",
+        "database_url = 'postgresql://u:hunter2@h/d",
+        "database_url = postgresql://u:hunter2@h/d",
+    ],
+)
+def test_no_error_shows_the_database_url(text, toml):
+    assert "hunter2" not in refusal(toml(text))
+
+
+def test_no_listing_shows_the_database_url(monkeypatch):
+    monkeypatch.setenv("DISPATCHER_DATABASE_URL", "postgresql://u:hunter2@h/d")
+    settings = load()
+    assert settings.database_url == "postgresql://u:hunter2@h/d"
+    assert "hunter2" not in f"{settings} {settings!r}"
+    monkeypatch.setenv("DISPATCHER_SLOTS", "0")
+    assert "hunter2" not in refusal()
+
+
+def test_the_prefix_is_the_documented_one():
+    assert settings_module.ENV_PREFIX == "DISPATCHER_"
