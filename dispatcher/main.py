@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import resource
 import signal
 import socket
 
@@ -22,9 +23,12 @@ _log = structlog.get_logger(room="main")
 GC_THRESHOLDS = (50_000, 20, 100)
 
 
+DESCRIPTORS_SPARE = 100  # for the database, logs, name look-ups and the listener of whoever embeds us
+
+
 def make_transport(settings: Settings) -> Pool:
     limits = Limits(
-        sockets_max=settings.sockets_max,
+        sockets_max=allowed_sockets(settings.sockets_max),
         sockets_per_origin_max=settings.sockets_per_origin_max,
         idle_s=settings.idle_socket_s,
         connect_s=settings.connect_timeout_s,
@@ -71,6 +75,29 @@ async def serve(settings: Settings, dsn: str) -> None:
         raise ForcedStopError(signals[1], signal.Signals(signals[1]).name) from None
     finally:
         await transport.close()
+
+
+def allowed_sockets(wanted: int) -> int:
+    """Raise the limit of descriptors as far as it goes, and return how many sockets that leaves, at most `wanted`.
+
+    Running out of descriptors would look like a receiver's failure; so the pool is made smaller than the limit.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + DESCRIPTORS_SPARE
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    allowed = max(1, soft - DESCRIPTORS_SPARE)
+    _log.warning(
+        "descriptors.few",
+        limit=hard,
+        sockets=allowed,
+        wanted=wanted,
+        remedy="raise it (ulimit -Hn, LimitNOFILE=) or lower DISPATCHER_SOCKETS_MAX",
+    )
+    return allowed
 
 
 def tune_gc() -> None:

@@ -93,7 +93,7 @@ class Settings(BaseSettings):
         description="Networks that endpoints may be in although they are private, comma-separated CIDRs; http:// is allowed there too.",
     )
     user_agent: str = Field(
-        "dispatcher/1 (webhooks)", min_length=1, max_length=200, description="User-Agent of every POST."
+        "dispatcher/1 (webhooks)", max_length=200, pattern=r"^[!-~][ -~]*$", description="User-Agent of every POST."
     )
 
     # ── lanes ──
@@ -105,7 +105,7 @@ class Settings(BaseSettings):
         67_108_864,
         ge=1_048_576,
         le=17_179_869_184,
-        description="Payload bytes in memory in all; also twice what one read may fetch.",
+        description="Payload bytes in memory in all.",
     )
 
     # ── retrying ──

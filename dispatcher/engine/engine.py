@@ -259,7 +259,7 @@ class Incarnation:
         self.sender.hold("stopping")
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
-        self.reader.after_read(lambda: None)
+        self.reader.stopped()
         drained = asyncio.create_task(self.sender.drain())
         await asyncio.wait([drained, recorder, *others], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
         drained.cancel()

@@ -6,7 +6,7 @@ without an await: head, gaps, cursors and queues change together.
 
 When nothing is new, the reader polls a few times and then tries to sleep: it arms the doorbell, looks once more at the
 head and at every open gap, and waits to be rung. While it sleeps it still serves lanes and retries, and looks once a
-second in case the ring was lost.
+second in case a ring was lost. Rung, it reads and sleeps on; only when rings come fast does it disarm and poll.
 
 A batch that was committed while a read was under way is released only after that read has been applied: what the read
 saw may predate the commit, and only the lane's hands say then that an event is settled.
@@ -37,6 +37,7 @@ POLL_S = 0.0005  # between polls while events were just coming
 POLLS_BEFORE_SLEEP = 4
 DOZE_RETRY_MAX_S = 0.02  # while a transaction that chose silence keeps us awake
 ASLEEP_POLL_S = 1.0
+RINGS_PER_S, RINGS_WINDOW_S = 1_500, 0.05  # above that rate the doorbell is disarmed, and the reader polls
 FULL_WAIT_S = 0.02  # at the memory bound: 400 deliveries at 20,000 a second
 
 
@@ -71,6 +72,8 @@ class Reader:
         self._start_last_id = 0
         self._wake = asyncio.Event()
         self._rung = True  # the head must be read
+        self._rings = 0
+        self._rings_since = 0.0
         self._reading = False
         self._after_read: list[Callable[[], None]] = []
         self._lagging: dict[Lane, None] = {}  # want a page, in turn
@@ -95,6 +98,7 @@ class Reader:
     def ring(self) -> None:
         """Something was committed."""
         self._rung = True
+        self._rings += 1
         self._wake.set()
 
     def look(self, lane: Lane) -> None:
@@ -132,12 +136,10 @@ class Reader:
         while True:
             self._wake.clear()
             rung, self._rung = self._rung, False
-            if self.asleep and rung:
-                await self._get_up()
             came = False
-            if not self.asleep or self._slept_long():
+            if rung or not self.asleep or self._slept_long():
                 came = await self._read_head_to_end()
-                if came and self.asleep:
+                if came and self.asleep and (not rung or self._rings_often()):
                     await self._get_up()
             if await self._read_other() or came:
                 idle_polls, doze_retry_s = 0, POLL_S
@@ -149,7 +151,7 @@ class Reader:
             elif self._lagging or self._retrying:
                 await asyncio.sleep(0)
             elif self.asleep:
-                await self._wait(ASLEEP_POLL_S)
+                await self._wait(self._asleep_since + ASLEEP_POLL_S - self._clock.now())
             elif not self._doorbell:
                 await self._wait(self._poll_s)
             elif idle_polls < POLLS_BEFORE_SLEEP:
@@ -163,12 +165,17 @@ class Reader:
         self.asleep = False
         self._rung = True
         self.gaps.forget_barriers()
+        self.stopped()
+
+    def stopped(self) -> None:
+        """Whatever read was under way will never be applied: release what waited for it."""
+        self._applied()
 
     async def _wait(self, longest_s: float) -> None:
         """Wait for a wake-up, the next retry, the next look at a gap, or `longest_s`."""
         now = self._clock.now()
         wait_s = longest_s
-        if self.gaps and (not self.asleep or self.gaps.is_pending):
+        if self.gaps and not self._lanes.memory.is_full and (not self.asleep or self.gaps.is_pending):
             wait_s = min(wait_s, self.gaps.next_at(now) - now)
         if self._retry_times:
             wait_s = min(wait_s, (self._retry_times[0][0] - self._clock.wall_us()) / 1e6)
@@ -205,6 +212,19 @@ class Reader:
         await self._store.disarm_doorbell()
         self._applied()
 
+    def _rings_often(self) -> bool:
+        """Tell whether ringing costs producers more than polling costs us: their NOTIFYs are serialised, about 4,000 a second at the most.
+
+        Below that the doorbell stays armed while events come one by one: a ring arrives sooner than the next poll.
+        """
+        now = self._clock.now()
+        elapsed = now - self._rings_since
+        if elapsed < RINGS_WINDOW_S:
+            return False
+        often = self._rings > RINGS_PER_S * elapsed
+        self._rings, self._rings_since = 0, now
+        return often
+
     def _slept_long(self) -> bool:
         now = self._clock.now()
         if self.asleep and now - self._asleep_since >= ASLEEP_POLL_S:
@@ -239,23 +259,21 @@ class Reader:
     def _apply_head(self, page: HeadPage) -> bool:
         now = self._clock.now()
         old_head = self.head
+        attempted = page.attempted
         split = 0
+        # Before the head moves: a lane without room for one of these falls behind at the old head, or it would never see what lies above.
         for event in page.events:
             if event.id > old_head:
                 break
+            self.gaps.found_young(event.id)
+            self._found(event, attempted[split] if attempted is not None else (), now)
             split += 1
         above = page.events[split:]
         last_seen = above[-1].id if above else old_head
         self.head = last_seen if page.full else max(self._last_id, last_seen)
         self.gaps.passed(old_head, self.head, [event.id for event in above], now)
-        attempted = page.attempted
-        for n, event in enumerate(page.events):
-            skip = attempted[n] if attempted is not None else ()
-            if n < split:
-                self.gaps.found_young(event.id)
-                self._found(event, skip, now)
-            else:
-                self._offer(event, skip, now)
+        for n, event in enumerate(above, start=split):
+            self._offer(event, attempted[n] if attempted is not None else (), now)
         self.gaps.age(now)
         self._last_id = max(self._last_id, page.last_id)
         self._counters.events_read += len(page.events)
@@ -281,7 +299,9 @@ class Reader:
 
     def _found(self, event: Event, skip: Sequence[int], now: float) -> None:
         """Give an event that appeared in a gap to its lanes. A lagging lane whose cursor is below meets it by itself."""
+        wanted = False
         for lane in wanting(self._lanes.routes(event.account_id, event.type), event.id):
+            wanted = True
             if (
                 event.id in lane.hands
                 or lane.id in skip
@@ -299,6 +319,8 @@ class Reader:
                 lane.add_hole(event.id)
                 self._lanes.fall_behind(lane, self.head, drop=lane.cant_send(now))
                 self.look(lane)
+        if not wanted:
+            self._counters.events_unwanted += 1
 
     async def _head_room(self) -> int:
         """Return how many rows the head may bring; 0 at the memory bound."""

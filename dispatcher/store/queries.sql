@@ -313,7 +313,6 @@ FROM disabled;
 SELECT current_setting('server_version_num')::integer AS version_num,
        current_setting('server_encoding') AS encoding,
        pg_is_in_recovery() AS in_recovery,
-       to_regclass('webhook.schema_version') IS NOT NULL AS installed,
        current_user AS role;
 
 -- name: schema_version

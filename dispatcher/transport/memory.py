@@ -141,7 +141,7 @@ class MemoryTransport(Room):
 
 
 class MemoryConnection:
-    """Owned by its transport. `_serial` tells the request under way from earlier ones, whose events come to nothing."""
+    """Owned by its transport. Once it is closed, what was still to happen on it comes to nothing."""
 
     def __init__(
         self, room: Room, origin: Origin, receiver: Receiver, limits: Limits, latency: Callable[[], float]
@@ -156,7 +156,6 @@ class MemoryConnection:
         self._latency = latency
         self._loop = asyncio.get_running_loop()
         self._on_done: Callable[[Outcome], None] | None = None  # set while a request is under way
-        self._serial = 0
         self._total_deadline = 0.0
         self._status: int | None = None
         self._peer_gone = False
@@ -164,15 +163,14 @@ class MemoryConnection:
     def post(self, request: bytes, timeout_s: float, on_done: Callable[[Outcome], None]) -> None:
         assert self._on_done is None, "one request at a time"
         self._on_done = on_done
-        self._serial += 1
         self._status = None
         now = self._loop.time()
         self._total_deadline = now + timeout_s
         self.deadline = now + min(timeout_s, self._limits.headers_s)
         if self.closed or self._peer_gone:
-            self._loop.call_soon(self._lost, self._serial)
+            self._loop.call_soon(self._lost)
         else:
-            self._loop.call_later(self._latency(), self._arrive, request, self._serial)
+            self._loop.call_later(self._latency(), self._arrive, request)
 
     def close(self) -> None:
         """Hang up; a request in flight ends as a reset."""
@@ -183,7 +181,7 @@ class MemoryConnection:
     def lose(self) -> None:
         """Let the peer hang up."""
         self._drop()
-        self._lost(self._serial)
+        self._lost()
 
     def expire(self) -> None:
         """Called by the sweep when `deadline` has passed."""
@@ -193,27 +191,27 @@ class MemoryConnection:
             what = "headers of an answer" if self._status is None else "answer"
             self._fail(Fault.TIMEOUT, f"no complete {what} in time")
 
-    def _arrive(self, request: bytes, serial: int) -> None:
+    def _arrive(self, request: bytes) -> None:
         reply = self._receiver.take(request)
         if reply.status is not None or reply.fault is not None:
-            self._loop.call_later(reply.head_s, self._head, reply, serial)
+            self._loop.call_later(reply.head_s, self._head, reply)
 
-    def _head(self, reply: Reply, serial: int) -> None:
-        if self._on_done is None or serial != self._serial:
+    def _head(self, reply: Reply) -> None:
+        if self.closed:
             return
         if reply.status is None:
             if reply.fault is Fault.RESET:
-                self._lost(serial)
+                self._lost()
             else:
                 assert reply.fault is not None
                 self._fail(reply.fault, "not HTTP/1.1")
             return
         self._status = reply.status
         self.deadline = self._total_deadline
-        self._loop.call_later(reply.body_s, self._rest, reply, serial)
+        self._loop.call_later(reply.body_s, self._rest, reply)
 
-    def _rest(self, reply: Reply, serial: int) -> None:
-        if self._on_done is None or serial != self._serial:
+    def _rest(self, reply: Reply) -> None:
+        if self.closed:
             return
         assert reply.status is not None
         if reply.fault is not None:
@@ -223,8 +221,8 @@ class MemoryConnection:
         head = b"HTTP/1.1 %d\r\n\r\n" % reply.status
         self._finish(outcome_of_answer(reply.status, reply.retry_after, head), keep=reply.then != "close")
 
-    def _lost(self, serial: int) -> None:
-        if self._on_done is None or serial != self._serial:
+    def _lost(self) -> None:
+        if self._on_done is None:  # told already
             return
         if self.kept and self._status is None:
             self._finish(Outcome(Fault.STALE, detail="the kept-alive connection was closed"), keep=False)

@@ -42,9 +42,8 @@ class Resolver:
         cached = self._cache.get(host)
         if cached is not None and cached[0] > loop.time():
             if isinstance(cached[1], str):
-                raise UnresolvedError(
-                    cached[1]
-                )  # a new one: an exception raised again keeps every traceback it has had
+                # A new one each time: an exception that is raised again keeps every traceback it has had.
+                raise UnresolvedError(cached[1])
             return cached[1]
         task = self._lookups.get(host)
         if task is None:

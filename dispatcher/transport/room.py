@@ -79,8 +79,10 @@ class Room:
         self._connections: dict[Kept, None] = {}  # open; it is what makes a connection count
         self._opening: dict[asyncio.Task[Kept | Outcome], None] = {}  # owned here, ended by close()
         self._turns: deque[_Line] = deque()  # wait for room in all; entries whose need has gone are skipped
-        self._aging: deque[tuple[float, Kept]] = deque()  # see _oldest_idle
-        self._idled = False  # something has become idle since _aging was filled
+        # What became idle, oldest first, with its deadline then. It is written at the bound only, where it is needed, and is not let grow;
+        # `_idled`: more has become idle since, to be found by a look at all origins.
+        self._aging: deque[tuple[float, Kept]] = deque()
+        self._idled = False
         self._sweeper: asyncio.TimerHandle | None = None
         self._closing = False
         self.count = 0  # open and opening, in all
@@ -115,8 +117,7 @@ class Room:
         if line.waiting or self._turns:
             self._pass_on(line, kept)
         else:
-            line.idle.append(kept)
-            self._idled = True
+            self._set_idle(line, kept)
 
     def connect(self, origin: Origin, on_ready: Ready, *, fresh: bool = False) -> None:
         loop = asyncio.get_running_loop()
@@ -169,9 +170,9 @@ class Room:
     # ── room ──
 
     def _take_room(self, line: _Line) -> bool:
-        """Count one more connection if there is room, or an idle one makes way; False if the line must wait."""
-        if line.waiting:
-            return False  # in order
+        """Count one more connection if there is room, or an idle one makes way; False if the line must wait.
+
+        Nobody is overtaken: while anybody waits for what this asks for, it finds neither."""
         victim = None
         if line.count >= self._limits.sockets_per_origin_max:
             if not line.idle:
@@ -214,8 +215,7 @@ class Room:
         ):
             connection.close()  # its room goes to `first`
         elif not line.waiting:
-            line.idle.append(connection)  # those who waited have gone
-            self._idled = True
+            self._set_idle(line, connection)  # those who waited have gone
         elif line.waiting[0].fresh:
             connection.close()
         else:
@@ -239,11 +239,17 @@ class Room:
             self._turns.popleft().in_turn = False
         return None
 
-    def _oldest_idle(self) -> Kept | None:
-        """Find the idle connection that is nearest its end.
+    def _set_idle(self, line: _Line, connection: Kept) -> None:
+        line.idle.append(connection)
+        if self._idled:
+            return
+        if self.count < self._limits.sockets_max or len(self._aging) >= 2 * self._limits.sockets_max:
+            self._idled = True
+        else:
+            self._aging.append((connection.deadline, connection))
 
-        A look at all origins serves as many evictions as it found connections: whatever becomes idle later is younger than those. It sorts,
-        which 10,000 origins make 3 ms; an eviction costs a handshake anyway."""
+    def _oldest_idle(self) -> Kept | None:
+        """Find the connection that has been idle for longest. Looking at 10,000 origins costs 3 ms, so one look serves many calls."""
         while True:
             while self._aging:
                 deadline, connection = self._aging.popleft()
