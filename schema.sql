@@ -99,7 +99,7 @@ CREATE TABLE IF NOT EXISTS webhook.attempt (
     response_head bytea,
     CONSTRAINT attempt_pkey PRIMARY KEY (event_id, endpoint_id, run, number),
     CONSTRAINT attempt_number_counts CHECK (number >= 0 AND run >= 0 AND duration_us >= 0),
-    CONSTRAINT attempt_delivered_is_2xx CHECK (fault IS NOT NULL OR status BETWEEN 200 AND 299)
+    CONSTRAINT attempt_delivered_is_2xx CHECK (fault IS NOT NULL OR (status IS NOT NULL AND status BETWEEN 200 AND 299))
 ) PARTITION BY RANGE (event_id);
 
 CREATE INDEX IF NOT EXISTS attempt_failed ON webhook.attempt (endpoint_id, event_id) WHERE fault IS NOT NULL;
@@ -235,7 +235,9 @@ CREATE TABLE IF NOT EXISTS webhook.endpoint (
     CONSTRAINT endpoint_rate_range CHECK (rate_per_s > 0 AND rate_per_s <= 100000),
     CONSTRAINT endpoint_burst_range CHECK (rate_burst BETWEEN 1 AND 100000),
     CONSTRAINT endpoint_in_flight_range CHECK (in_flight_max BETWEEN 1 AND 4000),
-    CONSTRAINT endpoint_retry_schedule_range CHECK (cardinality(retry_schedule_s) BETWEEN 1 AND 50 AND 0 < ALL (retry_schedule_s)),
+    CONSTRAINT endpoint_retry_schedule_range CHECK (
+        cardinality(retry_schedule_s) BETWEEN 1 AND 50 AND array_position(retry_schedule_s, NULL) IS NULL AND 0 < ALL (retry_schedule_s)
+    ),
     CONSTRAINT endpoint_state_known CHECK (state IN ('draft', 'live', 'paused', 'disabled', 'deleted')),
     CONSTRAINT endpoint_paused_knows_where CHECK (state <> 'paused' OR paused_at_id IS NOT NULL)
 );

@@ -1,8 +1,9 @@
 """Latency: from the producer's commit, acknowledged, to the receiver having the whole request.
 
-Open loop: events are committed one by one at instants drawn in advance (Poisson arrivals), whether or not the earlier ones have arrived, so a stall
-counts for everything that was due meanwhile (no coordinated omission). Producer and receiver share a process and its clock.
-Misleading when: that process, which makes one commit per event, is itself late; its lateness is reported beside as `producer_late_p99_ms`.
+Open loop: events are committed one by one at instants drawn in advance (Poisson arrivals), whether or not the earlier
+ones have arrived, so a stall counts for everything that was due meanwhile (no coordinated omission). Producer and
+receiver share a process and its clock. Misleading when: that process, which makes one commit per event, is itself late;
+its lateness is reported beside as `producer_late_p99_ms`.
 """
 
 import asyncio
@@ -75,7 +76,7 @@ async def _produce(
         late.append((time.perf_counter() - due) * 1e3)
         await producer.execute(
             "INSERT INTO webhook.outbox (account_id, type, payload) VALUES ($1, 'message.delivered', $2)",
-            f"acct_{n % endpoints}", '{"text":"%s","n":%d}' % ("x" * 380, n),
+            f"acct_{n % endpoints}", f'{{"text":"{"x" * 380}","n":{n}}}',
         )  # fmt: skip
         committed[n] = time.perf_counter()
         free.put_nowait(producer)

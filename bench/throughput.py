@@ -114,7 +114,8 @@ async def _tuple_stats(connection: Any) -> int:
     """Return rows updated or deleted so far in schema webhook, but for the checkpoint."""
     await connection.execute("SELECT pg_stat_force_next_flush(), pg_stat_clear_snapshot()")
     changed: int = await connection.fetchval(
-        "SELECT coalesce(sum(n_tup_upd + n_tup_del), 0)::bigint FROM pg_stat_user_tables WHERE schemaname = 'webhook' AND relname <> 'checkpoint'"
+        "SELECT coalesce(sum(n_tup_upd + n_tup_del), 0)::bigint FROM pg_stat_user_tables "
+        "WHERE schemaname = 'webhook' AND relname <> 'checkpoint'"
     )
     return changed
 

@@ -6,11 +6,12 @@ import os
 import resource
 import signal
 import socket
+import ssl
 
 import structlog
 
 from dispatcher.engine.engine import Engine
-from dispatcher.errors import ForcedStopError
+from dispatcher.errors import ForcedStopError, InputError
 from dispatcher.ports import Limits
 from dispatcher.settings import Settings
 from dispatcher.store.postgres import PgStore
@@ -38,7 +39,12 @@ def make_transport(settings: Settings) -> Pool:
         head_kept_bytes=settings.response_head_kept_bytes,
         dns_ttl_s=settings.dns_ttl_s,
     )
-    tls = make_tls_context(None if settings.ca_file is None else str(settings.ca_file))
+    try:
+        tls = make_tls_context(None if settings.ca_file is None else str(settings.ca_file))
+    except ssl.SSLError as exc:
+        raise InputError(
+            f"setting DISPATCHER_CA_FILE: {settings.ca_file} holds no certificate in PEM form ({exc.reason})"
+        ) from exc
     return Pool(limits, settings.address_policy, tls=tls)
 
 

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, FilePath, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -86,7 +86,9 @@ class Settings(BaseSettings):
         2_048, ge=0, le=65_536, description="What is kept of a failed attempt's answer."
     )
     dns_ttl_s: float = Field(30, ge=1, le=3_600, description="Upper bound on how long a looked-up address is used.")
-    ca_file: Path | None = Field(None, description="CA bundle (PEM) for endpoints' certificates. Unset: the system's.")
+    ca_file: FilePath | None = Field(
+        None, description="CA bundle (PEM) for endpoints' certificates. Unset: the system's."
+    )
     allow_http: bool = Field(False, description="Allow plain http:// endpoints anywhere.")
     allowed_networks: Annotated[str, NoDecode] = Field(
         "",

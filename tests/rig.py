@@ -188,4 +188,4 @@ async def rig(
             await made.kill()
         await made.transport.close()
         await made.sink.stop()
-        await db.close()
+        await made.db.close()  # the one in use: a test may have connected again

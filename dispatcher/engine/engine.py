@@ -227,7 +227,7 @@ class Incarnation:
 
     async def run(self) -> None:
         """Run the tasks until stopped (returns) or until one fails for good (raises its error)."""
-        await self.config.look()  # the first lease
+        await self._persist("config", self.config.look, once=True)  # the first lease
         for lane in self.lanes:
             self.reader.look(lane)
         reader = asyncio.create_task(self._persist("reader", self._read))

@@ -58,7 +58,7 @@ class Reader:
         gaps: Gaps | None = None,
     ) -> None:
         self.head = 0
-        self.gaps = gaps or Gaps()
+        self.gaps = Gaps() if gaps is None else gaps  # an empty one is falsy
         self.asleep = False
         self._store = store
         self._lanes = lanes
@@ -397,9 +397,10 @@ class Reader:
             room = 0 if lane.gone else lane.room(self._clock.now())
             if not room or (lane.live and not lane.holes):
                 continue
-            came = await (self._read_holes(lane, room) if lane.holes else self._read_account(lane, room))
-            self.look(lane)  # to the end of the line, if it wants more
-            return came
+            try:
+                return await (self._read_holes(lane, room) if lane.holes else self._read_account(lane, room))
+            finally:
+                self.look(lane)  # to the end of the line, if it wants more; also when the read failed
         return False
 
     async def _read_holes(self, lane: Lane, room: int) -> bool:
@@ -521,7 +522,11 @@ class Reader:
             lane.next_retry_us = None  # what is noted from here on is younger than the page
             moved = lane.moved
             self._reading = True
-            page = await self._store.due_retries(lane.id, room + in_hand, READ_BYTES_MAX)
+            try:
+                page = await self._store.due_retries(lane.id, room + in_hand, READ_BYTES_MAX)
+            except BaseException:
+                self.note_retry(lane, 0)  # it still wants them
+                raise
             self._counters.retry_reads += 1
             more = page.full
             came = False

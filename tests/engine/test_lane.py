@@ -14,7 +14,7 @@ from dispatcher.domain.breaker import BreakerLimits, BreakerState
 from dispatcher.domain.endpoint import EndpointState
 from dispatcher.domain.outcome import RetryPolicy
 from dispatcher.domain.ranges import IdRanges
-from dispatcher.engine.lane import HOLES_MAX, RETRIES_MAX, RECENT_S, SLOW_S, Lane, LaneLimits
+from dispatcher.engine.lane import HOLES_MAX, RECENT_S, RETRIES_MAX, SLOW_S, Lane, LaneLimits
 from dispatcher.settings import Settings
 from tests.engine.build import LIMITS, make_endpoint, make_event, make_lane, make_retry
 
