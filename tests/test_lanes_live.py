@@ -4,8 +4,10 @@ import asyncio
 import itertools
 
 import orjson
+import pytest
 
 from dispatcher.domain.breaker import BreakerState
+from dispatcher.errors import DatabaseRefusedError
 from dispatcher.sink import Behaviour
 from tests.rig import rig, until
 
@@ -294,3 +296,11 @@ async def test_room_of_a_share_is_not_left_to_lanes_that_cannot_use_it(dsn: str)
         await r.db.execute("UPDATE webhook.endpoint SET state = 'paused', paused_at_id = 0 WHERE account_id = 'paused'")
         await until(lambda: all(lane(r, one).held for one in paused))
         await until(lambda: r.by_path()["/well"] == 1, within_s=5)
+
+
+async def test_a_sequence_that_gets_a_cache_stops_the_engine_with_the_remedy(dsn: str) -> None:
+    async with rig(dsn) as r:
+        await r.db.execute("ALTER SEQUENCE webhook.outbox_id_seq CACHE 50")
+        with pytest.raises(DatabaseRefusedError, match="CACHE 1"):
+            await asyncio.wait_for(asyncio.shield(r.task), 5)
+        r.task = None

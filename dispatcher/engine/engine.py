@@ -292,7 +292,8 @@ class Incarnation:
             await self._owner_lost.wait()
             self._owner_lost.clear()
             await self._persist("owner", self._store.hold_ownership, once=True)
-            self.sender.unhold("owner lost")
+            if not self._owner_lost.is_set():  # lost again before we came to run
+                self.sender.unhold("owner lost")
 
     async def _persist(self, what: str, work: Callable[[], Awaitable[None]], *, once: bool = False) -> None:
         """Run `work` again and again while the database is away (`once`: until it ends without that)."""

@@ -133,8 +133,8 @@ class Sender:
 
     def _pump(self) -> None:
         self._pumping = False
-        now = self._clock.now()
-        while self._line and self.may_start(now):
+        # Now, at every turn: a process that was frozen in the middle of this must not finish it as if no time had passed.
+        while self._line and self.may_start(now := self._clock.now()):
             lane = self._line.popleft()
             lane.in_ready = False
             self._serve(lane, now)

@@ -13,6 +13,7 @@ import asyncpg
 
 from dispatcher.errors import DatabaseRefusedError
 from dispatcher.settings import Settings
+from dispatcher.store.postgres import CACHED_SEQUENCE
 from dispatcher.store.session import Connection
 from dispatcher.store.sql import SQL, load
 
@@ -89,10 +90,7 @@ async def check(connection: Connection, settings: Settings) -> list[str]:
         )
     cache = await connection.fetchval(SQL.sequence_cache)
     if cache != 1:
-        raise DatabaseRefusedError(
-            f"the sequence webhook.outbox_id_seq has CACHE {cache}: sessions would commit ids long after their neighbours were read, and "
-            "those events would be lost; run ALTER SEQUENCE webhook.outbox_id_seq CACHE 1"
-        )
+        raise DatabaseRefusedError(CACHED_SEQUENCE.format(cache=cache))
     warnings = []
     bound = await _payload_bound(connection)
     if bound != settings.payload_bytes_max:

@@ -20,7 +20,7 @@ from dispatcher.domain.endpoint import FOREVER, Endpoint, EndpointId, EndpointSt
 from dispatcher.domain.event import Event, PublicIds
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.domain.url import parse_url
-from dispatcher.errors import InputError
+from dispatcher.errors import DatabaseRefusedError, InputError
 from dispatcher.ports import (
     AttemptRow,
     Batch,
@@ -44,6 +44,10 @@ from dispatcher.store.sql import SQL
 _log = structlog.get_logger(room="store")
 
 PG_EPOCH_US = 946_684_800_000_000  # PostgreSQL counts from 2000-01-01
+CACHED_SEQUENCE = (
+    "the sequence webhook.outbox_id_seq has CACHE {cache}: sessions would commit ids long after their neighbours were read, "
+    "and those events would be lost; run ALTER SEQUENCE webhook.outbox_id_seq CACHE 1"
+)
 OWNER_WAIT_S = 10.0  # after a kill -9 the server may take a moment to notice that the old session is gone
 
 # Without these a plan made while a table was empty would scan it for ever; custom plans would cost 0.5 ms each over many partitions.
@@ -304,6 +308,8 @@ class PgStore:
 
     async def config_changes(self, after_seq: int, epoch: int) -> ConfigChanges:
         rows = await self._config.run(lambda c: c.fetch(SQL.config_changes, after_seq))
+        if rows[0]["cache"] != 1:
+            raise DatabaseRefusedError(CACHED_SEQUENCE.format(cache=rows[0]["cache"]))
         if rows[0]["epoch"] != epoch:
             raise FencedError(f"epoch {rows[0]['epoch']} rules, ours was {epoch}: another dispatcher took over")
         if rows[0]["seq"] is None:
