@@ -1,13 +1,22 @@
 """One POST on its way: from being taken out of its lane, over its outcome and the decision, until it is recorded."""
 
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Callable
 
 from dispatcher.domain.event import Event
 from dispatcher.domain.outcome import Decision, Outcome
 from dispatcher.engine.lane import Lane
 
-if TYPE_CHECKING:
-    from dispatcher.engine.sender import Sender, Share
+
+class Share:
+    """A bounded part of the slots. Lanes that found it full wait in its line."""
+
+    __slots__ = ("held", "limit", "line")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+        self.line: deque[Lane] = deque()
 
 
 class Delivery:
@@ -17,6 +26,7 @@ class Delivery:
     """
 
     __slots__ = (
+        "_answered",
         "again",
         "decision",
         "duration_us",
@@ -27,7 +37,6 @@ class Delivery:
         "outcome",
         "probe",
         "run",
-        "sender",
         "shares",
         "started",
         "started_us",
@@ -40,12 +49,18 @@ class Delivery:
     started: float  # monotonic
     started_us: int  # the database's clock
     probe: bool
-    shares: "tuple[Share, ...]"
+    shares: tuple[Share, ...]
 
     def __init__(
-        self, sender: "Sender", lane: Lane, event: Event, run: int, number: int, first_attempt_us: int
+        self,
+        answered: "Callable[[Delivery, Outcome], None]",
+        lane: Lane,
+        event: Event,
+        run: int,
+        number: int,
+        first_attempt_us: int,
     ) -> None:
-        self.sender = sender
+        self._answered = answered
         self.lane = lane
         self.event = event
         self.run = run
@@ -62,4 +77,4 @@ class Delivery:
         return self.number == 1 and self.run == 0
 
     def done(self, outcome: Outcome) -> None:
-        self.sender.answered(self, outcome)
+        self._answered(self, outcome)

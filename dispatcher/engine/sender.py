@@ -26,7 +26,7 @@ import structlog
 from dispatcher.domain.outcome import DELIVER, Decision, Fault, Outcome, Verdict, decide, describe
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
-from dispatcher.engine.delivery import Delivery
+from dispatcher.engine.delivery import Delivery, Share
 from dispatcher.engine.lane import SLOW_S, Lane
 from dispatcher.engine.lanes import Lanes
 from dispatcher.engine.recorder import Recorder
@@ -36,17 +36,6 @@ from dispatcher.ports import Connection, Transport
 _log = structlog.get_logger(room="sender")
 
 TURN_POSTS = 4  # a lane's POSTs per turn
-
-
-class Share:
-    """A bounded part of the slots. Lanes that found it full wait in its line."""
-
-    __slots__ = ("held", "limit", "line")
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.held = 0
-        self.line: deque[Lane] = deque()
 
 
 class Sender:
@@ -261,9 +250,9 @@ class Sender:
         """Take the next delivery out of the lane."""
         if lane.retries and lane.retry_turn():
             retry = lane.retries.popleft()
-            delivery = Delivery(self, lane, retry.event, retry.run, retry.number, retry.first_attempt_us)
+            delivery = Delivery(self.answered, lane, retry.event, retry.run, retry.number, retry.first_attempt_us)
         else:
-            delivery = Delivery(self, lane, lane.queue.popleft(), 0, 1, 0)
+            delivery = Delivery(self.answered, lane, lane.queue.popleft(), 0, 1, 0)
         if not lane.live or lane.next_retry_us is not None:
             self._look(lane)
         return delivery
