@@ -159,6 +159,10 @@ class Gaps:
         quiet = now - self._changed_at > 1.0
         return now - self._watched_at >= (WATCH_IDLE_S if quiet else WATCH_S)
 
+    def watch_now(self) -> None:
+        """Somebody has committed, and it may have been one of the holders: look at them next, however quiet it was."""
+        self._watched_at = float("-inf")
+
     def note_holders(self, holders: Holders, now: float) -> None:
         """Give new gaps their barrier, and let the others' shrink."""
         self._watched_at = now

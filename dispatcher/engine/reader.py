@@ -137,6 +137,8 @@ class Reader:
             self._wake.clear()
             rung, self._rung = self._rung, False
             came = False
+            if rung:
+                self.gaps.watch_now()
             if rung or not self.asleep or self._slept_long():
                 came = await self._read_head_to_end()
                 if came and self.asleep and (not rung or self._rings_often()):
