@@ -140,16 +140,16 @@ async def _demo(
         tune_gc()
         tasks.append(asyncio.create_task(engine.run()))
         await _either(engine.ready.wait(), tasks[0])
-        producer = asyncio.create_task(_produce(admin, tally, rate))
+        enough = asyncio.Event()
+        producer = asyncio.create_task(_produce(admin, tally, rate, enough))
         outage = asyncio.create_task(_outages(sink))
         tasks += [producer, outage]
         end = asyncio.create_task(_wait(stop, seconds))
         view = asyncio.create_task(_show(engine, tally, lanes, plain, json_out, began))
         tasks += [end, view]
         await asyncio.wait([end, *tasks[:3]], return_when=asyncio.FIRST_COMPLETED)
-        for task in (producer, outage):
-            if not task.done():
-                task.cancel()
+        enough.set()  # not cancelled: an insert under way is committed, and counted
+        outage.cancel()
         for result in await asyncio.gather(producer, outage, return_exceptions=True):
             if isinstance(result, Exception):
                 raise result
@@ -179,11 +179,11 @@ async def _make_endpoint(admin: Admin, sink: Sink, sample: Sample, rate: float) 
     return (await admin.create(ACCOUNT, config, live=True)).id
 
 
-async def _produce(admin: Admin, tally: Tally, rate: float) -> None:
+async def _produce(admin: Admin, tally: Tally, rate: float, enough: asyncio.Event) -> None:
     """Insert events at `rate`, in small statements, as a platform would."""
     platform = SmsPlatform(random.Random(), [ACCOUNT])  # noqa: S311 - samples
     began, produced = time.monotonic(), 0
-    while True:
+    while not enough.is_set():
         due = min(500, int((time.monotonic() - began) * rate) - produced)
         if due > 0:
             events = [platform.next(datetime.now(UTC)) for _ in range(due)]

@@ -55,6 +55,8 @@ _READER_PARAMETERS = {"plan_cache_mode": "force_generic_plan", "enable_seqscan":
 _RECORDER_PARAMETERS = {
     # A crash costs the recorder duplicates, never losses (DESIGN §10); producers keep their own setting.
     "synchronous_commit": "off",
+    # A process that is frozen in the middle of a batch holds the fence, and its successor's Start would wait for that as long.
+    "idle_in_transaction_session_timeout": "3s",
     # Its few joins look up a handful of rows. Planned while the log was small, one of them would hash all of it, and go on so as it grows.
     "enable_seqscan": "off",
     "enable_hashjoin": "off",
@@ -71,7 +73,12 @@ class PgStore:
         self._owner = Session(dsn, "owner", timeout_s=timeout_s)
         self._listener = Session(dsn, "listener", timeout_s=timeout_s)
         self._reader = Session(dsn, "reader", timeout_s=timeout_s, setup=_plain_codecs, parameters=_READER_PARAMETERS)
-        self._recorder = Session(dsn, "recorder", timeout_s=timeout_s, parameters=_RECORDER_PARAMETERS)
+        self._recorder = Session(
+            dsn,
+            "recorder",
+            timeout_s=timeout_s,
+            parameters=_RECORDER_PARAMETERS | {"statement_timeout": f"{timeout_s * 1000:.0f}ms"},
+        )
         self._config = Session(dsn, "config", timeout_s=timeout_s, parameters={"lock_timeout": "300ms"})
         self._sessions = (self._owner, self._listener, self._reader, self._recorder, self._config)
         self._epoch = 0

@@ -22,9 +22,10 @@ T = TypeVar("T")
 Connection = Any  # asyncpg ships no types
 
 # What means "not now" rather than "wrong": 08 connection, 53 resources, 57 operator intervention and shutdown, 58 system, 55P03 lock not
-# available, 25006 and 0A000 (an UNLOGGED table read there) a standby that is about to be promoted, 40 serialization and deadlock.
+# available, 25006 and 0A000 (an UNLOGGED table read there) a standby that is about to be promoted, 40 serialization and deadlock,
+# 25P03 and 25P04 a transaction that the server ended because we were frozen.
 _AWAY_CLASSES = ("08", "53", "57", "58", "40")
-_AWAY_STATES = ("55P03", "25006", "0A000")
+_AWAY_STATES = ("55P03", "25006", "0A000", "25P03", "25P04")
 # What means "never": 28 the login, 3D a database that isn't there.
 _REFUSED_CLASSES = ("28", "3D")
 GOODBYE_S = 0.5
