@@ -80,6 +80,7 @@ class Sender:
         self._timer_when = float("inf")
         self._serial = 0  # ties in the heap
         self._pumping = False
+        self._share_waiters = 0  # lanes in the lines of shares
         self._drained: asyncio.Event = asyncio.Event()
         self._timestamp: tuple[int, bytes] = (0, b"")
 
@@ -132,8 +133,11 @@ class Sender:
     def _call_next(self) -> None:
         """Call the first of each share's line that has room. After every turn, because who was called may have no use for the room (nothing
         to send, no longer untried), and then nobody ends who would call the next."""
+        if not self._share_waiters:
+            return
         for share in (self._untried, self._failing, self._slow):
             if share.line and share.held < share.limit:
+                self._share_waiters -= 1
                 lane = share.line.popleft()
                 lane.in_ready = False
                 self.offer(lane)
@@ -153,6 +157,7 @@ class Sender:
             if share is not None:
                 lane.in_ready = True
                 share.line.append(lane)
+                self._share_waiters += 1
                 return
             if self.in_flight >= self._slots:
                 break

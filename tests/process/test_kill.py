@@ -60,27 +60,33 @@ async def test_kill_9_under_load(dsn: str) -> None:
             assert watch.checks > 20
 
 
-async def test_frozen_for_three_seconds_while_another_wants_its_place(dsn: str) -> None:
-    """Nothing starts when it wakes up before it has seen what happened meanwhile: here, a pause.
+async def test_pauses_while_another_wants_its_place(dsn: str) -> None:
+    """A pause holds from one second after it returned; and at once, where the process was frozen when it came.
 
-    Its sessions live on, so the other is refused.
+    Its sessions live on meanwhile, so the other waits in vain and is refused.
     """
     async with rig(dsn, start=False) as r:
         paused = await r.endpoint("/slow", behaviour=Behaviour(delay_s=0.02))
         await r.endpoint("/steady")
-        async with Watch(dsn), Load(dsn, **LIGHT) as load, dispatching(dsn, in_flight_max=5) as d:
+        async with Watch(dsn), Load(dsn, **LIGHT) as load, dispatching(dsn, in_flight_max=20) as d:
             await load.more(100)
             second = await Dispatcher(dsn).launch()
             try:
+                returned = await pause(r, paused)
+                await until(lambda: time.time() > returned + 2)
+                print(f"the last POST arrived {of(r, '/slow')[-1].received_at - returned:.3f} s after the pause")
+                assert of(r, "/slow")[-1].received_at < returned + 1
+                await resume(r, paused)
+                seen = len(of(r, "/slow"))
+                await until(lambda: len(of(r, "/slow")) > seen + 50)
                 with frozen([d.process.pid]):
-                    began = time.time()
-                    await pause(r, paused)
-                    await until(lambda: time.time() > began + 0.5, what="what was on its way has arrived")
-                    before = len(of(r, "/slow"))
-                    await until(lambda: time.time() > began + 3)
-                seen = len(r.received)
-                await until(lambda: len(r.received) > seen + 50, what="deliveries to the other endpoint")
-                assert len(of(r, "/slow")) == before
+                    returned = await pause(r, paused)
+                    await until(lambda: time.time() > returned + 0.5, what="what was on its way has arrived")
+                    seen = len(of(r, "/slow"))
+                    await until(lambda: time.time() > returned + 3)
+                others = len(of(r, "/steady"))
+                await until(lambda: len(of(r, "/steady")) > others + 50)
+                assert len(of(r, "/slow")) == seen
                 await resume(r, paused)
                 await load.stop()
                 assert await second.ended(within_s=20) == 5
@@ -150,19 +156,6 @@ async def test_frozen_in_the_middle_of_a_batch_while_another_takes_over(dsn: str
                     assert f"epoch {epoch} rules" in old.errors or f"epoch {epoch - 1} is over" in old.errors, old
                     assert await settle(r, load, {"/steady": "acct"}, new) <= len(may_repeat)
                 assert twice(r) <= may_repeat
-
-
-async def test_a_pause_holds_from_one_second_after_it(dsn: str) -> None:
-    async with rig(dsn, start=False) as r:
-        paused = await r.endpoint("/slow", behaviour=Behaviour(delay_s=0.02), in_flight_max=20)
-        async with Watch(dsn), Load(dsn, **LIGHT) as load, dispatching(dsn) as d:
-            await load.more(100)
-            returned = await pause(r, paused)
-            await until(lambda: time.time() > returned + 2)
-            print(f"the last POST arrived {of(r, '/slow')[-1].received_at - returned:.3f} s after the pause")
-            assert of(r, "/slow")[-1].received_at < returned + 1
-            await resume(r, paused)
-            assert await settle(r, load, {"/slow": "acct"}, d) == 0
 
 
 def twice(r: Rig) -> set[tuple[str, int, int]]:

@@ -64,7 +64,7 @@ async def test_each_session_is_terminated_under_load(dsn: str) -> None:
 
 async def test_asleep_with_a_silent_listener(dsn: str) -> None:
     """No notification arrives, as if a middlebox had dropped the connection: the one-second poll delivers."""
-    async with rig(dsn, start=False) as r, dispatching(dsn, log_level="debug"):
+    async with rig(dsn, start=False) as r, dispatching(dsn):
         await r.endpoint("/steady")
         await r.emit(1, payload='{"number": 1}')
         await r.settled()
@@ -73,23 +73,15 @@ async def test_asleep_with_a_silent_listener(dsn: str) -> None:
             return await r.db.fetchval(HOLDER, 1) is not None
 
         with frozen(await backends(r.db, "listener")):
-            for number in range(2, 5):
+            for number in (2, 3):
                 await until(asleep, what="the doorbell armed")
                 began = time.time()
                 await r.emit(1, payload=f'{{"number": {number}}}')
                 await until(lambda: len(r.received) == number, within_s=2)  # noqa: B023
                 assert r.received[-1].received_at - began < 1.3
-
-
-async def test_the_listener_ends_while_it_sleeps(dsn: str) -> None:
-    async with rig(dsn, start=False) as r, dispatching(dsn) as d:
-        await r.endpoint("/steady")
-        await r.emit(1, payload='{"number": 1}')
-        await r.settled()
         await terminate(r.db, "listener")
-        await r.emit(1, payload='{"number": 2}')  # it rings, and nobody listens
-        await until(lambda: len(r.received) == 2, within_s=1.5)
-        assert len(d.all("listener.away")) == 1
+        await r.emit(1, payload='{"number": 4}')  # it rings, and nobody listens
+        await until(lambda: len(r.received) == 4, within_s=1.5)
 
 
 async def test_a_session_that_does_not_answer(dsn: str) -> None:
