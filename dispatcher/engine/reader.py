@@ -34,10 +34,11 @@ PAGE_ROWS = 200  # of other kinds: a page must not hold up the head
 READ_BYTES_MAX = 4 << 20
 SCAN_IDS_MAX = 200_000  # how many ids one page of a lagging lane may pass over
 POLL_S = 0.0005  # between polls while events were just coming
-POLLS_BEFORE_SLEEP = 4
+POLLS_AT_ONCE = 2  # a timer of uvloop's waits a millisecond at the least, a poll takes a fifth of one
+POLLS_BEFORE_SLEEP = 6
 DOZE_RETRY_MAX_S = 0.02  # while a transaction that chose silence keeps us awake
 ASLEEP_POLL_S = 1.0
-RINGS_PER_S, RINGS_WINDOW_S = 1_500, 0.05  # above that rate the doorbell is disarmed, and the reader polls
+RINGS_PER_S, RINGS_WINDOW_S = 100, 0.05  # above that rate the doorbell is disarmed, and the reader polls
 FULL_WAIT_S = 0.02  # at the memory bound: 400 deliveries at 20,000 a second
 
 
@@ -156,6 +157,8 @@ class Reader:
                 await self._wait(self._asleep_since + ASLEEP_POLL_S - self._clock.now())
             elif not self._doorbell:
                 await self._wait(self._poll_s)
+            elif idle_polls <= POLLS_AT_ONCE:
+                await asyncio.sleep(0)
             elif idle_polls < POLLS_BEFORE_SLEEP:
                 await self._wait(POLL_S)
             elif not await self._fall_asleep():
@@ -215,9 +218,11 @@ class Reader:
         self._applied()
 
     def _rings_often(self) -> bool:
-        """Tell whether ringing costs producers more than polling costs us: their NOTIFYs are serialised, about 4,000 a second at the most.
+        """Tell whether ringing costs producers more than polling costs us.
 
-        Below that the doorbell stays armed while events come one by one: a ring arrives sooner than the next poll.
+        A NOTIFY holds a database-wide lock through its commit's flush, so ringing commits come one flush after another: on
+        a disk that takes a millisecond for it, a thousand a second at the most. Below the bound the doorbell stays armed
+        while events come one by one: a ring arrives sooner than the next poll.
         """
         now = self._clock.now()
         elapsed = now - self._rings_since

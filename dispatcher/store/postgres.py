@@ -70,7 +70,8 @@ class PgStore:
     def __init__(self, dsn: str, settings: Settings) -> None:
         timeout_s = settings.statement_timeout_s
         self._settings = settings
-        self._owner = Session(dsn, "owner", timeout_s=timeout_s)
+        # Whatever the server's default: an epoch that a crash could take back would fence nobody.
+        self._owner = Session(dsn, "owner", timeout_s=timeout_s, parameters={"synchronous_commit": "on"})
         self._listener = Session(dsn, "listener", timeout_s=timeout_s)
         self._reader = Session(dsn, "reader", timeout_s=timeout_s, setup=_plain_codecs, parameters=_READER_PARAMETERS)
         self._recorder = Session(
