@@ -1,6 +1,7 @@
--- The webhook schema, version 1.
+-- The webhook schema, version 2.
 --
--- Apply it with `dispatcher migrate` or with `psql -v ON_ERROR_STOP=1 -f schema.sql`; both do the same and both are safe to repeat.
+-- Apply it with `dispatcher migrate` or with `psql -v ON_ERROR_STOP=1 -f schema.sql`; both do the same and both are safe to repeat. A database
+-- that has an older version is brought up to this one by `dispatcher migrate` only (dispatcher/store/migrations).
 -- PostgreSQL 15 or newer, server_encoding UTF8.
 --
 -- The idea in five lines. `outbox` is a log that other systems append to in their own transactions; it is never updated. One dispatcher
@@ -14,6 +15,17 @@
 --     INSERT INTO webhook.outbox (account_id, type, payload) VALUES ('acct_42', 'message.delivered', '{"message": {"id": "m_1"}}');
 
 BEGIN;
+
+-- An older version is not upgraded here: CREATE … IF NOT EXISTS would pass over the tables that must change.
+DO $$
+BEGIN
+    IF to_regclass('webhook.schema_version') IS NOT NULL THEN
+        IF (SELECT max(version) FROM webhook.schema_version) < 2 THEN
+            RAISE EXCEPTION 'this database has an older version of the webhook schema' USING HINT = 'run `dispatcher migrate`';
+        END IF;
+    END IF;
+END
+$$;
 
 CREATE SCHEMA IF NOT EXISTS webhook;
 
@@ -104,17 +116,18 @@ CREATE TABLE IF NOT EXISTS webhook.attempt (
 
 CREATE INDEX IF NOT EXISTS attempt_failed ON webhook.attempt (endpoint_id, event_id) WHERE fault IS NOT NULL;
 
--- The first partitions: four of ten million ids each, and the DEFAULT.
+-- The first partitions, each wider than the one before, and the DEFAULT. A partition is what retention takes away, so the first ones are
+-- narrow: the dispatcher measures how fast the log grows and makes the next ones to fit. A partition bears its lowest id in its name.
 DO $$
 DECLARE
-    width CONSTANT bigint := 10000000;
+    bounds CONSTANT bigint[] := ARRAY[0, 100000, 1000000, 10000000, 40000000];
     parent text;
 BEGIN
     FOREACH parent IN ARRAY ARRAY['outbox', 'attempt'] LOOP
         IF NOT EXISTS (SELECT FROM pg_catalog.pg_inherits WHERE inhparent = format('webhook.%I', parent)::regclass) THEN
-            FOR n IN 0 .. 3 LOOP
+            FOR n IN 1 .. 4 LOOP
                 EXECUTE format('CREATE TABLE webhook.%I PARTITION OF webhook.%I FOR VALUES FROM (%L) TO (%L)',
-                               parent || '_p' || n, parent, n * width, (n + 1) * width);
+                               parent || '_p' || bounds[n], parent, bounds[n], bounds[n + 1]);
             END LOOP;
             EXECUTE format('CREATE TABLE webhook.%I PARTITION OF webhook.%I DEFAULT', parent || '_default', parent);
         END IF;
@@ -138,8 +151,10 @@ CREATE TABLE IF NOT EXISTS webhook.retry (
     CONSTRAINT retry_number_follows CHECK (number >= 2)
 );
 CREATE INDEX IF NOT EXISTS retry_endpoint_id_due_at ON webhook.retry (endpoint_id, due_at);
+CREATE INDEX IF NOT EXISTS retry_run ON webhook.retry (run) WHERE run <> 0;  -- a run has ended when none is left
 
--- A delivery that was given up. It keeps its own copy of the event, so that it outlives the outbox's retention.
+-- A delivery that was given up. It keeps its own copy of the event, so that it outlives the outbox's retention. open → resent (by the run
+-- `resent_run`, which reads these copies), discarded or erased; only the last two give up the payload.
 CREATE TABLE IF NOT EXISTS webhook.dead_letter (
     id               bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT dead_letter_pkey PRIMARY KEY,
     endpoint_id      bigint      NOT NULL,
@@ -147,7 +162,7 @@ CREATE TABLE IF NOT EXISTS webhook.dead_letter (
     run              integer     NOT NULL,
     account_id       text        NOT NULL,
     type             text        NOT NULL,
-    payload          json        NOT NULL,
+    payload          json,
     occurred_at      timestamptz,
     created_at       timestamptz NOT NULL,                           -- of the event
     attempts         smallint    NOT NULL,
@@ -156,8 +171,31 @@ CREATE TABLE IF NOT EXISTS webhook.dead_letter (
     reason           text        NOT NULL,
     status           smallint,
     fault            text        NOT NULL,
-    CONSTRAINT dead_letter_once UNIQUE (endpoint_id, event_id, run)
+    state            text        NOT NULL DEFAULT 'open',
+    state_changed_at timestamptz,
+    resent_run       integer,
+    CONSTRAINT dead_letter_once UNIQUE (endpoint_id, event_id, run),
+    CONSTRAINT dead_letter_state_known CHECK (state IN ('open', 'resent', 'discarded', 'erased')),
+    CONSTRAINT dead_letter_keeps_payload CHECK (payload IS NOT NULL OR state IN ('discarded', 'erased')),
+    CONSTRAINT dead_letter_resent_by_a_run CHECK (state <> 'resent' OR resent_run IS NOT NULL)
 );
+CREATE INDEX IF NOT EXISTS dead_letter_open ON webhook.dead_letter (endpoint_id, id) WHERE state = 'open';
+CREATE INDEX IF NOT EXISTS dead_letter_resent ON webhook.dead_letter (resent_run, event_id) WHERE resent_run IS NOT NULL;
+CREATE INDEX IF NOT EXISTS dead_letter_account_id ON webhook.dead_letter (account_id, id);
+
+-- What will never be sent and has no attempt row that says so: each time a range, and how many deliveries it was.
+CREATE TABLE IF NOT EXISTS webhook.discard (
+    id          bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT discard_pkey PRIMARY KEY,
+    endpoint_id bigint      NOT NULL,
+    reason      text        NOT NULL,
+    after_id    bigint      NOT NULL,                                -- of ids in (after_id, upto_id]
+    upto_id     bigint      NOT NULL,
+    deliveries  bigint      NOT NULL,
+    at          timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT discard_reason_known CHECK (reason IN ('expired', 'skipped', 'deleted', 'erased')),
+    CONSTRAINT discard_range_ordered CHECK (after_id <= upto_id AND deliveries >= 0)
+);
+CREATE INDEX IF NOT EXISTS discard_endpoint_id ON webhook.discard (endpoint_id, id);
 
 -- The one row that moves. For every endpoint without a row in `lane`, every id at or below `position` and outside `gaps` is settled.
 -- `gaps` are ids that were not visible yet when the reader passed them, and late ones found since but not settled yet.
@@ -168,6 +206,7 @@ CREATE TABLE IF NOT EXISTS webhook.checkpoint (
     epoch        bigint         NOT NULL DEFAULT 0,                  -- raised by every start; a recorder of an older one is refused
     heartbeat_at timestamptz,
     owner        text,                                               -- host and process id, for people
+    owned_since  timestamptz,
     CONSTRAINT checkpoint_one_row CHECK (only_row),
     CONSTRAINT checkpoint_position_counts CHECK (position >= 0 AND epoch >= 0)
 ) WITH (fillfactor = 10);                                            -- room for HOT updates of its one row
@@ -268,6 +307,70 @@ CREATE TABLE IF NOT EXISTS webhook.subscription (
 );
 CREATE INDEX IF NOT EXISTS subscription_endpoint_id ON webhook.subscription (endpoint_id);
 
+-- A resend or a replay: the endpoint's lane reads the ids in (after_id, upto_id] once more, and skips those that have an attempt of this run.
+-- Run 0 is the original and has no row here. `total` was counted when it was made. This row belongs to people; how far it is, to the recorder.
+CREATE TABLE IF NOT EXISTS webhook.run (
+    id          integer     GENERATED ALWAYS AS IDENTITY CONSTRAINT run_pkey PRIMARY KEY,
+    endpoint_id bigint      NOT NULL CONSTRAINT run_endpoint REFERENCES webhook.endpoint,
+    source      text        NOT NULL DEFAULT 'log',                  -- dead_letter: the dead letters with this resent_run
+    after_id    bigint      NOT NULL,
+    upto_id     bigint      NOT NULL,
+    patterns    text[]      NOT NULL DEFAULT '{*}',
+    only_failed boolean     NOT NULL DEFAULT false,                  -- with a failed attempt, none that succeeded, and no retry to come
+    rate_per_s  double precision,                                    -- NULL: as fast as the endpoint takes it
+    total       bigint      NOT NULL,
+    state       text        NOT NULL DEFAULT 'running',
+    note        text        NOT NULL DEFAULT '',
+    created_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT run_source_known CHECK (source IN ('log', 'dead_letter')),
+    CONSTRAINT run_state_known CHECK (state IN ('running', 'paused', 'canceled')),
+    CONSTRAINT run_range_ordered CHECK (0 <= after_id AND after_id <= upto_id),
+    CONSTRAINT run_patterns_some CHECK (cardinality(patterns) BETWEEN 1 AND 100),
+    CONSTRAINT run_rate_range CHECK (rate_per_s > 0 AND rate_per_s <= 100000)
+);
+CREATE INDEX IF NOT EXISTS run_endpoint_id ON webhook.run (endpoint_id, id);
+
+-- Every delivery of the run at or below `settled` has an attempt in it. Finished once nothing of it waits for a retry either.
+CREATE TABLE IF NOT EXISTS webhook.run_progress (
+    run_id      integer     NOT NULL CONSTRAINT run_progress_pkey PRIMARY KEY CONSTRAINT run_progress_run REFERENCES webhook.run,
+    settled     bigint      NOT NULL,
+    attempted   bigint      NOT NULL DEFAULT 0,                      -- deliveries, not attempts
+    delivered   bigint      NOT NULL DEFAULT 0,
+    dead        bigint      NOT NULL DEFAULT 0,
+    finished_at timestamptz,
+    CONSTRAINT run_progress_counts CHECK (settled >= 0 AND delivered >= 0 AND dead >= 0 AND delivered + dead <= attempted)
+);
+CREATE INDEX IF NOT EXISTS run_progress_open ON webhook.run_progress (run_id) WHERE finished_at IS NULL;
+
+-- What happened to an endpoint in a minute. One row a dispatcher (epoch), so that writing it twice changes nothing; readers add them up.
+CREATE TABLE IF NOT EXISTS webhook.endpoint_stat (
+    minute      timestamptz NOT NULL,                                -- when it began
+    endpoint_id bigint      NOT NULL,
+    epoch       bigint      NOT NULL,
+    delivered   integer     NOT NULL,                                -- attempts
+    failed      integer     NOT NULL,                                -- attempts
+    dead        integer     NOT NULL,                                -- deliveries given up
+    duration_ms bigint      NOT NULL,                                -- of all attempts together
+    durations   integer[]   NOT NULL,                                -- attempts that took < 1 ms, < 2, < 4, … the last: all longer ones
+    CONSTRAINT endpoint_stat_pkey PRIMARY KEY (minute, endpoint_id, epoch)
+);
+CREATE INDEX IF NOT EXISTS endpoint_stat_endpoint_id ON webhook.endpoint_stat (endpoint_id, minute);
+
+-- What was erased, by whom, and how much: the record that remains.
+CREATE TABLE IF NOT EXISTS webhook.erasure (
+    id             bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT erasure_pkey PRIMARY KEY,
+    account_id     text        NOT NULL,
+    event_id       bigint,                                           -- NULL: the whole account
+    events         bigint      NOT NULL DEFAULT 0,
+    response_heads bigint      NOT NULL DEFAULT 0,
+    dead_letters   bigint      NOT NULL DEFAULT 0,
+    tests          bigint      NOT NULL DEFAULT 0,
+    endpoints      bigint      NOT NULL DEFAULT 0,
+    erased_by      text        NOT NULL DEFAULT session_user,
+    began_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
+    ended_at       timestamptz                                       -- NULL: it was interrupted; repeat it
+);
+
 -- Tests of an endpoint: real POSTs, but never events, attempts or statistics.
 CREATE TABLE IF NOT EXISTS webhook.test_attempt (
     id            bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT test_attempt_pkey PRIMARY KEY,
@@ -288,7 +391,8 @@ CREATE INDEX IF NOT EXISTS test_attempt_endpoint_id ON webhook.test_attempt (end
 CREATE TABLE IF NOT EXISTS webhook.config_change (
     seq         bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT config_change_pkey PRIMARY KEY,
     endpoint_id bigint      NOT NULL,
-    changed_at  timestamptz NOT NULL DEFAULT clock_timestamp()
+    changed_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    forget      boolean     NOT NULL DEFAULT false                   -- events were erased: what the endpoint's lane has in memory is read again
 );
 
 
@@ -339,6 +443,239 @@ CREATE OR REPLACE TRIGGER endpoint_secret_changed
 CREATE OR REPLACE TRIGGER subscription_changed
     AFTER INSERT OR DELETE OR UPDATE OF pattern, since_id, until_id
     ON webhook.subscription FOR EACH ROW EXECUTE FUNCTION webhook.note_config_change();
+CREATE OR REPLACE TRIGGER run_changed
+    AFTER INSERT OR DELETE OR UPDATE OF rate_per_s, state
+    ON webhook.run FOR EACH ROW EXECUTE FUNCTION webhook.note_config_change();
+
+-- Tell the dispatcher to let go of what it has in memory for the endpoints, because events were erased.
+CREATE OR REPLACE FUNCTION webhook.note_erasure(endpoint_ids bigint[]) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog
+    AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(9324665, 3);
+    INSERT INTO webhook.config_change (endpoint_id, forget) SELECT unnest(endpoint_ids), true;
+    PERFORM pg_notify('webhook_config', '');
+END
+$$;
+
+-- Tell an account about one of its endpoints, by an event for its *other* endpoints: the subscriptions of the endpoint itself are divided
+-- around that one id, so that the event matches them on no path.
+CREATE OR REPLACE FUNCTION webhook.tell_of_endpoint(about bigint, event_type text, why text, failed_since timestamptz) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog
+    AS $$
+DECLARE
+    since CONSTANT text := to_char(failed_since AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"');
+    told  bigint;
+BEGIN
+    INSERT INTO webhook.outbox (account_id, type, payload)
+    SELECT e.account_id, event_type,
+           CASE event_type
+               WHEN 'endpoint.disabled' THEN json_build_object(
+                   'endpoint', who, 'reason', why, 'failing_since', since, 'held_events',
+                   coalesce((SELECT l.backlog FROM webhook.lane AS l WHERE l.endpoint_id = about), 0))
+               ELSE json_build_object('endpoint', who, 'reason', why, 'failing_since', since)
+           END
+    FROM webhook.endpoint AS e
+    CROSS JOIN LATERAL json_build_object('id', e.id, 'name', e.name, 'url', e.url) AS who
+    WHERE e.id = about
+    RETURNING id INTO told;
+    WITH own AS (
+        UPDATE webhook.subscription SET until_id = told - 1
+        WHERE endpoint_id = about AND until_id IS NULL AND pattern IN ('*', 'endpoint.*', event_type)
+        RETURNING pattern
+    )
+    INSERT INTO webhook.subscription (endpoint_id, pattern, since_id) SELECT about, pattern, told FROM own;
+END
+$$;
+
+-- ─── Partitions ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+-- What a running dispatcher needs done to the partitions, whoever owns them. Each function sees for itself that what it is asked is safe.
+-- Behind one that waits for a table's exclusive lock everybody waits: so it waits for 20 ms and fails with lock_not_available, which means
+-- "not now". The leaves of outbox and attempt have the same bounds; each table is changed in a transaction of its own.
+
+-- The leaves, with bounds where they are numbers: not the DEFAULT partition's.
+CREATE OR REPLACE FUNCTION webhook.leaves(OUT parent text, OUT leaf regclass, OUT low bigint, OUT high bigint) RETURNS SETOF record
+    LANGUAGE sql STABLE SET search_path = pg_catalog
+    AS $$
+    SELECT p.relname::text, c.oid::regclass, b.found[1]::bigint, b.found[2]::bigint
+    FROM pg_inherits AS i
+    JOIN pg_class AS p ON p.oid = i.inhparent
+    JOIN pg_class AS c ON c.oid = i.inhrelid
+    CROSS JOIN LATERAL regexp_match(pg_get_expr(c.relpartbound, c.oid), '^FOR VALUES FROM \(''?(\d+)''?\) TO \(''?(\d+)''?\)$') AS b (found)
+    WHERE i.inhparent IN ('webhook.outbox'::regclass, 'webhook.attempt'::regclass)
+$$;
+
+-- Make an empty leaf for ids that have not been handed out. LIKE and ATTACH, because CREATE … PARTITION OF needs the parent exclusively; the
+-- DEFAULT partition is locked and, unless it is empty or fenced (adopt_default), read through.
+CREATE OR REPLACE FUNCTION webhook.attach_partition(parent text, low bigint, high bigint) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog SET lock_timeout = '20ms'
+    AS $$
+DECLARE
+    leaf CONSTANT text := parent || '_p' || low;
+BEGIN
+    IF parent NOT IN ('outbox', 'attempt') OR low >= high THEN
+        RAISE EXCEPTION 'no such partition: % from % to %', parent, low, high USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    -- A statement goes by the partitions that it saw when it began: if it came to an id of the new one, it would fail. So there must be
+    -- none, or it must be far off.
+    IF parent = 'outbox' AND low - webhook.last_id() < 100000 THEN
+        LOCK TABLE ONLY webhook.outbox IN ACCESS EXCLUSIVE MODE;
+    END IF;
+    IF low <= webhook.last_id() THEN
+        RAISE EXCEPTION 'ids from % on have been handed out', low USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    EXECUTE format('CREATE TABLE webhook.%I (LIKE webhook.%I INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING STORAGE INCLUDING INDEXES)', leaf, parent);
+    EXECUTE format('ALTER TABLE webhook.%I ATTACH PARTITION webhook.%I FOR VALUES FROM (%L) TO (%L)', parent, leaf, low, high);
+END
+$$;
+
+-- Replace an empty leaf by those between the cuts, if it lies above all ids handed out and is too wide; or, without cuts, by nothing, if it is
+-- settled. Attempts still come for events that are gone, of dead letters that are resent: their oldest leaf stays, and takes in the range of the
+-- one that goes. The parent's lock is needed: nobody may insert for a moment.
+CREATE OR REPLACE FUNCTION webhook.recut_partition(parent text, lowest bigint, cuts bigint[]) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog SET lock_timeout = '20ms'
+    AS $$
+DECLARE
+    old      record;
+    oldest   record;
+    is_empty boolean;
+    is_safe  boolean;
+BEGIN
+    IF parent NOT IN ('outbox', 'attempt') THEN
+        RAISE EXCEPTION 'no such table: %', parent USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    EXECUTE format('LOCK TABLE ONLY webhook.%I IN ACCESS EXCLUSIVE MODE', parent);
+    SELECT l.leaf, l.low, l.high INTO old FROM webhook.leaves() AS l WHERE l.parent = recut_partition.parent AND l.low = lowest;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'no partition of % begins at %', parent, lowest USING ERRCODE = 'undefined_object';
+    END IF;
+    EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', old.leaf);
+    EXECUTE format('SELECT NOT EXISTS (SELECT FROM %s)', old.leaf) INTO is_empty;
+    IF cardinality(cuts) = 0 THEN
+        SELECT is_empty AND old.high - 1 <= k.position AND NOT k.gaps && int8range(old.low, old.high) INTO is_safe FROM webhook.checkpoint AS k;
+        IF parent = 'attempt' THEN
+            SELECT l.leaf, l.low INTO oldest FROM webhook.leaves() AS l WHERE l.parent = 'attempt' AND l.high = old.low;
+            is_safe := FOUND AND is_safe AND NOT EXISTS (
+                SELECT FROM webhook.leaves() AS l WHERE l.parent = 'outbox' AND l.low < old.high AND l.high > oldest.low
+            );
+        END IF;
+    ELSE
+        is_safe := is_empty AND old.low > webhook.last_id() AND cuts[1] = old.low AND cuts[cardinality(cuts)] = old.high
+            AND cuts = ARRAY(SELECT DISTINCT c FROM unnest(cuts) AS c ORDER BY c);
+    END IF;
+    IF NOT is_safe THEN
+        RAISE EXCEPTION 'partition % is in use, or the cuts % don''t fit it', old.leaf, cuts USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    EXECUTE format('DROP TABLE %s', old.leaf);
+    IF oldest IS NOT NULL THEN
+        EXECUTE format('ALTER TABLE webhook.attempt DETACH PARTITION %s', oldest.leaf);
+        EXECUTE format('ALTER TABLE webhook.attempt ATTACH PARTITION %s FOR VALUES FROM (%L) TO (%L)', oldest.leaf, oldest.low, old.high);
+    END IF;
+    FOR n IN 1 .. cardinality(cuts) - 1 LOOP
+        PERFORM webhook.attach_partition(parent, cuts[n], cuts[n + 1]);
+    END LOOP;
+END
+$$;
+
+-- Empty a leaf of the log and the attempts of its events, for the dispatcher that rules: NULL if another does. What in it is not settled
+-- must have been counted in this transaction. Touches nothing but the two leaves, so nobody's open transaction on the log is in the way.
+-- The checkpoint's row is held, so that no other dispatcher can begin to read before this is committed. Returns the bytes that it freed.
+CREATE OR REPLACE FUNCTION webhook.expire_partition(low bigint, high bigint, ruling bigint) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog SET lock_timeout = '2s'
+    AS $$
+DECLARE
+    old    record;
+    tables text;
+    freed  bigint;
+    safe   boolean;
+BEGIN
+    SELECT l.leaf, l.low, l.high INTO old FROM webhook.leaves() AS l
+        WHERE l.parent = 'outbox' AND l.low = expire_partition.low AND l.high = expire_partition.high;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'no partition of outbox goes from % to %', low, high USING ERRCODE = 'undefined_object';
+    END IF;
+    SELECT old.high - 1 <= k.position AND NOT k.gaps && int8range(old.low, old.high) INTO safe
+        FROM webhook.checkpoint AS k WHERE k.epoch = ruling FOR SHARE;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    IF NOT safe THEN
+        RAISE EXCEPTION 'partition % is not settled', old.leaf USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    SELECT string_agg(l.leaf::text, ', ' ORDER BY l.parent DESC, l.low), sum(pg_total_relation_size(l.leaf)) INTO tables, freed
+        FROM webhook.leaves() AS l WHERE l.low >= old.low AND l.high <= old.high;
+    PERFORM set_config('lock_timeout', '20ms', true);
+    EXECUTE 'TRUNCATE ' || tables;
+    RETURN freed - (SELECT sum(pg_total_relation_size(l.leaf)) FROM webhook.leaves() AS l WHERE l.low >= old.low AND l.high <= old.high);
+END
+$$;
+
+-- The DEFAULT partition has got rows, because the log outran its leaves: make it the leaf from `low` to `upto`, where there is none, and put
+-- an empty one in its place. No row moves, so no reader can miss one. In steps, one a call:
+--   fenced     a CHECK with these bounds bars ids beyond them, of which none can come for a while
+--   validated  … and is known to hold for the rows that are there, which took reading them, but no lock that anybody waits for
+--   adopted    so the exchange is a matter of the catalogue: 4 ms under the parent's lock, for any number of rows
+-- Or `below`: there are rows below `low`; `unfenced`: there are others, or the ids have come too close to the fence.
+CREATE OR REPLACE FUNCTION webhook.adopt_default(parent text, low bigint, upto bigint) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog SET lock_timeout = '20ms'
+    AS $$
+DECLARE
+    spare   CONSTANT text := parent || '_default';
+    key     CONSTANT text := CASE parent WHEN 'outbox' THEN 'id' ELSE 'event_id' END;
+    fence   record;
+    leaf    text;
+    found   boolean;
+BEGIN
+    IF parent NOT IN ('outbox', 'attempt') THEN
+        RAISE EXCEPTION 'no such table: %', parent USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    SELECT k.conname, k.convalidated, split_part(k.conname, '_', 3)::bigint AS low, split_part(k.conname, '_', 4)::bigint AS upto INTO fence
+        FROM pg_constraint AS k WHERE k.conrelid = format('webhook.%I', spare)::regclass AND k.conname LIKE parent || '\_fence\_%';
+    IF fence.conname IS NULL THEN
+        EXECUTE format('SELECT EXISTS (SELECT FROM webhook.%I WHERE %I < $1)', spare, key) INTO found USING low;
+        IF found THEN
+            RETURN 'below';
+        END IF;
+        IF EXISTS (
+            SELECT FROM webhook.leaves() AS l WHERE l.parent = adopt_default.parent AND l.low < adopt_default.upto AND l.high > adopt_default.low
+        ) OR (upto - webhook.last_id() < 100000 AND NOT EXISTS (
+            SELECT FROM webhook.leaves() AS l WHERE l.parent = adopt_default.parent AND l.low = adopt_default.upto
+        )) THEN
+            RAISE EXCEPTION '% can''t reach from % to %', spare, low, upto USING ERRCODE = 'object_not_in_prerequisite_state';
+        END IF;
+        EXECUTE format('ALTER TABLE webhook.%I ADD CONSTRAINT %I CHECK (%I >= %L AND %I < %L) NOT VALID',
+                       spare, parent || '_fence_' || low || '_' || upto, key, low, key, upto);
+        RETURN 'fenced';
+    END IF;
+    IF fence.upto - webhook.last_id() < 100000 AND NOT EXISTS (
+        SELECT FROM webhook.leaves() AS l WHERE l.parent = adopt_default.parent AND l.low = fence.upto
+    ) THEN
+        EXECUTE format('ALTER TABLE webhook.%I DROP CONSTRAINT %I', spare, fence.conname);
+        RETURN 'unfenced';
+    END IF;
+    IF NOT fence.convalidated THEN
+        BEGIN
+            EXECUTE format('ALTER TABLE webhook.%I VALIDATE CONSTRAINT %I', spare, fence.conname);
+        EXCEPTION WHEN check_violation THEN
+            EXECUTE format('ALTER TABLE webhook.%I DROP CONSTRAINT %I', spare, fence.conname);
+            RETURN 'unfenced';
+        END;
+        RETURN 'validated';
+    END IF;
+    leaf := parent || '_p' || fence.low;
+    EXECUTE format('LOCK TABLE ONLY webhook.%I IN ACCESS EXCLUSIVE MODE', parent);
+    EXECUTE format('ALTER TABLE webhook.%I DETACH PARTITION webhook.%I', parent, spare);
+    EXECUTE format('ALTER TABLE webhook.%I ATTACH PARTITION webhook.%I FOR VALUES FROM (%L) TO (%L)', parent, spare, fence.low, fence.upto);
+    EXECUTE format('ALTER TABLE webhook.%I DROP CONSTRAINT %I', spare, fence.conname);
+    EXECUTE format('ALTER TABLE webhook.%I RENAME TO %I', spare, leaf);
+    EXECUTE format('CREATE TABLE webhook.%I (LIKE webhook.%I INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING STORAGE INCLUDING INDEXES)', spare, parent);
+    EXECUTE format('ALTER TABLE webhook.%I ATTACH PARTITION webhook.%I DEFAULT', parent, spare);
+    RETURN 'adopted';
+END
+$$;
+
+REVOKE ALL ON FUNCTION webhook.attach_partition(text, bigint, bigint), webhook.recut_partition(text, bigint, bigint[]),
+    webhook.expire_partition(bigint, bigint, bigint), webhook.adopt_default(text, bigint, bigint) FROM PUBLIC;
 
 
 -- ─── Privileges ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -353,12 +690,14 @@ BEGIN
     END IF;
     IF EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = 'webhook_dispatcher') THEN
         GRANT USAGE ON SCHEMA webhook TO webhook_dispatcher;
-        GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA webhook TO webhook_dispatcher;
+        GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES IN SCHEMA webhook TO webhook_dispatcher;
         GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA webhook TO webhook_dispatcher;
+        GRANT EXECUTE ON FUNCTION webhook.attach_partition(text, bigint, bigint), webhook.recut_partition(text, bigint, bigint[]),
+            webhook.expire_partition(bigint, bigint, bigint), webhook.adopt_default(text, bigint, bigint) TO webhook_dispatcher;
     END IF;
 END
 $$;
 
-INSERT INTO webhook.schema_version (version) VALUES (1) ON CONFLICT DO NOTHING;
+INSERT INTO webhook.schema_version (version) VALUES (1), (2) ON CONFLICT DO NOTHING;
 
 COMMIT;

@@ -18,7 +18,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from bench import latency, rig, throughput
+from bench import latency, maintenance, replay, rig, throughput, transport
 
 LIMIT_SHARE = 0.9  # of one core: a sink that used more was the limit
 
@@ -37,8 +37,11 @@ LIMIT_SHARE = 0.9  # of one core: a sink that used more was the limit
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("bench/results"), show_default=True
 )
-@click.option("--only", type=click.Choice(["throughput", "latency"]), help="One scenario.")
-def main(quick: bool, sink_kind: str, rounds: int | None, out: Path, only: str | None) -> None:
+@click.option(
+    "--only", type=click.Choice(["throughput", "latency", "replay", "transport", "maintenance"]), help="One scenario."
+)
+@click.option("--seconds", type=float, help="Length of a phase of maintenance; the transaction is held for two.")
+def main(quick: bool, sink_kind: str, rounds: int | None, out: Path, only: str | None, seconds: float | None) -> None:
     """Measure the dispatcher: CPU and rate of deliveries against the barest client, and commit → received latency."""
     console = Console(stderr=True)
     rounds = rounds or (2 if quick else 5)
@@ -48,7 +51,7 @@ def main(quick: bool, sink_kind: str, rounds: int | None, out: Path, only: str |
         def progress(text: str) -> None:
             status.update(text)
 
-        for scenario, go in _scenarios(quick, rounds, rig.sink_kind(sink_kind), progress):
+        for scenario, go in _scenarios(quick, rounds, rig.sink_kind(sink_kind), progress, seconds):
             if only in (None, scenario):
                 results.append(uvloop.run(go()))
     report = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": _machine(), "results": results}
@@ -60,16 +63,27 @@ def main(quick: bool, sink_kind: str, rounds: int | None, out: Path, only: str |
 
 
 def _scenarios(
-    quick: bool, rounds: int, kind: str, progress: Callable[[str], None]
+    quick: bool, rounds: int, kind: str, progress: Callable[[str], None], phase_s: float | None
 ) -> list[tuple[str, Callable[[], Any]]]:
     events = 100_000 if quick else 300_000
     seconds = 8 if quick else 30
     return [
         ("throughput", lambda: throughput.run(rounds=rounds, events=events, endpoints=100, in_flight=1_000, kind=kind, progress=progress)),
         *(
+            (
+                "replay",
+                lambda each=each: replay.run(
+                    rate=500, seconds=seconds, endpoints=100, replayed=5, replay_rate=each, rounds=rounds, progress=progress
+                ),
+            )
+            for each in ((200.0,) if quick else (200.0, None))
+        ),
+        *(
             ("latency", lambda rate=rate: latency.run(rate=rate, seconds=seconds, endpoints=100, progress=progress))
             for rate in ((100, 1_000) if quick else (1, 100, 1_000, 3_000))
         ),
+        ("transport", lambda: transport.run(rounds=rounds, events=events // 10, endpoints=100, in_flight=1_000, kind=kind, progress=progress)),
+        ("maintenance", lambda: maintenance.run(seconds=phase_s or seconds, rounds=rounds, progress=progress)),
     ]  # fmt: skip
 
 
@@ -88,7 +102,7 @@ def _print(report: dict[str, Any]) -> None:
             elif isinstance(value, float):
                 table.add_row(key, f"{value:,.2f}")
         console.print(table)
-        if spread and spread["sink_cpu_share"]["max"] > LIMIT_SHARE:
+        if spread.get("sink_cpu_share", {"max": 0.0})["max"] > LIMIT_SHARE:
             console.print("VOID: the sink was the limit of this run.", style="bold red")
 
 

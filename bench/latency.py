@@ -35,8 +35,8 @@ async def run(*, rate: float, seconds: float, endpoints: int, progress: Any) -> 
             connection = await rig.install(dsn, endpoints=endpoints, port=sink.port, in_flight=100)
             async with rig.dispatcher(dsn, connection):
                 producers = [await asyncpg.connect(dsn) for _ in range(PRODUCERS)]
-                await _produce(producers, endpoints, min(rate, 200), 2.0, -1_000_000, received)  # connections, caches
-                committed, late = await _produce(producers, endpoints, rate, seconds, 0, received)
+                await produce(producers, endpoints, min(rate, 200), 2.0, -1_000_000, received)  # connections, caches
+                committed, late = await produce(producers, endpoints, rate, seconds, 0, received)
                 deadline = time.perf_counter() + 20
                 while any(n not in received for n in committed) and time.perf_counter() < deadline:
                     await asyncio.sleep(0.05)
@@ -52,16 +52,16 @@ async def run(*, rate: float, seconds: float, endpoints: int, progress: Any) -> 
         "scenario": "latency",
         "rate_per_s": rate,
         "events": len(waits),
-        "p50_ms": _percentile(waits, 0.50),
-        "p90_ms": _percentile(waits, 0.90),
-        "p99_ms": _percentile(waits, 0.99),
-        "p999_ms": _percentile(waits, 0.999),
+        "p50_ms": percentile(waits, 0.50),
+        "p90_ms": percentile(waits, 0.90),
+        "p99_ms": percentile(waits, 0.99),
+        "p999_ms": percentile(waits, 0.999),
         "max_ms": waits[-1],
-        "producer_late_p99_ms": _percentile(sorted(late), 0.99),
+        "producer_late_p99_ms": percentile(sorted(late), 0.99),
     }
 
 
-async def _produce(
+async def produce(
     producers: list[Any], endpoints: int, rate: float, seconds: float, first: int, received: dict[int, float]
 ) -> tuple[dict[int, float], list[float]]:
     """Commit events at Poisson instants; return when each was acknowledged, and how late each began (ms)."""
@@ -94,5 +94,5 @@ async def _produce(
     return committed, late
 
 
-def _percentile(ordered: list[float], share: float) -> float:
+def percentile(ordered: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

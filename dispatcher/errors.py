@@ -41,6 +41,13 @@ class DatabaseRefusedError(DispatcherError):
     exit_code = 5
 
 
+class TakenOverError(DispatcherError):
+    """Another dispatcher rules this database: this one has stopped. Started again, it waits as a standby."""
+
+    code = "taken_over"
+    exit_code = 7
+
+
 class ForcedStopError(DispatcherError):
     """A second signal ended the process before it had finished what it had begun."""
 

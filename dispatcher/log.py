@@ -25,7 +25,13 @@ def configure(settings: "Settings", *, stream: Any = None) -> None:
     ]
     if console:
         structlog.configure(
-            processors=[*shared, structlog.dev.ConsoleRenderer(colors=stream.isatty())],
+            # Plain tracebacks: the pretty ones print local variables, and passwords among them.
+            processors=[
+                *shared,
+                structlog.dev.ConsoleRenderer(
+                    colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback
+                ),
+            ],
             wrapper_class=structlog.make_filtering_bound_logger(_level(settings)),
             logger_factory=structlog.PrintLoggerFactory(stream),
             cache_logger_on_first_use=False,

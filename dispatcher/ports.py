@@ -10,12 +10,14 @@ dispatcher rules: stop).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from dispatcher.domain.endpoint import Endpoint
 from dispatcher.domain.event import Event
 from dispatcher.domain.outcome import Fault, Outcome
 from dispatcher.domain.ranges import IdRanges
+from dispatcher.domain.retention import Span
+from dispatcher.domain.run import Run
 from dispatcher.domain.url import Origin
 
 
@@ -29,6 +31,10 @@ class LifeLostError(Exception):
 
 class FencedError(Exception):
     """The epoch has moved on, or the owner lock is another's."""
+
+
+class RefusedError(Exception):
+    """What was asked of the partitions isn't safe, or isn't so any more: somebody else changed them. Look at their shape again."""
 
 
 # ── reading ──
@@ -66,6 +72,14 @@ class DueRetry:
     run: int
     number: int
     first_attempt_us: int
+
+
+@dataclass(slots=True)
+class RunPage:
+    """What a run has to send next, without what it has attempted already. `passed`: the id up to which the run has been read."""
+
+    events: list[Event]
+    passed: int
 
 
 @dataclass(slots=True)
@@ -125,6 +139,34 @@ class LaneRow:
 
 
 @dataclass(slots=True)
+class RunRow:
+    """How far a run is; absolute, so that writing it twice changes nothing. `ended`: nothing is left to send, so it is finished if none of its
+    retries is left either, or at once, retries and all, if it was `canceled`."""
+
+    run: int
+    endpoint_id: int
+    settled: int
+    attempted: int
+    delivered: int
+    dead: int
+    ended: bool
+    canceled: bool
+
+
+@dataclass(slots=True)
+class StatRow:
+    """What an endpoint's attempts were like in one minute, as far as this dispatcher made them. `minute`: since 1970."""
+
+    endpoint_id: int
+    minute: int
+    delivered: int
+    failed: int
+    dead: int
+    duration_ms: int
+    durations: list[int]
+
+
+@dataclass(slots=True)
 class CheckpointWrite:
     position: int
     gaps: IdRanges
@@ -142,7 +184,17 @@ class Batch:
     retries: list[RetryRow] = field(default_factory=list)
     settled_retries: list[tuple[int, int, int]] = field(default_factory=list)
     dead: list[DeadRow] = field(default_factory=list)
+    runs: list[RunRow] = field(default_factory=list)
+    stats: list[StatRow] = field(default_factory=list)
     checkpoint: CheckpointWrite | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What a batch found: the subscriptions that it marked as taken up, and the runs that have finished with it."""
+
+    taken_up: list[int]
+    runs_finished: list[int]
 
 
 # ── starting and configuration ──
@@ -165,25 +217,29 @@ class Started:
 
 @dataclass(slots=True)
 class ConfigChanges:
-    """`endpoints` are new versions; `gone` are ids that have none (deleted)."""
+    """`endpoints` are new versions; `gone` are ids that have none (deleted). `forget`: events of these endpoints were erased."""
 
     seq: int
     endpoints: list[Endpoint]
     gone: list[int]
+    forget: list[int] = field(default_factory=list)
 
 
 class Store(Protocol):
     """One dispatcher's view of the database. Reads are made by one task at a time, records by another, configuration by a third."""
 
-    async def start(self, owner: str) -> Started:
-        """Take the owner lock, raise the epoch durably, and read where to begin. Raises FencedError when another holds the lock."""
+    async def start(self, owner: str, on_standby: Callable[[], None] = lambda: None) -> Started:
+        """Take the owner lock, raise the epoch durably, and read where to begin. While another holds the lock, `on_standby` is called
+        once and this waits, for as long as that one's heartbeat goes on; one without is ended, and its place taken."""
 
     async def close(self) -> None: ...
 
-    def on_owner_lost(self, callback: Callable[[], None]) -> None: ...
+    def on_owner_lost(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the owner's session is lost, at once if it is already."""
 
     async def hold_ownership(self) -> None:
-        """Take the owner lock again after its session was lost. Raises FencedError if the epoch moved or the lock is another's."""
+        """Take the owner lock again after its session was lost. Raises FencedError if the epoch moved or the lock stays another's, and
+        StoreAwayError while it is another's that has yet to raise the epoch."""
 
     async def head(
         self, after: int, limit: int, bytes_max: int, young: Sequence[int], *, attempted: bool
@@ -202,7 +258,14 @@ class Store(Protocol):
         self, account_id: str, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int
     ) -> list[Page]: ...
 
-    async def due_retries(self, endpoint_id: int, limit: int, bytes_max: int) -> RetryPage: ...
+    async def due_retries(
+        self, endpoint_id: int, limit: int, bytes_max: int, *, without_runs: Sequence[int] = ()
+    ) -> RetryPage: ...
+
+    async def run_page(
+        self, endpoint_id: int, account_id: str, run: Run, after: int, limit: int, bytes_max: int
+    ) -> RunPage:
+        """Read what `run` has to send above `after`. Bounded in ids passed too: an empty page that passed something is not the end."""
 
     async def arm_doorbell(self) -> bool:
         """Try to make producers ring from now on; False while a transaction that chose silence is open."""
@@ -212,17 +275,138 @@ class Store(Protocol):
     async def listen(self, on_doorbell: Callable[[], None], on_config: Callable[[], None]) -> None:
         """Deliver wake-ups until the connection is lost (StoreAwayError). What rang meanwhile is lost: look after every call."""
 
-    async def record(self, batch: Batch) -> list[int]:
-        """Write the batch in one transaction; repeating it is safe. Returns the subscriptions that were marked as taken up."""
+    async def record(self, batch: Batch) -> Recorded:
+        """Write the batch in one transaction; repeating it is safe."""
 
-    async def config_changes(self, after_seq: int, epoch: int) -> ConfigChanges:
-        """Read what changed. Raises FencedError if `epoch` no longer rules."""
+    async def config_changes(self, after_seq: int, epoch: int, again: Sequence[int] = ()) -> ConfigChanges:
+        """Read what changed, and the endpoints of `again` in any case. Raises FencedError if `epoch` no longer rules."""
 
     async def note_failing(self, failing_since_us: dict[int, int | None]) -> None: ...
+
+    async def tell_recovered(self, endpoint_id: int, failing_since_us: int) -> None:
+        """Tell the account's endpoints, by an operational event, that this one takes deliveries again."""
 
     async def disable_endpoint(self, endpoint_id: int, reason: str, failing_since_us: int | None) -> None: ...
 
     async def wall_us(self) -> int: ...
+
+
+# ── partitions ──
+
+
+@dataclass(frozen=True, slots=True)
+class TableShape:
+    """The leaves of outbox or attempt, ascending. `outside`: ranges that no leaf covers and that have rows, all in the DEFAULT partition.
+    `fence`: the DEFAULT partition is being adopted as this leaf."""
+
+    leaves: list[Span]
+    outside: list[Span]
+    fence: Span | None
+
+
+@dataclass(frozen=True, slots=True)
+class LogShape:
+    outbox: TableShape
+    attempt: TableShape
+    position: int
+    gaps: IdRanges
+    last_id: int
+    wall_us: int
+
+    def of(self, parent: "Parent") -> TableShape:
+        return self.outbox if parent == "outbox" else self.attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Deliveries to an endpoint that retention has ended: not tried once (`unsent`), or waiting for a retry. The times are the events'."""
+
+    endpoint_id: int
+    unsent: int
+    retries: int
+    first_us: int
+    last_us: int
+
+    @property
+    def deliveries(self) -> int:
+        return self.unsent + self.retries
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    losses: list[Loss]
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SweptRetries:
+    """`passed` is where the next page begins, None at the end; `deliveries` of live endpoints were ended and counted."""
+
+    deliveries: int
+    passed: tuple[int, int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class SweptDeadLetters:
+    """`passed` is where the next page begins, None if there is nothing old any more; `open` ones are among the `deleted`."""
+
+    deleted: int
+    open: int
+    passed: int | None
+
+
+Parent = Literal["outbox", "attempt"]
+Sweep = Literal["tests", "stats", "runs"]
+
+
+class Partitions(Protocol):
+    """What the janitor does to the log's tables; one task calls it. A lock that others hold isn't waited for: the call returns False or None,
+    "not now", having changed nothing; what isn't safe raises RefusedError. Behind one that waits for a whole table all producers wait, so try
+    rarely."""
+
+    async def begin(self) -> None:
+        """Forget what an earlier life was; from here on the server's life is watched as the store does."""
+
+    async def close(self) -> None: ...
+
+    async def shape(self) -> LogShape: ...
+
+    async def newest_us(self, leaf: Span) -> tuple[int | None, int | None]:
+        """Return when the leaf's last event was created, and when the last attempt of its events began; None where there is none."""
+
+    async def total_bytes(self) -> int:
+        """Return what outbox and attempt take on disk."""
+
+    async def first_id_since(self, since_us: int, after: int, upto: int) -> tuple[int, int] | None:
+        """Return (id, created_us) of the first event in (after, upto] created at or after `since_us`, taking times to ascend with ids."""
+
+    async def attach(self, parent: Parent, leaf: Span) -> bool:
+        """Add an empty leaf above the last id. Within MARGIN_IDS of it, the whole table's lock is needed."""
+
+    async def recut(self, parent: Parent, leaf: Span, cuts: Sequence[int]) -> bool:
+        """Replace an empty leaf above the last id by those between the cuts; without cuts, drop one that is settled (of attempts: join it to
+        the oldest, which must be the one below). Needs the whole table's lock."""
+
+    async def adopt(self, parent: Parent, leaf: Span) -> str | None:
+        """Make the DEFAULT partition this leaf, a step a call: fenced, validated, adopted; or below, unfenced (schema.sql:
+        adopt_default). The last step needs the whole table's lock."""
+
+    async def retrying_below(self, bound: int) -> list[int]:
+        """Return the endpoints that have a retry of an event with an id below `bound`."""
+
+    async def expire(self, epoch: int, leaf: Span) -> Expired | None:
+        """Empty a settled leaf and its attempts; count, keep and tell what endpoints lose by it, all or nothing. Raises FencedError."""
+
+    async def sweep_retries(self, after: tuple[int, int, int], limit: int) -> SweptRetries:
+        """Look through a page of retries, and end those whose event is gone."""
+
+    async def sweep_attempts(self, below: int, before_us: int, limit: int) -> int:
+        """Delete a page of attempts that began before `before_us`, of events with ids below `below`; return how many."""
+
+    async def sweep_dead_letters(self, after: int, before_us: int, limit: int) -> SweptDeadLetters: ...
+
+    async def sweep(self, what: Sweep, before_us: int, limit: int) -> int:
+        """Delete a page of what is older than `before_us`; return how many rows."""
 
 
 # ── transport ──

@@ -20,9 +20,11 @@ from pydantic_settings import (
 )
 
 from dispatcher.domain.address import AddressPolicy, parse_networks
+from dispatcher.domain.proxy import Proxy, parse_proxy
 from dispatcher.errors import InputError
 
 ENV_PREFIX = "DISPATCHER_"
+SECRETS = ("database_url", "proxy_url")  # hold passwords: no message and no listing shows them
 
 
 def default_data_dir() -> Path:
@@ -85,6 +87,15 @@ class Settings(BaseSettings):
     response_head_kept_bytes: int = Field(
         2_048, ge=0, le=65_536, description="What is kept of a failed attempt's answer."
     )
+    transport: Literal["thin", "aiohttp"] = Field(
+        "thin",
+        description="Which HTTP client POSTs: our own, or aiohttp's, which costs several times as much CPU.",
+    )
+    proxy_url: str | None = Field(
+        None,
+        repr=False,
+        description="Outbound proxy for all POSTs: http://user:password@host:port (CONNECT), or socks5://… with the extra `socks`.",
+    )
     dns_ttl_s: float = Field(30, ge=1, le=3_600, description="Upper bound on how long a looked-up address is used.")
     ca_file: FilePath | None = Field(
         None, description="CA bundle (PEM) for endpoints' certificates. Unset: the system's."
@@ -128,6 +139,29 @@ class Settings(BaseSettings):
         5, ge=0.05, le=3_600, description="First wait of an open breaker; doubles at each failed probe."
     )
     breaker_wait_max_s: float = Field(300, ge=0.05, le=86_400, description="Longest wait of an open breaker.")
+    replay_rate_per_s: float = Field(
+        200,
+        ge=0.001,
+        le=100_000,
+        description="Deliveries a second of a resend or replay, unless it is given a rate of its own.",
+    )
+
+    # ── retention ──
+    retention_days: float = Field(
+        7,
+        ge=0.01,
+        le=3_650,
+        description="Events and their attempts are kept this long, and until their whole partition is as old; longer than retry_age_max_s.",
+    )
+    retention_bytes_max: int | None = Field(
+        None,
+        ge=16_777_216,
+        le=1 << 60,
+        description="Above this size of events and attempts on disk the oldest partition goes before its time. Unset: no bound.",
+    )
+    dead_letter_retention_days: float = Field(
+        30, ge=0.01, le=3_650, description="Dead letters and finished resends and replays are kept this long."
+    )
 
     # ── recording and stopping ──
     record_rows_max: int = Field(
@@ -177,6 +211,20 @@ class Settings(BaseSettings):
         except InputError as exc:
             raise ValueError(str(exc)) from exc
         return text
+
+    @field_validator("proxy_url")
+    @classmethod
+    def _check_proxy(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_proxy(value)
+            except InputError as exc:
+                raise ValueError(str(exc)) from exc
+        return value
+
+    @property
+    def proxy(self) -> Proxy | None:
+        return None if self.proxy_url is None else parse_proxy(self.proxy_url)
 
     @property
     def address_policy(self) -> AddressPolicy:
@@ -228,5 +276,5 @@ def _explain(error: Any, path: str | None) -> str:
     if error["type"] == "extra_forbidden":
         return f"{name} in {path} is not a setting; see the table in README.md"
     message = error["msg"].removeprefix("Value error, ")
-    shown = "" if name == "database_url" else f" (got {error['input']!r})"
+    shown = "" if name in SECRETS else f" (got {error['input']!r})"
     return f"setting {ENV_PREFIX}{name.upper()}: {message}{shown}"

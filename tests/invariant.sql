@@ -2,8 +2,9 @@
 --
 -- For every committed event and every subscription that matches it: its id is above the checkpoint, or in its gaps, or above the lane's
 -- settled mark, or in the lane's holes, or the subscription isn't taken up, or it has an attempt row in run 0. And where the newest attempt
--- of a run isn't final, its retry row exists, for the next number; where it is final there is none. Attempts of a run are numbered from 1
--- without a gap, and nothing follows a success.
+-- of a run isn't final, its retry row exists, for the next number, unless the run was canceled; where it is final there is none. Attempts of
+-- a run are numbered from 1 without a gap, and nothing follows a success. What a resend or replay has passed has an attempt in it, and its
+-- counts are those of its attempts. What retention has taken, events and attempts, says nothing any more.
 WITH wanted AS (
     SELECT DISTINCT o.id AS event_id, e.id AS endpoint_id
     FROM webhook.outbox AS o
@@ -34,12 +35,38 @@ SELECT 'failed, and no retry row follows', r.event_id, r.endpoint_id
 FROM run AS r
 LEFT JOIN webhook.retry AS t ON t.endpoint_id = r.endpoint_id AND t.event_id = r.event_id AND t.run = r.run
 WHERE r.successes = 0 AND NOT r.dead AND t.number IS DISTINCT FROM r.last + 1
+  AND NOT EXISTS (SELECT FROM webhook.run AS u WHERE u.id = r.run AND u.state = 'canceled')
+  AND NOT EXISTS (
+      SELECT FROM webhook.discard AS g
+      WHERE g.endpoint_id = r.endpoint_id AND g.reason = 'erased' AND r.event_id > g.after_id AND r.event_id <= g.upto_id
+  )
 UNION ALL
 SELECT 'settled, and a retry row is there', t.event_id, t.endpoint_id
 FROM webhook.retry AS t
 LEFT JOIN run AS r ON r.endpoint_id = t.endpoint_id AND r.event_id = t.event_id AND r.run = t.run
-WHERE r.event_id IS NULL OR r.successes > 0 OR r.dead
+WHERE (r.event_id IS NULL AND EXISTS (SELECT FROM webhook.outbox AS o WHERE o.id = t.event_id)) OR r.successes > 0 OR r.dead
 UNION ALL
 SELECT 'attempts are not 1, 2, 3 … up to a success', r.event_id, r.endpoint_id
 FROM run AS r
-WHERE r.attempts <> r.last OR r.successes > 1 OR r.succeeded < r.last;
+WHERE r.attempts <> r.last OR r.successes > 1 OR r.succeeded < r.last
+UNION ALL
+SELECT 'passed over by run ' || u.id, o.id, u.endpoint_id
+FROM webhook.run AS u
+JOIN webhook.run_progress AS p ON p.run_id = u.id
+JOIN webhook.endpoint AS e ON e.id = u.endpoint_id AND e.state <> 'deleted'
+JOIN webhook.outbox AS o ON o.account_id = e.account_id AND o.id > u.after_id AND o.id <= least(u.upto_id, p.settled)
+ AND EXISTS (
+    SELECT FROM unnest(u.patterns) AS s (pattern)
+    WHERE s.pattern = '*' OR s.pattern = o.type OR (s.pattern LIKE '%.*' AND starts_with(o.type, left(s.pattern, -1)))
+ )
+WHERE u.source = 'log' AND NOT u.only_failed AND u.state <> 'canceled'
+  AND NOT EXISTS (SELECT FROM webhook.attempt AS a WHERE a.event_id = o.id AND a.endpoint_id = u.endpoint_id AND a.run = u.id)
+UNION ALL
+SELECT 'run ' || p.run_id || ' counts otherwise than its attempts say', NULL, u.endpoint_id
+FROM webhook.run_progress AS p
+JOIN webhook.run AS u ON u.id = p.run_id
+JOIN webhook.endpoint AS e ON e.id = u.endpoint_id AND e.state <> 'deleted'
+WHERE u.after_id >= (SELECT coalesce(min(o.id), 0) - 1 FROM webhook.outbox AS o) AND (p.attempted, p.delivered) <> (
+    SELECT count(DISTINCT a.event_id), count(*) FILTER (WHERE a.fault IS NULL)
+    FROM webhook.attempt AS a WHERE a.endpoint_id = u.endpoint_id AND a.run = u.id
+);

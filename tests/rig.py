@@ -12,6 +12,7 @@ from dispatcher import settings as settings_module
 from dispatcher.engine.engine import Engine
 from dispatcher.engine.gaps import Gaps
 from dispatcher.main import make_transport
+from dispatcher.ports import Partitions
 from dispatcher.settings import Settings
 from dispatcher.sink import Behaviour, Received, Sink
 from dispatcher.store.postgres import PgStore
@@ -51,11 +52,17 @@ class Rig:
         self.transport: Pool = make_transport(settings)
         self.engine: Engine
         self.task: asyncio.Task[None] | None = None
+        self.make_partitions: Callable[[], Partitions] | None = None  # with one, the engine has a janitor
         self._make_gaps = make_gaps
 
     async def start(self) -> None:
         self.engine = Engine(
-            PgStore(self.dsn, self.settings), self.transport, self.settings, owner="test", make_gaps=self._make_gaps
+            PgStore(self.dsn, self.settings),
+            self.transport,
+            self.settings,
+            owner="test",
+            make_gaps=self._make_gaps,
+            partitions=None if self.make_partitions is None else self.make_partitions(),
         )
         self.task = asyncio.create_task(self.engine.run())
         ready = asyncio.create_task(self.engine.ready.wait())
@@ -182,10 +189,11 @@ async def rig(
             await made.start()
         yield made
     finally:
+        failed = made.task is not None and made.task.done() and not made.task.cancelled() and made.task.exception()
         if made.task is not None:
-            if made.task.done() and not made.task.cancelled() and made.task.exception() is not None:
-                made.task.result()
             await made.kill()
         await made.transport.close()
         await made.sink.stop()
         await made.db.close()  # the one in use: a test may have connected again
+        if failed:
+            raise failed

@@ -36,7 +36,9 @@ KEYS = {
     "contact.opted_in": "contact method keyword scope inbound_message_id last_message_id reference",
     "batch.completed": "batch counts cost",
     "account.balance_low": "balance limit estimated_hours_left",
-    "endpoint.disabled": "endpoint reason failing_since last_attempt held_events",
+    "endpoint.disabled": "endpoint reason failing_since held_events",
+    "endpoint.recovered": "endpoint reason failing_since",
+    "endpoint.events_expired": "endpoint deliveries from to",
     "endpoint.test": "endpoint challenge sent_by",
 }
 

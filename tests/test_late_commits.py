@@ -634,7 +634,7 @@ async def test_the_reader_rests_while_a_gap_is_open_and_a_lane_is_behind(dsn: st
                 reader.asleep
                 and looked_at < reader._asleep_since < gaps_of(r)._watched_at
                 and not gaps_of(r).is_pending
-                and not reader._reading
+                and not reader._gate.is_reading
             )
         )
         committed_at = time.monotonic()

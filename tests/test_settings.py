@@ -9,6 +9,7 @@ from annotated_types import Ge, Le, MaxLen
 
 from dispatcher import settings as settings_module
 from dispatcher.domain.address import parse_networks
+from dispatcher.domain.proxy import Proxy
 from dispatcher.errors import InputError
 from dispatcher.settings import ENV_PREFIX, Settings, load
 
@@ -71,6 +72,9 @@ BOUNDS = {  # setting: least, most. Written down once more, so that a bound that
     "breaker_failures": (1, 1_000),
     "breaker_wait_s": (0.05, 3_600),
     "breaker_wait_max_s": (0.05, 86_400),
+    "replay_rate_per_s": (0.001, 100_000),
+    "retention_days": (0.01, 3_650),
+    "dead_letter_retention_days": (0.01, 3_650),
     "record_rows_max": (1, 10_000),
     "record_wait_ms": (0, 1_000),
     "unrecorded_max": (100, 1_000_000),
@@ -105,6 +109,7 @@ def test_a_number_at_its_bounds_and_beyond(name, monkeypatch):
     ("name", "choices"),
     [
         ("doorbell", ("on", "off")),
+        ("transport", ("thin", "aiohttp")),
         ("log_level", ("debug", "info", "warning", "error")),
         ("log_format", ("auto", "json", "console")),
     ],
@@ -198,6 +203,71 @@ def test_bad_allowed_networks(value):
     assert refusal(allowed_networks=value).startswith("setting DISPATCHER_ALLOWED_NETWORKS: ")
 
 
+@pytest.mark.parametrize(
+    ("value", "proxy"),
+    [
+        (None, None),
+        ("http://proxy.example.com:3128", Proxy("http", "proxy.example.com", 3128)),
+        ("http://u:%C3%BC%40@10.0.0.1:80/", Proxy("http", "10.0.0.1", 80, "u", "ü@")),
+        ("socks5://u:p@[2600::1]:1080", Proxy("socks5", "2600::1", 1080, "u", "p")),
+        ("HTTP://Proxy:1", Proxy("http", "proxy", 1)),
+    ],
+)
+def test_a_proxy(value, proxy, monkeypatch):
+    assert load(proxy_url=value).proxy == proxy
+    if value is not None:
+        monkeypatch.setenv("DISPATCHER_PROXY_URL", value)
+        assert load().proxy == proxy
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("", "begins with http:// or socks5://"),
+        ("proxy.example.com:3128", "begins with"),
+        ("https://u:hunter2@h:1", "begins with"),
+        ("socks4://u:hunter2@h:1", "begins with"),
+        ("socks5h://u:hunter2@h:1", "write socks5"),
+        ("http://u:hunter2@h", "a scheme, a host and a port"),
+        ("http://u:hunter2@:1", "a scheme, a host and a port"),
+        ("http://u:hunter2@h:0", "a scheme, a host and a port"),
+        ("http://u:hunter2@h:1/path", "a scheme, a host and a port"),
+        ("http://u:hunter2@h:1?x", "a scheme, a host and a port"),
+        ("http://u:hunter2@h:99999", "not a proxy's URL"),
+        ("http://u:hunter2@h:x", "not a proxy's URL"),
+        ("http://u:hunter2@[::1:1", "not a proxy's URL"),
+        ("http://hunter2@h:1", "a user and a password"),
+        ("http://:hunter2@h:1", "a user and a password"),
+        ("http://a%3Ab:hunter2@h:1", "colon"),
+        ("http://u:hunter2" + "x" * 255 + "@h:1", "255 bytes"),
+        ("socks5://u:hunter2%C3%BC@h:1", "ASCII"),
+        (["hunter2"], "valid string"),
+    ],
+)
+def test_a_bad_proxy(value, words):
+    text = refusal(proxy_url=value)
+    assert text.startswith("setting DISPATCHER_PROXY_URL: ")
+    assert words in text
+    assert "hunter2" not in text
+
+
+def test_no_listing_shows_the_proxy(monkeypatch):
+    monkeypatch.setenv("DISPATCHER_PROXY_URL", "http://u:hunter2@h:1")
+    settings = load()
+    assert "hunter2" not in f"{settings} {settings!r} {settings.proxy!r}"
+    monkeypatch.setenv("DISPATCHER_SLOTS", "0")
+    assert "hunter2" not in refusal()
+
+
+def test_a_bound_of_the_logs_size_is_optional(monkeypatch):
+    assert load().retention_bytes_max is None
+    monkeypatch.setenv("DISPATCHER_RETENTION_BYTES_MAX", "16777216")
+    assert load().retention_bytes_max == 16_777_216
+    for value in ("16777215", str((1 << 60) + 1), "much"):
+        monkeypatch.setenv("DISPATCHER_RETENTION_BYTES_MAX", value)
+        assert refusal().startswith("setting DISPATCHER_RETENTION_BYTES_MAX: ")
+
+
 def test_paths_and_texts():
     settings = load(data_dir="/a/b", ca_file=__file__, database_url="postgresql://h/d")
     assert (settings.data_dir, settings.ca_file, settings.database_url) == (
@@ -212,12 +282,15 @@ def test_every_setting_is_tried_here():
     tried = {
         *BOUNDS,
         "doorbell",
+        "transport",
+        "proxy_url",
         "log_level",
         "log_format",
         "user_agent",
         "allow_http",
         "retry_schedule_s",
         "allowed_networks",
+        "retention_bytes_max",
     }
     assert set(FIELDS) == tried | {"data_dir", "ca_file", "database_url"}
 

@@ -8,9 +8,15 @@ import click
 
 from dispatcher import errors
 from dispatcher.cli.common import Context
+from dispatcher.cli.completion import completion
+from dispatcher.cli.dead_letter import dead_letter
 from dispatcher.cli.endpoint import endpoint
+from dispatcher.cli.erase import erase
 from dispatcher.cli.event import event, tail
+from dispatcher.cli.partitions import maintain, partitions
+from dispatcher.cli.replay import replay, resend
 from dispatcher.cli.service import demo, migrate, run
+from dispatcher.cli.status import status
 from dispatcher.sink import sink_command
 
 
@@ -35,11 +41,39 @@ def cli(context: click.Context, config: Path | None) -> None:
       dispatcher endpoint create acct_1 URL             make an endpoint, test it, go live
       dispatcher event send acct_1 message.sent '{}'    send it an event
       dispatcher run                                    the service
+      dispatcher status                                 who owns it, who stands by, how far behind
+
+    \b
+    When something went wrong:
+
+    \b
+      dispatcher event show EVENT                       why did this not arrive?
+      dispatcher resend EVENT ENDPOINT                  send one event again
+      dispatcher replay start ENDPOINT --since 6h       send what failed in a range again
+      dispatcher dead-letter list                       what was given up
+      dispatcher erase account ACCOUNT                  forget an account for good
+
+    Every verb has --help with an example, and --json where it prints results. `dispatcher completion SHELL` completes them.
     """
     context.obj = Context(config)
 
 
-for command in (run, demo, migrate, endpoint, event, tail):
+for command in (
+    run,
+    status,
+    demo,
+    migrate,
+    endpoint,
+    event,
+    tail,
+    resend,
+    replay,
+    dead_letter,
+    erase,
+    partitions,
+    maintain,
+    completion,
+):
     cli.add_command(command)
 cli.add_command(sink_command, "sink")
 

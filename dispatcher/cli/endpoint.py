@@ -1,17 +1,19 @@
 """`dispatcher endpoint …`: create, test, go live; then look after it."""
 
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
-from dispatcher.cli.common import Context, admin, as_json, print_json, print_rows, run_async, with_admin
+from dispatcher.cli.common import DURATION, Context, admin, as_json, print_json, print_rows, run_async, with_admin
 from dispatcher.demo.events import sample
 from dispatcher.domain.url import parse_url
 from dispatcher.engine.trial import TEST_TYPE, Trial, try_endpoint
 from dispatcher.errors import InputError
 from dispatcher.main import make_transport
 from dispatcher.settings import Settings
-from dispatcher.store.admin import EndpointView
+from dispatcher.store.admin import CONFIG_FIELDS, Admin, Choice, EndpointDetails, EndpointView, Waiting, counted
 
 
 @click.group()
@@ -20,6 +22,9 @@ def endpoint() -> None:
 
     An endpoint begins as a draft and gets nothing. `test` sends it one real, signed POST; a passed test belongs to that exact configuration and
     lets it `go-live`. An edit of a live endpoint waits beside it until its own test has passed.
+
+    `pause` and `resume` are for an owner's own pauses; an endpoint that failed for days, or answered 410, is disabled until somebody says
+    `enable`. Whether events of that time are sent or skipped is a choice; what is never sent is counted.
     """
 
 
@@ -111,6 +116,9 @@ def test(context: Context, endpoint_id: int, event_type: str, json_out: bool) ->
     """Send one real, signed POST, marked as a test, and say what came of it.
 
     Exit status 0 if it passed (2xx), 1 if not.
+
+    \b
+    dispatcher endpoint test 7 --type message.delivered
     """
     settings = context.settings()
     view, trial = run_async(_test(settings, endpoint_id, event_type))
@@ -178,15 +186,23 @@ def _sample(event_type: str, view: EndpointView) -> dict[str, Any]:
 
 @endpoint.command("go-live")
 @click.argument("endpoint_id", type=int)
-@click.option("--force", is_flag=True, help="Without a passed test. Says so in the endpoint's record.")
+@click.option("--force", is_flag=True, help="Without a passed test. Says so in the endpoint's record and in the log.")
 @as_json
 @click.pass_obj
 def go_live(context: Context, endpoint_id: int, force: bool, json_out: bool) -> None:
-    """Put a tested draft, or a tested edit, in force."""
+    """Put a tested draft, or a tested edit, in force.
+
+    \b
+    dispatcher endpoint test 7
+    dispatcher endpoint go-live 7
+    """
     view = with_admin(context.settings(), lambda a: a.go_live(endpoint_id, force=force))
     if force and not view.tested:
-        click.echo(f"warning: endpoint {endpoint_id} went live WITHOUT a passed test", err=True)
-    _print(view, json_out)
+        click.echo(
+            f"warning: endpoint {endpoint_id} went live WITHOUT a passed test: nobody knows whether {view.config['url']} takes its events",
+            err=True,
+        )
+    _report(view, json_out, f"endpoint {endpoint_id} is {view.state}, with this configuration in force")
 
 
 @endpoint.command("list")
@@ -196,11 +212,21 @@ def go_live(context: Context, endpoint_id: int, force: bool, json_out: bool) -> 
 @as_json
 @click.pass_obj
 def list_endpoints(context: Context, account_id: str | None, state: str | None, after: int, json_out: bool) -> None:
-    """List endpoints, a thousand at a time."""
+    """List endpoints, a thousand at a time; those that fail are marked.
+
+    \b
+    dispatcher endpoint list --account acct_1
+    """
     rows = with_admin(context.settings(), lambda a: a.endpoints(account_id, state, after=after))
     if json_out:
         print_json(rows)
         return
+    for row in rows:
+        row["state"] = ", ".join(
+            word for word, applies in (
+                (row["state"], True), ("FAILING", row["failing"]), ("edit waits", row["has_draft"]),
+            ) if applies
+        )  # fmt: skip
     columns = ("id", "account_id", "state", "event_types", "backlog", "url", "name")
     print_rows(rows, columns, "There are no endpoints. `dispatcher endpoint create ACCOUNT URL` makes one.")
     if len(rows) == 1_000:
@@ -209,13 +235,31 @@ def list_endpoints(context: Context, account_id: str | None, state: str | None, 
 
 @endpoint.command()
 @click.argument("endpoint_id", type=int)
-@click.option("--secret", "show_secret", is_flag=True, help="Show the signing secrets too.")
+@click.option("--secret", "show_secret", is_flag=True, help="Show the signing secrets too, and when they expire.")
+@click.option("--subscriptions", is_flag=True, help="Show the ids of events for which each subscription is valid.")
 @as_json
 @click.pass_obj
-def show(context: Context, endpoint_id: int, show_secret: bool, json_out: bool) -> None:
-    """Show one endpoint: configuration, state, what waits for it."""
-    view = with_admin(context.settings(), lambda a: a.get(endpoint_id))
-    _print(view, json_out, show_secret=show_secret)
+def show(context: Context, endpoint_id: int, show_secret: bool, subscriptions: bool, json_out: bool) -> None:
+    """Show one endpoint: state, configuration, what waits for it and what it will never get.
+
+    \b
+    dispatcher endpoint show 7 --subscriptions
+    """
+
+    async def work(opened: Admin) -> tuple[EndpointView, EndpointDetails]:
+        view = await opened.get(endpoint_id)
+        return view, await opened.details(view)
+
+    view, details = with_admin(context.settings(), work)
+    if json_out:
+        secrets = [
+            {"created_at": s.created_at, "expires_at": s.expires_at} | ({"secret": s.secret} if show_secret else {})
+            for s in view.signing
+        ]
+        print_json(view.as_dict() | details.as_dict() | {"secrets": secrets})
+        return
+    for label, value in _described(view, details, secret=show_secret, subscriptions=subscriptions):
+        click.echo(f"{label:16} {value}".rstrip())
 
 
 @endpoint.command()
@@ -226,32 +270,168 @@ def show(context: Context, endpoint_id: int, show_secret: bool, json_out: bool) 
 @as_json
 @click.pass_obj
 def update(context: Context, /, endpoint_id: int, live: bool, json_out: bool, **given: Any) -> None:
-    """Change an endpoint. The edit of an endpoint that is not a draft waits for `test` and `go-live`; the old one stays in force until then."""
+    """Change an endpoint. The edit of an endpoint that is not a draft waits for `test` and `go-live`; the old one stays in force until then.
+
+    \b
+    dispatcher endpoint update 7 --url https://example.com/new
+    """
     changes = _config(given)
     if not changes:
         raise InputError("nothing to change was given; see --help")
     view = with_admin(context.settings(), lambda a: a.update(endpoint_id, changes, live=live))
-    _print(view, json_out)
-    if not json_out and view.proposed is not None:
-        click.echo(f"Next:\n  dispatcher endpoint test {endpoint_id}\n  dispatcher endpoint go-live {endpoint_id}")
+    if view.state == "draft" or live:
+        _report(view, json_out, f"endpoint {endpoint_id} changed")
+    elif view.proposed is None:
+        _report(view, json_out, f"endpoint {endpoint_id} stays as it is; no edit waits")
+    else:
+        edit = "\n".join(f"  {field}: {_value(now)} → {_value(new)}" for field, (now, new) in view.changes.items())
+        commands = f"  dispatcher endpoint test {endpoint_id}\n  dispatcher endpoint go-live {endpoint_id}"
+        _report(
+            view,
+            json_out,
+            f"endpoint {endpoint_id} stays as it is until this has passed its test:\n{edit}\nNext:\n{commands}",
+        )
 
 
 @endpoint.command()
 @click.argument("endpoint_id", type=int)
+@click.option("--skip", is_flag=True, help="Events from now on are never sent; they are counted on resume.")
 @as_json
 @click.pass_obj
-def pause(context: Context, endpoint_id: int, json_out: bool) -> None:
-    """Stop deliveries to an endpoint within a second. Its events are held, and sent on resume."""
-    _print(with_admin(context.settings(), lambda a: a.pause(endpoint_id)), json_out)
+def pause(context: Context, endpoint_id: int, skip: bool, json_out: bool) -> None:
+    """Stop deliveries to an endpoint within a second.
+
+    Its events are held, and sent on resume; with --skip they are not. What was handed out before the pause stays owed in either case.
+
+    \b
+    dispatcher endpoint pause 7
+    """
+    view = with_admin(context.settings(), lambda a: a.pause(endpoint_id, skip=skip))
+    what = "SKIPPED" if skip else "held"
+    _report(view, json_out, f"endpoint {endpoint_id} is paused; its events from now on are {what}")
+
+
+def _send_or_skip(command: Any) -> Any:
+    for option in (
+        click.option("--skip", "choice", flag_value="skip", help="Never send what was held; it is counted."),
+        click.option("--send", "choice", flag_value="send", help="Send what was held, oldest first."),
+    ):
+        command = option(command)
+    return command
 
 
 @endpoint.command()
 @click.argument("endpoint_id", type=int)
+@_send_or_skip
 @as_json
 @click.pass_obj
-def resume(context: Context, endpoint_id: int, json_out: bool) -> None:
-    """Go on with a paused or disabled endpoint: what was held is sent, oldest first."""
-    _print(with_admin(context.settings(), lambda a: a.resume(endpoint_id)), json_out)
+def resume(context: Context, endpoint_id: int, choice: Choice | None, json_out: bool) -> None:
+    """Go on with a paused endpoint. What was held is sent, oldest first, unless you say --skip.
+
+    \b
+    dispatcher endpoint resume 7 --skip
+    """
+    view, skipped = with_admin(context.settings(), lambda a: a.resume(endpoint_id, choice))
+    _report(view, json_out, f"endpoint {endpoint_id} is live{_skipped(skipped)}", skipped=skipped)
+
+
+@endpoint.command()
+@click.argument("endpoint_id", type=int)
+@click.option("--reason", help="For its record, such as a ticket. [default: by operator]")
+@as_json
+@click.pass_obj
+def disable(context: Context, endpoint_id: int, reason: str | None, json_out: bool) -> None:
+    """Stop deliveries to an endpoint until somebody enables it, and tell its account (endpoint.disabled).
+
+    The dispatcher does the same to one that fails for days or answers 410. Its events are held.
+
+    \b
+    dispatcher endpoint disable 7 --reason 'ticket 4711'
+    """
+    view = with_admin(context.settings(), lambda a: a.disable(endpoint_id, reason))
+    _report(view, json_out, f"endpoint {endpoint_id} is disabled; its events are held")
+
+
+@endpoint.command()
+@click.argument("endpoint_id", type=int)
+@_send_or_skip
+@as_json
+@click.pass_obj
+def enable(context: Context, endpoint_id: int, choice: Choice | None, json_out: bool) -> None:
+    """Put a disabled endpoint live again, and tell its account (endpoint.recovered).
+
+    On a terminal it shows how many events were held and asks whether to send or to skip them; in a script say which.
+
+    \b
+    dispatcher endpoint enable 7 --send
+    """
+
+    async def work(opened: Admin) -> tuple[EndpointView, int]:
+        chosen = choice
+        if chosen is None and _can_ask():
+            view = await opened.get(endpoint_id)
+            if view.state == "disabled":
+                chosen = _ask(view, await opened.waiting(view))
+        return await opened.enable(endpoint_id, chosen)
+
+    view, skipped = with_admin(context.settings(), work)
+    _report(view, json_out, f"endpoint {endpoint_id} is live{_skipped(skipped)}", skipped=skipped)
+
+
+def _can_ask() -> bool:
+    return sys.stdin.isatty()
+
+
+def _ask(view: EndpointView, waiting: Waiting) -> Choice | None:
+    """Ask what to do with what was held; None if there is nothing."""
+    if not waiting.held:
+        return None
+    since = f"{view.state_changed_at:{_TIME}} ({view.state_reason})"
+    click.echo(f"endpoint {view.id} is disabled since {since}; held since then: {counted(waiting.held)}", err=True)
+    if waiting.before or waiting.retries:
+        click.echo(f"in either case it gets what waits from before: {_before(waiting)}", err=True)
+    answer: Choice = click.prompt("Send or skip what was held?", type=click.Choice(["send", "skip"]), err=True)
+    return answer
+
+
+def _before(waiting: Waiting) -> str:
+    return f"{counted(waiting.before)} not tried yet, {waiting.retries:,} that wait for a retry"
+
+
+def _skipped(skipped: int) -> str:
+    return f"; deliveries skipped: {skipped:,}" if skipped else ""
+
+
+@endpoint.command("rotate-secret")
+@click.argument("endpoint_id", type=int)
+@click.option(
+    "--overlap",
+    "overlap_s",
+    type=DURATION,
+    default="24h",
+    show_default=True,
+    help="How long the old secret signs too: 30s, 90m, 24h, 2d; 0 ends it at once.",
+)
+@click.option("--secret", help="The new signing secret (whsec_…). [default: a new one]")
+@as_json
+@click.pass_obj
+def rotate_secret(context: Context, endpoint_id: int, overlap_s: float, secret: str | None, json_out: bool) -> None:
+    """Give an endpoint a new signing secret. During the overlap both sign, so that its receiver can change over.
+
+    \b
+    dispatcher endpoint rotate-secret 7 --overlap 2d
+    """
+    view = with_admin(context.settings(), lambda a: a.rotate_secret(endpoint_id, overlap_s=overlap_s, secret=secret))
+    old = view.signing[1:]
+    until = max((s.expires_at for s in old if s.expires_at is not None), default=None)
+    if json_out:
+        print_json(view.as_dict() | {"secret": view.secrets[0], "old_sign_until": until})
+        return
+    click.echo(f"secret   {view.secrets[0]}")
+    if until is None:
+        click.echo("The old one signs no more.")
+    else:
+        click.echo(f"The old {'one signs' if len(old) == 1 else 'ones sign'} too until {until:{_TIME}}.")
 
 
 @endpoint.command()
@@ -260,25 +440,87 @@ def resume(context: Context, endpoint_id: int, json_out: bool) -> None:
 @as_json
 @click.pass_obj
 def delete(context: Context, endpoint_id: int, yes: bool, json_out: bool) -> None:
-    """Delete an endpoint. What waits for it is never sent."""
-    settings = context.settings()
-    if not yes:
-        view = with_admin(settings, lambda a: a.get(endpoint_id))
-        click.confirm(
-            f"Delete endpoint {endpoint_id} ({view.config['url']}), with what waits for it?", abort=True, err=True
-        )
-    with_admin(settings, lambda a: a.delete(endpoint_id))
+    """Delete an endpoint. What waits for it is never sent; it is counted as discarded.
+
+    \b
+    dispatcher endpoint delete 7
+    """
+
+    async def work(opened: Admin) -> int:
+        if not yes:
+            view = await opened.get(endpoint_id)
+            waiting = await opened.waiting(view)
+            due = counted(waiting.held + waiting.before + waiting.retries)
+            click.confirm(
+                f"Delete endpoint {endpoint_id} ({view.config['url']})? Deliveries that wait for it and would never be sent: {due}.",
+                abort=True,
+                err=True,
+            )
+        return await opened.delete(endpoint_id)
+
+    discarded = with_admin(context.settings(), work)
     if json_out:
-        print_json({"id": endpoint_id, "state": "deleted"})
+        print_json({"id": endpoint_id, "state": "deleted", "discarded": discarded})
     else:
-        click.echo(f"endpoint {endpoint_id} deleted")
+        click.echo(
+            f"endpoint {endpoint_id} is deleted; deliveries that waited for it and are never sent: {discarded:,}"
+        )
 
 
-def _print(view: EndpointView, json_out: bool, *, show_secret: bool = False) -> None:
-    shown = view.as_dict() | ({"secrets": list(view.secrets)} if show_secret else {})
+_TIME = "%Y-%m-%d %H:%M:%S UTC"
+
+
+def _report(view: EndpointView, json_out: bool, sentence: str, **more: Any) -> None:
+    """Say in a sentence, or as JSON, what a verb came to."""
     if json_out:
-        print_json(shown)
-        return
-    for key, value in shown.items():
-        if value not in (None, "", []):
-            click.echo(f"{key:17} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+        print_json(view.as_dict() | more)
+    else:
+        click.echo(sentence)
+
+
+def _described(
+    view: EndpointView, details: EndpointDetails, *, secret: bool, subscriptions: bool
+) -> Iterator[tuple[str, Any]]:
+    """Yield (label, value) lines: what it is, how it stands, what it is configured to."""
+    reason = f" ({view.state_reason})" if view.state_reason else ""
+    yield "endpoint", f"{view.id}  {view.config['name']}"
+    yield "account", view.account_id
+    yield "state", f"{view.state} since {view.state_changed_at:{_TIME}}{reason}"
+    if view.failing_since is not None:
+        yield "FAILING", f"no success since {view.failing_since:{_TIME}}"
+    for field in CONFIG_FIELDS[1:]:
+        yield field, _value(view.config[field])
+    for n, (field, (now, proposed)) in enumerate(view.changes.items()):
+        yield "" if n else "proposed edit", f"{field}: {_value(now)} → {_value(proposed)}"
+    what = "the edit" if view.changes else "this configuration"
+    passed = "has passed its test" if view.tested else f"has NOT passed a test: `dispatcher endpoint test {view.id}`"
+    yield "tested", f"{what} {passed}"
+    waiting = details.waiting
+    if waiting is None:
+        yield "backlog", f"{view.backlog:,}"
+    else:
+        held = "events since then are skipped" if waiting.skipping else counted(waiting.held)
+        yield "held", f"{held}; from before: {counted(waiting.before)}"
+    yield "retries", f"{view.retries:,}"
+    yield "dead letters", f"{view.dead_letters:,}"
+    yield "never sent", ", ".join(f"{count:,} {reason}" for reason, count in details.discards.items()) or "0"
+    for run in details.runs:
+        yield (
+            "run",
+            f"{run['id']} ({run['source']}) {run['state']}: {run['attempted']:,} of {run['total']:,}, {run['delivered']:,} delivered",
+        )
+    if secret:
+        for known in view.signing:
+            until = "" if known.expires_at is None else f"  until {known.expires_at:{_TIME}}"
+            yield "secret", f"{known.secret}{until}"
+    if subscriptions:
+        for row in details.subscriptions:
+            until = "" if row["until_id"] is None else f" up to {row['until_id']}"
+            yield "subscription", f"{row['pattern']}  ids above {row['since_id']}{until}"
+    yield "created", f"{view.created_at:{_TIME}}"
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "–"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value) or "–"

@@ -57,25 +57,37 @@ def send(
 def show(context: Context, reference: str, json_out: bool) -> None:
     """Show what happened to an event, attempt by attempt. REFERENCE is an outbox id or an evt_… id.
 
-    Each endpoint that was subscribed is listed, also one that has had no attempt: that answers "why did this not arrive?".
+    Each endpoint that was subscribed is listed, also one that has had no attempt: that answers "why did this not arrive?". Its resends and
+    replays are told apart from the original. Of an event that retention has taken, its dead letters' copies still tell.
+
+    \b
+    dispatcher event show evt_0ee4da927ccba008cff736c89e3074c0
     """
     shown = with_admin(context.settings(), lambda a: a.show(reference))
+    payload = shown["payload"]
     if json_out:
-        print_json(shown | {"payload": orjson.Fragment(shown["payload"].encode())})
+        print_json(shown | {"payload": None if payload is None else orjson.Fragment(payload.encode())})
         return
     click.echo(
         f"{shown['id']}  {shown['event_id']}  {shown['type']}  account {shown['account_id']}  {shown['created_at']:%Y-%m-%d %H:%M:%S.%f} UTC"
     )
+    if not shown["in_log"]:
+        click.echo("Retention has taken it from the outbox; this is what its dead letters and attempts tell.")
     if not shown["deliveries"]:
         click.echo("No endpoint was subscribed to it.")
     for delivery in shown["deliveries"]:
         click.echo(f"endpoint {delivery['endpoint_id']}  {delivery['url']}  {delivery['fate']}")
+        if len(delivery["runs"]) > 1:
+            for run in delivery["runs"]:
+                click.echo(f"  run {run['run']} ({run['kind']}): {run['fate']}")
         for attempt in delivery["attempts"]:
-            answer = attempt["status"] if attempt["fault"] in (None, "status") else attempt["fault"]
-            run = f"run {attempt['run']} " if attempt["run"] else ""
-            click.echo(
-                f"  {run}attempt {attempt['number']}  {attempt['started_at']:%H:%M:%S.%f}  {attempt['duration_us'] / 1000:8.1f} ms  {answer}"
-            )
+            click.echo(attempt_line(attempt))
+
+
+def attempt_line(attempt: dict[str, Any]) -> str:
+    answer = attempt["status"] if attempt["fault"] in (None, "status") else attempt["fault"]
+    run = f"run {attempt['run']} " if attempt["run"] else ""
+    return f"  {run}attempt {attempt['number']}  {attempt['started_at']:%H:%M:%S.%f}  {attempt['duration_us'] / 1000:8.1f} ms  {answer}"
 
 
 @click.command()
@@ -85,7 +97,11 @@ def show(context: Context, reference: str, json_out: bool) -> None:
 @click.option("--json", "json_out", is_flag=True, help="One JSON object a line.")
 @click.pass_obj
 def tail(context: Context, endpoint_id: int | None, failures: bool, seconds: float | None, json_out: bool) -> None:
-    """Follow deliveries as they are recorded."""
+    """Follow deliveries as they are recorded.
+
+    \b
+    dispatcher tail --endpoint 7 --failures
+    """
     try:
         run_async(_tail(context.settings(), endpoint_id, failures, seconds, json_out))
     except KeyboardInterrupt:

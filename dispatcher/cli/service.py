@@ -6,7 +6,7 @@ import structlog
 from dispatcher import log
 from dispatcher.cli.common import Context, as_json, connection_to, database, print_json, run_async
 from dispatcher.demo.run import run_demo
-from dispatcher.errors import DatabaseRefusedError
+from dispatcher.errors import TakenOverError
 from dispatcher.main import serve
 from dispatcher.ports import FencedError
 from dispatcher.settings import Settings
@@ -21,14 +21,22 @@ _log = structlog.get_logger(room="main")
 def run(context: Context) -> None:
     """Run the service: deliver until SIGTERM or Ctrl-C, which lets POSTs in flight end first; a second one forces.
 
-    One process delivers for one database; `dispatcher migrate` installs the schema there first (an embedded PostgreSQL is installed by itself).
+    One process delivers for one database. A second one is a hot standby: it waits, and takes over within 2 s when the owner ends, within 6 s
+    when it is frozen or cut off (`dispatcher status` tells who owns). An owner that was taken over stops with exit status 7; started again it
+    is the standby. `dispatcher migrate` installs the schema first (an embedded PostgreSQL is installed by itself).
+
+    \b
+    DISPATCHER_DATABASE_URL=postgresql://user:password@host/db dispatcher run
     """
     settings = context.settings()
     log.configure(settings)
     try:
         run_async(_run(settings))
     except FencedError as exc:
-        raise DatabaseRefusedError(str(exc)) from exc
+        raise TakenOverError(
+            f"{exc}. This one has stopped, and neither sends nor writes any more; started again it waits as a standby "
+            "(`dispatcher status` says who owns)"
+        ) from exc
 
 
 async def _run(settings: Settings) -> None:
@@ -47,6 +55,9 @@ def migrate(context: Context, json_out: bool) -> None:
 
     Applies DISPATCHER_PAYLOAD_BYTES_MAX and DISPATCHER_DOORBELL to the database too. Needs CREATE on the database, and CREATEROLE for the roles
     webhook_producer and webhook_dispatcher (without it they are left out, with a notice).
+
+    \b
+    DISPATCHER_DATABASE_URL=postgresql://owner:password@host/db dispatcher migrate
     """
     settings = context.settings()
 
@@ -76,9 +87,12 @@ def demo(context: Context, seconds: float | None, rate: float, plain: bool, json
 
     Everything is made anew in a temporary directory and removed at the end. When time is up, or at Ctrl-C, it lets everything settle and checks
     from the database that every committed event was delivered or is accounted for; that is the exit status.
+
+    \b
+    dispatcher demo --seconds 15 --rate 500
     """
     settings = context.settings(
-        database_url=None, allowed_networks="127.0.0.0/8", log_level="error",
+        database_url=None, proxy_url=None, allowed_networks="127.0.0.0/8", log_level="error",
         retry_schedule_s=(1, 2, 3, 5, 8, 13, 21), breaker_wait_s=1.0, breaker_wait_max_s=4.0,
     )  # fmt: skip
     log.configure(settings)

@@ -63,6 +63,13 @@ CATALOGUE: tuple[EventType, ...] = tuple(
         ("batch.completed", "Send completed", "Every message of a send has its final status.", False),
         ("account.balance_low", "Balance low", "The prepaid credit fell under its limit.", False),
         ("endpoint.disabled", "Endpoint disabled", "We stopped sending to one of your other endpoints.", True),
+        ("endpoint.recovered", "Endpoint recovered", "One of your other endpoints takes deliveries again.", True),
+        (
+            "endpoint.events_expired",
+            "Events expired",
+            "Events waited for an endpoint for longer than they are kept, and will not be sent.",
+            True,
+        ),
         ("endpoint.test", "Test", "You asked for a test of this endpoint.", True),
     )
 )
@@ -163,14 +170,24 @@ def _samples() -> dict[str, bytes]:
 
 ENDPOINT_SAMPLES: dict[str, Data] = {
     "endpoint.disabled": {
-        "endpoint": {"id": "ep_5f2c9a", "name": "Orders, production", "url": "https://hooks.customer.example/sms"},
+        "endpoint": {"id": 42, "name": "Orders, production", "url": "https://hooks.customer.example/sms"},
         "reason": "consecutive_failures",
         "failing_since": "2025-03-09T09:20:11.004Z",
-        "last_attempt": {"at": "2025-03-14T09:21:40.310Z", "status": 503, "number": 14, "error": None},
         "held_events": 1284,
     },
+    "endpoint.recovered": {
+        "endpoint": {"id": 42, "name": "Orders, production", "url": "https://hooks.customer.example/sms"},
+        "reason": "enabled",
+        "failing_since": "2025-03-09T09:20:11.004Z",
+    },
+    "endpoint.events_expired": {
+        "endpoint": {"id": 42, "name": "Orders, production", "url": "https://hooks.customer.example/sms"},
+        "deliveries": 1284,
+        "from": "2025-03-07T00:00:12.870Z",
+        "to": "2025-03-07T08:41:03.221Z",
+    },
     "endpoint.test": {
-        "endpoint": {"id": "ep_5f2c9a", "name": "Orders, production", "url": "https://hooks.customer.example/sms"},
+        "endpoint": {"id": 42, "name": "Orders, production", "url": "https://hooks.customer.example/sms"},
         "challenge": "c7e1b0d9f3",
         "sent_by": "jo@customer.example",
     },

@@ -14,12 +14,14 @@ from typing import NewType
 
 import orjson
 
+from dispatcher.domain.run import Run
 from dispatcher.domain.url import Target
 from dispatcher.errors import InputError
 
 EndpointId = NewType("EndpointId", int)
 
 FOREVER = 1 << 62  # an until_id that is not set
+FORCED = "forced without a test"  # what `state_reason` says of a configuration that was put live so
 PATTERN = re.compile(r"\*|[a-z0-9_]+(\.[a-z0-9_]+)*\.\*|[a-z0-9_]+(\.[a-z0-9_]+)+")
 
 
@@ -59,6 +61,9 @@ class Endpoint:
     in_flight_max: int | None = None
     retry_schedule_s: tuple[int, ...] | None = None
     failing_since_us: int | None = None
+    state_reason: str | None = None
+    runs: tuple[Run, ...] = ()  # that haven't finished
+    reload_at_us: int | None = None  # a secret expires then, with no change to tell of it
 
     def __repr__(self) -> str:
         return f"Endpoint({self.id} {self.state.value} {self.target.url if self.target else 'unusable'})"
@@ -76,6 +81,11 @@ def pattern_matches(pattern: str, event_type: str) -> bool:
     if pattern.endswith(".*"):
         return event_type.startswith(pattern[:-1])
     return pattern == event_type
+
+
+def like_pattern(pattern: str) -> str:
+    """Return the pattern as SQL's LIKE has it."""
+    return pattern.replace("_", r"\_").replace("*", "%")
 
 
 def check_patterns(patterns: Iterable[str]) -> tuple[str, ...]:

@@ -27,6 +27,8 @@ EventId = NewType("EventId", int)  # the outbox id
 EVENT_TYPE = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 EVENT_TYPE_BYTES_MAX = 128
 PUBLIC_ID = re.compile(r"evt_[0-9a-f]{32}")
+# What an account is told about one of its endpoints (`data.endpoint`), for its other endpoints. Only the dispatcher makes these.
+TOLD_TO_OTHERS = frozenset(("endpoint.disabled", "endpoint.recovered"))
 _BLOCK = struct.Struct(">QQ")
 
 
@@ -60,6 +62,16 @@ class Event:
 
     def __repr__(self) -> str:
         return f"Event({self.id} {self.type} of {self.account_id}, {len(self.payload)} B)"
+
+    def is_about(self, endpoint_id: int) -> bool:
+        """Tell whether this is what an account's *other* endpoints are told about this one. The subscriptions say so too, but a reader may
+        meet the event before it knows of their change."""
+        if self.type not in TOLD_TO_OTHERS:
+            return False
+        try:
+            return bool(orjson.loads(self.payload)["endpoint"]["id"] == endpoint_id)
+        except (orjson.JSONDecodeError, LookupError, TypeError):
+            return False  # not made by the dispatcher
 
     def envelope(self) -> bytes:
         """Return the body to POST: `{"id", "type", "timestamp", "account_id", "data"}`, built at the first call."""

@@ -5,15 +5,20 @@ sending, counted from the moment before it began: nothing starts more than 0.9 s
 later than a second after a pause has returned, also when the database stops answering; and a process that was frozen
 starts nothing before it has seen that its epoch still rules.
 
-The few updates of endpoint rows (disabled, failing since) go through here as well, on the configuration's own session:
-somebody's open transaction on such a row delays the note, never the recorder.
+What changes by time alone is asked for again at its time: a secret that expires stops signing though nobody changed a
+row.
+
+The few updates of endpoint rows (disabled, failing since, recovered) go through here as well, on the configuration's
+own session: somebody's open transaction on such a row delays the note, never the recorder.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import structlog
 
+from dispatcher.domain.endpoint import FORCED, Endpoint
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.lane import Lane
@@ -26,12 +31,16 @@ _log = structlog.get_logger(room="config")
 POLL_S = 0.4
 LEASE_S = 0.9
 AWAY_WAIT_S = 0.1
+# A recovery is told of after so long a trouble. A shorter one is over before anybody has looked into it, and its retries were minutes late;
+# who is told of each restart of a receiver soon reads none of it.
+TOLD_AFTER_S = 3_600
 
 
 class ConfigWatcher:
     def __init__(
-        self, store: Store, lanes: Lanes, sender: Sender, clock: Clock, counters: Counters, *, seq: int, epoch: int, head: Callable[[], int],
-        changed: Callable[[Lane], None],
+        self, store: Store, lanes: Lanes, sender: Sender, clock: Clock, counters: Counters, *, seq: int, epoch: int,
+        endpoints: Iterable[Endpoint], head: Callable[[], int], changed: Callable[[Lane], None],
+        after_read: Callable[[Callable[[], None]], None],
     ) -> None:  # fmt: skip
         self._store = store
         self._lanes = lanes
@@ -42,15 +51,23 @@ class ConfigWatcher:
         self._epoch = epoch
         self._head = head
         self._changed = changed
+        self._after_read = after_read
         self._wake = asyncio.Event()
         self._failing: dict[int, int | None] = {}  # endpoint → since µs, to be noted
+        self._recovered: dict[int, int] = {}  # endpoint → since when it had been failing, to be told
         self._disable: dict[int, tuple[str, int | None]] = {}
+        self._reload_at: dict[int, int] = {}  # endpoint → µs, when it reads differently without a change
+        for endpoint in endpoints:
+            self._note_reload(endpoint)
 
     def ring(self) -> None:
         self._wake.set()
 
-    def note_failing(self, lane: Lane) -> None:
+    def note_failing(self, lane: Lane, was_us: int | None) -> None:
+        """A lane began to fail, or delivers again after it had been failing since `was_us`."""
         self._failing[lane.id] = lane.failing_since_us
+        if was_us is not None and self._clock.wall_us() - was_us >= TOLD_AFTER_S * 1_000_000:
+            self._recovered[lane.id] = was_us
 
     def disable(self, lane: Lane, reason: str) -> None:
         """Ask for the endpoint to be disabled; its lane stops when the change comes back."""
@@ -78,17 +95,23 @@ class ConfigWatcher:
 
     async def look(self) -> None:
         """Read and apply what changed, then extend the lease."""
-        began = self._clock.now()
-        changes = await self._store.config_changes(self._seq, self._epoch)
+        began, wall_us = self._clock.now(), self._clock.wall_us()
+        again = [endpoint_id for endpoint_id, at_us in self._reload_at.items() if at_us <= wall_us]
+        changes = await self._store.config_changes(self._seq, self._epoch, again)
         now, head = self._clock.now(), self._head()
         for endpoint in changes.endpoints:
+            self._note_reload(endpoint)
             if is_wanted(endpoint):
                 lane = self._lanes.configure(endpoint, now, head)
-                _log.info("endpoint.configured", endpoint_id=endpoint.id, state=endpoint.state.value)
+                _log_configured(endpoint)
                 self._changed(lane)
         for endpoint_id in changes.gone:
+            self._reload_at.pop(endpoint_id, None)
             if self._lanes.remove(endpoint_id) is not None:
                 _log.info("endpoint.deleted", endpoint_id=endpoint_id)
+        for endpoint_id in changes.forget:
+            # A read that is under way may have seen them: first it is applied, then all of it is let go of.
+            self._after_read(partial(self._forget, endpoint_id))
         self._seq = changes.seq
         if began + LEASE_S > self._sender.lease_until:
             lapsed = self._sender.lease_until <= now
@@ -96,11 +119,29 @@ class ConfigWatcher:
             if lapsed:
                 self._sender.pump_soon()
 
+    def _note_reload(self, endpoint: Endpoint) -> None:
+        if endpoint.reload_at_us is None:
+            self._reload_at.pop(endpoint.id, None)
+        else:
+            self._reload_at[endpoint.id] = endpoint.reload_at_us
+
+    def _forget(self, endpoint_id: int) -> None:
+        """Events were erased: let go of what is in memory; what is left of it is read again."""
+        lane = self._lanes.get(endpoint_id)
+        if lane is not None:
+            self._lanes.fall_behind(lane, self._head(), drop=True)
+            self._changed(lane)
+
     async def _write_notes(self) -> None:
         for endpoint_id, (reason, since_us) in list(self._disable.items()):
             await self._store.disable_endpoint(endpoint_id, reason, since_us)
             del self._disable[endpoint_id]
             self._wake.set()  # read our own change
+        for endpoint_id, since_us in list(self._recovered.items()):
+            # Before the note that it isn't failing: by the older note the store knows that this was not told yet.
+            await self._store.tell_recovered(endpoint_id, since_us)
+            _log.info("endpoint.recovered", endpoint_id=endpoint_id)
+            del self._recovered[endpoint_id]
         if self._failing:
             notes, self._failing = self._failing, {}
             try:
@@ -108,3 +149,8 @@ class ConfigWatcher:
             except StoreAwayError:
                 self._failing = notes | self._failing
                 raise
+
+
+def _log_configured(endpoint: Endpoint) -> None:
+    tell = _log.warning if FORCED in (endpoint.state_reason or "") else _log.info
+    tell("endpoint.configured", endpoint_id=endpoint.id, state=endpoint.state.value, reason=endpoint.state_reason)

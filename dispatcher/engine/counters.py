@@ -11,6 +11,7 @@ class Counters:
     gap_reads: int = 0
     lag_reads: int = 0
     retry_reads: int = 0
+    run_reads: int = 0
     caught_up: int = 0
     crowded_out: int = 0
     memory_waits: int = 0
@@ -28,6 +29,12 @@ class Counters:
     batch_retries: int = 0
     checkpoints: int = 0
     store_away: int = 0
+    partitions_made: int = 0
+    partitions_expired: int = 0
+    partitions_dropped: int = 0
+    deliveries_expired: int = 0
+    dead_letters_expired: int = 0
+    janitor_failures: int = 0
     starts: int = 0
 
     def as_dict(self) -> dict[str, int]:

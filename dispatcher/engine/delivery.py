@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from dispatcher.domain.event import Event
 from dispatcher.domain.outcome import Decision, Outcome
+from dispatcher.domain.run import ORIGINAL
 from dispatcher.engine.lane import Lane
 
 
@@ -74,7 +75,7 @@ class Delivery:
     @property
     def is_first(self) -> bool:
         """The original run's first attempt: what settles the event for its lane."""
-        return self.number == 1 and self.run == 0
+        return self.number == 1 and self.run == ORIGINAL
 
     def done(self, outcome: Outcome) -> None:
         self._answered(self, outcome)

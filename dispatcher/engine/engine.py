@@ -4,11 +4,12 @@ An *incarnation* is everything learnt since one Start: lanes, gaps, results not 
 
     reader   reads the log                    listener  wakes reader and config
     recorder writes results, the checkpoint   config    changes, the lease on sending
-    owner    holds the owner lock
+    owner    holds the owner lock             janitor   partitions and retention
 
 `LifeLostError` (the server lost its memory) ends the incarnation, and the next one begins at Start: the same code as
 for a start after a crash. `FencedError` ends the engine: another dispatcher rules. `StoreAwayError` is met by each task
-on its own, with its state as it was.
+on its own, with its state as it was. While another dispatcher owns the database, Start waits: that is all that a standby
+is.
 
 Stop: read no more, start no more, let POSTs end until the grace is over, record the results with a last checkpoint,
 release the lock.
@@ -17,25 +18,36 @@ release the lock.
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from enum import Enum
 from typing import Any
 
 import structlog
 
+from dispatcher.engine.catchup import ReadGate
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.config import ConfigWatcher
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.gaps import Gaps
+from dispatcher.engine.janitor import Janitor
 from dispatcher.engine.lane import Lane, LaneLimits
 from dispatcher.engine.lanes import Lanes, Memory, is_wanted
 from dispatcher.engine.reader import Reader
 from dispatcher.engine.recorder import Recorder
 from dispatcher.engine.sender import Sender
-from dispatcher.ports import FencedError, LifeLostError, Started, Store, StoreAwayError, Transport
+from dispatcher.errors import DatabaseRefusedError
+from dispatcher.ports import FencedError, LifeLostError, Partitions, Started, Store, StoreAwayError, Transport
 from dispatcher.settings import Settings
 
 _log = structlog.get_logger(room="engine")
 
 AWAY_WAIT_S, AWAY_WAIT_MAX_S = 0.1, 1.0
+
+
+class State(Enum):
+    STARTING = "starting"  # or starting again, or the database is away
+    STANDBY = "standby"  # another owns the database; waiting for its end
+    OWNER = "owner"
+    STOPPED = "stopped"
 
 
 class Engine:
@@ -51,8 +63,10 @@ class Engine:
         clock: Clock | None = None,
         rng: random.Random | None = None,
         make_gaps: Callable[[], Gaps] = Gaps,
+        partitions: Partitions | None = None,
     ) -> None:
         self.counters = Counters()
+        self.state = State.STARTING
         self.ready = asyncio.Event()  # started, and reading
         self.incarnation: Incarnation | None = None
         self._store = store
@@ -62,6 +76,7 @@ class Engine:
         self._clock = clock or Clock()
         self._rng = rng or random.Random()  # noqa: S311 - jitter
         self._make_gaps = make_gaps
+        self._partitions = partitions  # None: nobody keeps them, as in most tests
         self._stop = asyncio.Event()
 
     def stop(self) -> None:
@@ -69,7 +84,8 @@ class Engine:
         self._stop.set()
 
     async def run(self) -> None:
-        """Deliver until stopped. Raises FencedError when another dispatcher rules."""
+        """Deliver until stopped; before that, wait while another owns the database. Raises FencedError when another took over from us, and
+        DatabaseRefusedError where going on would lose events."""
         try:
             while not self._stop.is_set():
                 started = await self._start()
@@ -77,23 +93,29 @@ class Engine:
                     return
                 incarnation = Incarnation(self, started)
                 self.incarnation = incarnation
+                self.state = State.OWNER
                 try:
                     await incarnation.run()
                     return
                 except LifeLostError as exc:
                     _log.warning("life.lost", reason=str(exc), unrecorded=incarnation.recorder.unrecorded)
                 finally:
+                    self.state = State.STARTING
                     self.ready.clear()
                     incarnation.sender.close()
         finally:
+            self.state = State.STOPPED
             await self._store.close()
+            if self._partitions is not None:
+                await self._partitions.close()
 
     async def _start(self) -> Started | None:
         """Start, however long the database is away; None if stopped meanwhile."""
         wait_s = AWAY_WAIT_S
         while not self._stop.is_set():
             try:
-                started = await self._unless_stopped(self._store.start(self._owner))
+                self.state = State.STARTING
+                started = await self._unless_stopped(self._store.start(self._owner, self._standing_by))
             except (StoreAwayError, LifeLostError) as exc:
                 self.counters.store_away += 1
                 _log.warning("start.away", error=str(exc), retry_in_s=wait_s)
@@ -106,7 +128,7 @@ class Engine:
             if started is None:
                 return None
             if started.last_id < started.position:
-                raise FencedError(
+                raise DatabaseRefusedError(
                     f"the outbox sequence is at {started.last_id}, behind the checkpoint at {started.position}: the server was restored to an "
                     "earlier state, or failed over without its tail. Events with ids in between would be taken for settled. Set the sequence "
                     "past the position (SELECT setval('webhook.outbox_id_seq', <position>)) when you have made sure of that, and start again."
@@ -125,8 +147,11 @@ class Engine:
             return started
         return None
 
+    def _standing_by(self) -> None:
+        self.state = State.STANDBY
+
     async def _unless_stopped(self, starting: Coroutine[Any, Any, Started]) -> Started | None:
-        """Await Start, which may wait long for the owner lock; None if stopped meanwhile."""
+        """Await Start, which waits for as long as another owns the database; None if stopped meanwhile."""
         start, stop = asyncio.create_task(starting), asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait([start, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -167,11 +192,12 @@ class Incarnation:
             counters,
             slots=settings.slots,
             rng=engine._rng,
-            look=lambda lane: self.reader.look(lane),
+            look=lambda lane: self.reader.catch_up.look(lane),
             disable=lambda lane, reason: self.config.disable(lane, reason),
-            failing=lambda lane: self.config.note_failing(lane),
+            failing=lambda lane, was_us: self.config.note_failing(lane, was_us),
             disable_after_s=settings.disable_after_s,
         )
+        gate = ReadGate()
         self.reader = Reader(
             store,
             self.lanes,
@@ -181,6 +207,7 @@ class Incarnation:
             position=lambda: self.recorder.position_under_way,
             doorbell=settings.doorbell == "on",
             poll_s=settings.poll_ms / 1000,
+            gate=gate,
             gaps=engine._make_gaps(),
         )
         self.config = ConfigWatcher(
@@ -191,13 +218,19 @@ class Incarnation:
             counters,
             seq=started.config_seq,
             epoch=started.epoch,
+            endpoints=started.endpoints,
             head=lambda: self.reader.head,
             changed=self._endpoint_changed,
+            after_read=gate.after,
         )
+        partitions = engine._partitions
+        self.janitor = None if partitions is None else Janitor(
+            partitions, self.lanes, clock, counters, settings, epoch=started.epoch, look=self.reader.catch_up.look,
+        )  # fmt: skip
         self.recorder.head = lambda: self.reader.head
         self.recorder.gaps = self.reader.gaps
-        self.recorder.after_read = self.reader.after_read
-        self.recorder.note_retry = self.reader.note_retry
+        self.recorder.after_read = gate.after
+        self.recorder.note_retry = self.reader.catch_up.note_retry
         self.recorder.piled_up = self._piled_up
         store.on_owner_lost(self._lost_ownership)
         self._restore(started)
@@ -229,7 +262,7 @@ class Incarnation:
         """Run the tasks until stopped (returns) or until one fails for good (raises its error)."""
         await self._persist("config", self.config.look, once=True)  # the first lease
         for lane in self.lanes:
-            self.reader.look(lane)
+            self.reader.catch_up.look(lane)
         reader = asyncio.create_task(self._persist("reader", self._read))
         recorder = asyncio.create_task(self.recorder.run())
         others = [
@@ -237,6 +270,8 @@ class Incarnation:
             asyncio.create_task(self.config.run()),
             asyncio.create_task(self._own()),
         ]
+        if self.janitor is not None:
+            others.append(asyncio.create_task(self.janitor.run()))
         stop = asyncio.create_task(self._engine._stop.wait())
         tasks = [reader, recorder, *others, stop]
         self._engine.ready.set()
@@ -316,7 +351,7 @@ class Incarnation:
     # ── between the parts ──
 
     def _endpoint_changed(self, lane: Lane) -> None:
-        self.reader.look(lane)
+        self.reader.catch_up.look(lane)
         self.sender.offer(lane)
 
     def _piled_up(self, yes: bool) -> None:

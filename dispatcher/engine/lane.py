@@ -8,6 +8,9 @@ else the cursor. Ids that were taken from a gap at or below a position already w
 mark, they stand in the lane's holes (or the checkpoint's gaps) until they are settled. `moved` counts changes of cursor
 or queue that make a page which is under way worthless.
 
+**Again.** Retries that are due and what runs (resends, replays) have to send are of a lower class: they share one queue,
+get one turn in five while fresh events wait, and never all of the lane's POSTs in flight.
+
 **Towards the endpoint.** Token bucket, breaker, adaptive limit of POSTs in flight (starts at 2, +1 a success, halved by
 a failure, 1 after the breaker closes), and the turn between fresh events and retries.
 
@@ -24,14 +27,19 @@ from dispatcher.domain.endpoint import Endpoint, EndpointState
 from dispatcher.domain.event import Event
 from dispatcher.domain.outcome import RetryPolicy
 from dispatcher.domain.ranges import IdRanges
+from dispatcher.domain.run import RunState
 from dispatcher.domain.signing import Signer
 from dispatcher.engine.request import render_head
+from dispatcher.engine.runs import LaneRun
+from dispatcher.engine.stats import Stat
 from dispatcher.ports import DueRetry
 from dispatcher.settings import Settings
 
 HOLES_MAX = 1_000
 RETRIES_MAX = 50  # retries in memory a lane; the rest wait in their table
 RETRY_TURN = 5  # retries get one turn in five while fresh events wait
+RETRY_SHARE = 0.75  # of the POSTs in flight at most, so that a fresh event finds room at once
+RUNS_DONE_MAX = 1_000
 IN_FLIGHT_START = 2
 SLOW_S = 1.0
 RECENT_S = 30.0  # a success within so long makes up for a failure or two
@@ -63,11 +71,11 @@ class LaneLimits:
 
 class Lane:
     __slots__ = (
-        "backlog", "blocked_until", "breaker", "bucket", "connecting", "cursor", "endpoint", "failing_since_us", "gone", "hands",
-        "has_row", "head_bytes", "held", "holes", "id", "in_flight", "in_flight_limit", "in_flight_max", "in_ready", "last_success", "late",
-        "latency_s", "limits", "live", "moved", "next_retry_us", "queue", "retries", "retry_hands", "retry_policy", "signer", "timer_at",
-        "turn",
-        "untried",
+        "backlog", "blocked_until", "breaker", "bucket", "connecting", "cursor", "endpoint", "failing_since_us", "gone",
+        "hands", "has_row", "head_bytes", "held", "holes", "id", "in_flight", "in_flight_limit", "in_flight_max",
+        "in_ready", "last_success", "late", "latency_s", "limits", "live", "look_at", "low_in_flight", "moved",
+        "next_retry_us", "queue", "retries", "retry_hands", "retry_policy", "runs", "runs_done", "signer", "stalled",
+        "stat", "timer_at", "turn", "untried",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, limits: LaneLimits, now: float, *, live: bool, cursor: int) -> None:
@@ -83,15 +91,22 @@ class Lane:
         self.moved = 0
         self.has_row = False
         self.gone = False
+        self.stalled = False  # the janitor's: takes nothing that is read again, while a leaf of the log is expired
         self.backlog = 0
         # retries in memory
         self.retries: deque[DueRetry] = deque()
         self.retry_hands: set[tuple[int, int]] = set()  # (event id, run)
         self.next_retry_us: int | None = None  # earliest retry that is not in hand, as far as known
+        # resends and replays; what they take stands among the retries
+        self.runs: dict[int, LaneRun] = {}
+        self.runs_done: deque[int] = deque(maxlen=RUNS_DONE_MAX)  # a look at the configuration may still know them
+        self.look_at = float("-inf")  # when the reader was last asked to look for a run's page
+        self.stat: Stat | None = None  # the recorder's
         # towards the endpoint
         self.breaker = CircuitBreaker(limits.breaker)
         self.bucket: TokenBucket | None = None
         self.in_flight = 0
+        self.low_in_flight = 0  # of those, retries and runs
         self.connecting = 0
         self.in_flight_limit = IN_FLIGHT_START
         self.blocked_until = 0.0
@@ -131,11 +146,40 @@ class Lane:
                 self.bucket = TokenBucket(endpoint.rate_per_s, burst, now)
             elif (self.bucket.rate_per_s, self.bucket.burst) != (endpoint.rate_per_s, burst):
                 self.bucket.change(endpoint.rate_per_s, burst, now)
+        for spec in endpoint.runs:
+            run = self.runs.get(spec.id)
+            if run is not None:
+                if spec.state is RunState.RUNNING and not run.is_running:
+                    self.next_retry_us = 0  # its retries were passed over meanwhile
+                run.spec = spec
+            elif spec.id not in self.runs_done:
+                self.runs[spec.id] = LaneRun(spec)
         self.signer = Signer(endpoint.secrets)
         target = endpoint.target
         self.head_bytes = b"" if target is None else render_head(target, self.limits.user_agent)
 
+    def put_live_again(self) -> None:
+        """Somebody resumed or enabled it: how it did before that says nothing, least of all for how long it has been failing."""
+        self.failing_since_us = self.endpoint.failing_since_us
+        if not self.in_flight:  # their results belong to the breaker that let them start
+            self.breaker = CircuitBreaker(self.limits.breaker)
+            self.in_flight_limit = min(IN_FLIGHT_START, self.in_flight_max)
+
     # ── towards the log ──
+
+    def is_for(self, event: Event) -> bool:
+        """Tell whether a subscription is valid for the event."""
+        return any(s.matches(event.type, event.id) for s in self.endpoint.subscriptions)
+
+    def pass_over(self, head: int) -> None:
+        """Move a lagging lane's cursor over ids for which no subscription is valid, unread: ten million that were skipped cost nothing."""
+        cursor = min(
+            (max(s.since_id, self.cursor) for s in self.endpoint.subscriptions if s.until_id > self.cursor),
+            default=head,
+        )
+        if not self.live and self.cursor < min(cursor, head):
+            self.cursor = min(cursor, head)
+            self.moved += 1
 
     def takes(self, now: float) -> bool:
         """Tell whether a live lane has room for one more event, or must fall behind."""
@@ -180,6 +224,39 @@ class Lane:
         self.moved += 1
         return dropped
 
+    def drop_retries(self, *, idle_runs_only: bool = False) -> list[DueRetry]:
+        """Let go of retries that are not in flight (`idle_runs_only`: those of runs that are paused or canceled); they will be read again."""
+        kept: deque[DueRetry] = deque()
+        dropped = []
+        for retry in self.retries:
+            run = self.runs.get(retry.run)
+            if idle_runs_only and (run is None or run.is_running):
+                kept.append(retry)
+                continue
+            dropped.append(retry)
+            if retry.number == 1 and run is not None:
+                run.give_back(retry.event.id)
+            else:
+                self.retry_hands.discard((retry.event.id, retry.run))
+                self.next_retry_us = 0  # due at once, as soon as it can send
+        self.retries = kept
+        return dropped
+
+    def next_run(self, now: float) -> "LaneRun | None":
+        """Return the run whose page is next, in turn; None if none may have one now."""
+        for run in self.runs.values():
+            if run.wants_page and run.next_at <= now:
+                self.runs[run.spec.id] = self.runs.pop(run.spec.id)
+                return run
+        return None
+
+    def next_run_at(self) -> float:
+        """Return when a run may have its next page; inf if none wants one."""
+        return min((run.next_at for run in self.runs.values() if run.wants_page), default=float("inf"))
+
+    def idle_runs(self) -> list[int]:
+        return [run_id for run_id, run in self.runs.items() if not run.is_running]
+
     def add_hole(self, event_id: int) -> None:
         self.holes.add(event_id, event_id)
         self.holes.shrink(HOLES_MAX)
@@ -215,12 +292,19 @@ class Lane:
     # ── towards the endpoint ──
 
     def work(self) -> int:
-        return len(self.queue) + len(self.retries)
+        """Return how many deliveries could start, for all that the lane itself knows."""
+        return len(self.queue) + len(self.retries) if self.retries and self.low_is_open() else len(self.queue)
+
+    def low_is_open(self) -> bool:
+        """Tell whether one more of the lower class may be in flight."""
+        return self.low_in_flight < max(1, int(self.limit() * RETRY_SHARE))
 
     def retry_turn(self) -> bool:
         """Tell whether a retry, of which there are some, goes before a fresh event."""
+        if not self.queue:
+            return True
         self.turn += 1
-        return not self.queue or self.turn % RETRY_TURN == 0
+        return self.turn % RETRY_TURN == 0 and self.low_is_open()
 
     def ready_at(self, now: float) -> float:
         """Return when a POST may start as far as time decides: `now`, later, or never (inf) until something else changes."""
@@ -250,7 +334,7 @@ class Lane:
 
     def accepts(self, now: float) -> bool:
         """Tell whether one more event that was read again may be queued: while a breaker isn't closed, only one to probe with."""
-        if self.cant_send(now):
+        if self.stalled or self.cant_send(now):
             return False
         if self.breaker.state is not CLOSED:
             return self.work() + self.in_flight + self.connecting == 0

@@ -6,8 +6,8 @@ forgotten when one of the account's endpoints changes.
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from dispatcher.domain.endpoint import Endpoint, EndpointState, pattern_matches
-from dispatcher.domain.event import Event
+from dispatcher.domain.endpoint import Endpoint, EndpointState, Subscription, pattern_matches
+from dispatcher.domain.event import TOLD_TO_OTHERS, Event
 from dispatcher.engine.lane import Lane, LaneLimits
 
 TYPES_CACHED_MAX = 1_000  # per account; producers may invent types without end
@@ -55,6 +55,7 @@ class Lanes:
         self.memory = memory
         self.unsettled: dict[Lane, None] = {}  # lanes that the next checkpoint must look at
         self.rows_gone: set[int] = set()  # endpoints that are gone but may have a lane row
+        self.running: dict[Lane, None] = {}  # lanes with runs
         self.taking_up: set[int] = set()  # subscriptions whose lane went back to since_id; to be written
         self._limits = limits
         self._by_id: dict[int, Lane] = {}
@@ -94,8 +95,17 @@ class Lanes:
         by_type[event_type] = found
         return found
 
+    def wanting(self, event: Event) -> Sequence[Lane]:
+        """Return each lane once that the event is for."""
+        lanes = wanting(self.routes(event.account_id, event.type), event.id)
+        if event.type in TOLD_TO_OTHERS:
+            return [lane for lane in lanes if not event.is_about(lane.id)]
+        return lanes
+
     def add(self, endpoint: Endpoint, now: float, *, live: bool, cursor: int) -> Lane:
         lane = Lane(endpoint, self._limits, now, live=live, cursor=cursor)
+        if lane.runs:
+            self.running[lane] = None
         self._by_id[lane.id] = lane
         self._accounts.setdefault(endpoint.account_id, {})[lane.id] = lane
         self._routes.pop(endpoint.account_id, None)
@@ -113,7 +123,17 @@ class Lanes:
             lane = self.add(endpoint, now, live=False, cursor=min(since, head))
             self.unsettled[lane] = None
         else:
+            was_held, were = lane.held, lane.endpoint.subscriptions
             lane.configure(endpoint, now)
+            if was_held and not lane.held:
+                lane.put_live_again()
+            if _ended(were, endpoint.subscriptions) and not all(lane.is_for(event) for event in lane.queue):
+                # Something queued is not for it any more: it reads on by the new subscriptions.
+                self.fall_behind(lane, head, drop=True)
+            if lane.runs:
+                self.running[lane] = None
+                for retry in lane.drop_retries(idle_runs_only=True):
+                    self.memory.let_go(retry.event)
             self._routes.pop(endpoint.account_id, None)
         self.take_up(lane, head)
         if lane.held:
@@ -140,6 +160,7 @@ class Lanes:
         self._routes.pop(lane.endpoint.account_id, None)
         lane.gone = True
         self.unsettled.pop(lane, None)
+        self.running.pop(lane, None)
         self.rows_gone.add(endpoint_id)
         for event in lane.queue:
             self.memory.let_go(event)
@@ -157,12 +178,20 @@ class Lanes:
         if drop:
             for event in lane.drop_queue():
                 self.memory.let_go(event)
-            for retry in lane.retries:
+                lane.backlog += 1
+            for retry in lane.drop_retries():
                 self.memory.let_go(retry.event)
-                lane.retry_hands.discard((retry.event.id, retry.run))
-            if lane.retries:
-                lane.next_retry_us = 0  # due at once, as soon as it can send
-            lane.retries.clear()
+
+    def stall(self, lane: Lane) -> None:
+        """Let it take nothing that is read again, and let go of what is not in flight, until `stalled` is taken back. A live lane goes on with
+        fresh events."""
+        lane.stalled = True
+        lane.moved += 1
+        if not lane.live:
+            self.fall_behind(lane, lane.cursor, drop=True)
+        else:
+            for retry in lane.drop_retries():
+                self.memory.let_go(retry.event)
 
     def take(self, lane: Lane, event: Event, now: float) -> None:
         self.memory.hold(event)
@@ -174,6 +203,12 @@ class Lanes:
         busy = [lane for lane in self.unsettled if lane.queue]
         largest = max(busy, key=lambda lane: len(lane.queue), default=None)
         return largest, sum(len(lane.queue) for lane in busy) // max(1, len(busy))
+
+
+def _ended(before: Sequence[Subscription], after: Sequence[Subscription]) -> bool:
+    """Tell whether a subscription ends earlier than it did."""
+    ends = {subscription.id: subscription.until_id for subscription in after}
+    return any(ends.get(subscription.id, -1) < subscription.until_id for subscription in before)
 
 
 def is_wanted(endpoint: Endpoint) -> bool:

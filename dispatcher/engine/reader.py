@@ -1,8 +1,8 @@
 """The reader: the one coroutine that reads the log, one read after another.
 
-A *turn* is the head with the young gaps, to their end, then one page of one other kind: old gaps, a lagging lane, or an
-endpoint's due retries. So no lane that is behind touches another's latency. What a read found is applied in one go,
-without an await: head, gaps, cursors and queues change together.
+A *turn* is the head with the young gaps, to their end, then one page of one other kind: old gaps, a lagging lane, an
+endpoint's due retries, or a run (a resend, a replay). So no lane that is behind touches another's latency. What a
+read found is applied in one go, without an await: head, gaps, cursors and queues change together.
 
 When nothing is new, the reader polls a few times and then tries to sleep: it arms the doorbell, looks once more at the
 head and at every open gap, and waits to be rung. While it sleeps it still serves lanes and retries, and looks once a
@@ -13,26 +13,23 @@ saw may predate the commit, and only the lane's hands say then that an event is 
 """
 
 import asyncio
-import heapq
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
 from dispatcher.domain.event import Event
+from dispatcher.engine.catchup import PAGE_ROWS, READ_BYTES_MAX, CatchUp, ReadGate
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.gaps import Gaps
 from dispatcher.engine.lane import Lane
-from dispatcher.engine.lanes import Lanes, wanting
+from dispatcher.engine.lanes import Lanes
 from dispatcher.ports import HeadPage, Started, Store
 
 _log = structlog.get_logger(room="reader")
 
 HEAD_ROWS = 1_000
-PAGE_ROWS = 200  # of other kinds: a page must not hold up the head
-READ_BYTES_MAX = 4 << 20
-SCAN_IDS_MAX = 200_000  # how many ids one page of a lagging lane may pass over
 POLL_S = 0.0005  # between polls while events were just coming
 POLLS_AT_ONCE = 2  # a timer of uvloop's waits a millisecond at the least, a poll takes a fifth of one
 POLLS_BEFORE_SLEEP = 6
@@ -56,6 +53,7 @@ class Reader:
         position: Callable[[], int],
         doorbell: bool,
         poll_s: float,
+        gate: ReadGate,
         gaps: Gaps | None = None,
     ) -> None:
         self.head = 0
@@ -75,12 +73,13 @@ class Reader:
         self._rung = True  # the head must be read
         self._rings = 0
         self._rings_since = 0.0
-        self._reading = False
-        self._after_read: list[Callable[[], None]] = []
-        self._lagging: dict[Lane, None] = {}  # want a page, in turn
-        self._retrying: dict[Lane, None] = {}
-        self._retry_times: list[tuple[int, int]] = []  # heap of (due_us, endpoint id); stale entries are skipped
-        self._others: deque[Callable[[], object]] = deque()
+        self._gate = gate
+        self.catch_up = CatchUp(
+            store, lanes, clock, counters, self.gaps, gate, head=lambda: self.head, offered=offered, wake=self._wake.set
+        )
+        self._others: deque[Callable[[], Awaitable[bool]]] = deque(
+            (self._read_gaps, self.catch_up.read_lagging, self.catch_up.read_retries, self.catch_up.read_runs)
+        )
 
     # ── told by others; all atomic ──
 
@@ -94,39 +93,13 @@ class Reader:
         for endpoint_id, due_us in started.retries_due.items():
             lane = self._lanes.get(endpoint_id)
             if lane is not None:
-                self.note_retry(lane, due_us)
+                self.catch_up.note_retry(lane, due_us)
 
     def ring(self) -> None:
         """Something was committed."""
         self._rung = True
         self._rings += 1
         self._wake.set()
-
-    def look(self, lane: Lane) -> None:
-        """A lane may want a page now: it has room, may send again, or has retries due."""
-        if lane.gone:
-            return
-        now = self._clock.now()
-        if (not lane.live or lane.holes) and lane.room(now):
-            self._lagging[lane] = None
-            self._wake.set()
-        if lane.next_retry_us is not None and lane.next_retry_us <= self._clock.wall_us() and lane.retry_room(now):
-            self._retrying[lane] = None
-            self._wake.set()
-
-    def note_retry(self, lane: Lane, due_us: int) -> None:
-        """A retry row is there, due at `due_us`."""
-        if lane.next_retry_us is None or due_us < lane.next_retry_us:
-            lane.next_retry_us = due_us
-            heapq.heappush(self._retry_times, (due_us, lane.id))
-            self._wake.set()
-
-    def after_read(self, action: Callable[[], None]) -> None:
-        """Run `action` when no read is under way that began before now."""
-        if self._reading:
-            self._after_read.append(action)
-        else:
-            action()
 
     # ── the loop ──
 
@@ -151,7 +124,7 @@ class Reader:
             idle_polls += 1
             if self._lanes.memory.is_full:
                 await self._wait(FULL_WAIT_S)
-            elif self._lagging or self._retrying:
+            elif self.catch_up.is_wanted:
                 await asyncio.sleep(0)
             elif self.asleep:
                 await self._wait(self._asleep_since + ASLEEP_POLL_S - self._clock.now())
@@ -174,7 +147,7 @@ class Reader:
 
     def stopped(self) -> None:
         """Whatever read was under way will never be applied: release what waited for it."""
-        self._applied()
+        self._gate.applied()
 
     async def _wait(self, longest_s: float) -> None:
         """Wait for a wake-up, the next retry, the next look at a gap, or `longest_s`."""
@@ -182,8 +155,7 @@ class Reader:
         wait_s = longest_s
         if self.gaps and not self._lanes.memory.is_full and (not self.asleep or self.gaps.is_pending):
             wait_s = min(wait_s, self.gaps.next_at(now) - now)
-        if self._retry_times:
-            wait_s = min(wait_s, (self._retry_times[0][0] - self._clock.wall_us()) / 1e6)
+        wait_s = min(wait_s, (self.catch_up.look_at_us() - self._clock.wall_us()) / 1e6)
         try:
             async with asyncio.timeout(max(wait_s, POLL_S)):
                 await self._wake.wait()
@@ -194,9 +166,9 @@ class Reader:
 
     async def _fall_asleep(self) -> bool:
         """Arm the doorbell and look once more; False if someone who chose silence is still there, or something came."""
-        self._reading = True
+        self._gate.begin()
         armed = await self._store.arm_doorbell()
-        self._applied()
+        self._gate.applied()
         if not armed:
             return False
         self.asleep = True
@@ -213,9 +185,9 @@ class Reader:
     async def _get_up(self) -> None:
         self.asleep = False
         self._counters.wake_ups += 1
-        self._reading = True
+        self._gate.begin()
         await self._store.disarm_doorbell()
-        self._applied()
+        self._gate.applied()
 
     def _rings_often(self) -> bool:
         """Tell whether ringing costs producers more than polling costs us.
@@ -254,11 +226,11 @@ class Reader:
             )
             if not attempted:
                 self._start_last_id = 0  # everything from here on is this owner's alone
-            self._reading = True
+            self._gate.begin()
             page = await self._store.head(self.head, limit, READ_BYTES_MAX, young, attempted=attempted)
             self._counters.head_reads += 1
             moved = self._apply_head(page)
-            self._applied()
+            self._gate.applied()
             came = came or moved
             if not page.full:
                 return came
@@ -289,7 +261,7 @@ class Reader:
     def _offer(self, event: Event, skip: Sequence[int], now: float) -> None:
         """Give an event above the old head to its live lanes; a lane without room falls behind before it."""
         wanted = False
-        for lane in wanting(self._lanes.routes(event.account_id, event.type), event.id):
+        for lane in self._lanes.wanting(event):
             wanted = True
             if not lane.live:
                 lane.backlog += 1
@@ -300,32 +272,29 @@ class Reader:
                 else:
                     self._lanes.fall_behind(lane, event.id - 1, drop=lane.cant_send(now))
                     lane.backlog += 1
-                    self.look(lane)
+                    self.catch_up.look(lane)
         if not wanted:
             self._counters.events_unwanted += 1
 
     def _found(self, event: Event, skip: Sequence[int], now: float) -> None:
         """Give an event that appeared in a gap to its lanes. A lagging lane whose cursor is below meets it by itself."""
         wanted = False
-        for lane in wanting(self._lanes.routes(event.account_id, event.type), event.id):
+        for lane in self._lanes.wanting(event):
             wanted = True
-            if (
-                event.id in lane.hands
-                or lane.id in skip
-                or event.id in lane.holes
-                or (not lane.live and event.id > lane.cursor)
-            ):
+            if event.id in lane.hands or lane.id in skip or event.id in lane.holes:
                 continue
-            fits = lane.takes(now)
-            if fits:
+            if not lane.live and event.id > lane.cursor:
+                lane.backlog += 1
+            elif lane.takes(now):
                 self._lanes.take(lane, event, now)
                 if event.id <= self._position():
                     lane.late.add(event.id)
                 self._offered(lane)
             else:
                 lane.add_hole(event.id)
+                lane.backlog += 1
                 self._lanes.fall_behind(lane, self.head, drop=lane.cant_send(now))
-                self.look(lane)
+                self.catch_up.look(lane)
         if not wanted:
             self._counters.events_unwanted += 1
 
@@ -340,7 +309,7 @@ class Reader:
         if largest is not None and len(largest.queue) > 4 * mean + 64:
             # One lane's crowd, not the process's limit: that lane lags, the head goes on.
             self._lanes.fall_behind(largest, self.head, drop=True)
-            self.look(largest)
+            self.catch_up.look(largest)
             self._counters.crowded_out += 1
             return least if not memory.is_full else 0
         self._rung = True  # come back for the head
@@ -352,14 +321,11 @@ class Reader:
 
     async def _read_other(self) -> bool:
         """Read one page of one other kind, the kinds taking turns; return whether it brought something or there is more."""
-        if not self._others:
-            self._others.extend((self._read_gaps, self._read_lagging, self._read_retries))
-        self._due_retries()
+        self.catch_up.look_again()
         for _ in range(len(self._others)):
             read = self._others[0]
             self._others.rotate(-1)
-            result = read()
-            if await result:  # type: ignore[misc]
+            if await read():
                 return True
         return False
 
@@ -368,10 +334,10 @@ class Reader:
         if not self.gaps.old:
             return False
         if every or self.gaps.wants_holders(now):
-            self._reading = True
+            self._gate.begin()
             holders = await self._store.holders()
             self.gaps.note_holders(holders, self._clock.now())
-            self._applied()
+            self._gate.applied()
         wanted = self.gaps.to_probe(now, every=every)
         if not wanted or self._lanes.memory.is_full:
             return False
@@ -380,7 +346,7 @@ class Reader:
         for gap in wanted:
             gap.probe_now = gap.is_closing
         began = self._clock.now()
-        self._reading = True
+        self._gate.begin()
         pages = await self._store.probe([span for _, span, _ in asked], PAGE_ROWS, READ_BYTES_MAX)
         now = self._clock.now()
         found_any = False
@@ -394,179 +360,5 @@ class Reader:
                 self._found(event, skip, now)
         self.gaps.probe_took(found_any, now - began, now)
         self._counters.gap_reads += 1
-        self._applied()
+        self._gate.applied()
         return found_any
-
-    async def _read_lagging(self) -> bool:
-        while self._lagging and not self._lanes.memory.is_full:
-            lane = next(iter(self._lagging))
-            del self._lagging[lane]
-            room = 0 if lane.gone else lane.room(self._clock.now())
-            if not room or (lane.live and not lane.holes):
-                continue
-            try:
-                return await (self._read_holes(lane, room) if lane.holes else self._read_account(lane, room))
-            finally:
-                self.look(lane)  # to the end of the line, if it wants more; also when the read failed
-        return False
-
-    async def _read_holes(self, lane: Lane, room: int) -> bool:
-        """Holes first: they are the oldest. A range is done as far as a page has passed it."""
-        holes = lane.holes.page(100)
-        self._reading = True
-        pages = await self._store.holes(lane.endpoint.account_id, holes, min(room, PAGE_ROWS), READ_BYTES_MAX)
-        now = self._clock.now()
-        progress = False
-        for (low, high), page in zip(holes, pages, strict=True):
-            assert page.attempted is not None
-            if lane.gone or (page.full and not page.events):
-                continue
-            passed = high
-            for event, skip in zip(page.events, page.attempted, strict=True):
-                if event.id not in lane.holes or event.id in self.gaps:
-                    continue
-                if self._is_due(lane, event, skip):
-                    if not lane.accepts(now):
-                        passed = event.id - 1
-                        break
-                    self._lanes.take(lane, event, now)
-                    lane.late.add(event.id)
-                    self._offered(lane)
-            else:
-                if page.full:
-                    passed = page.events[-1].id
-            progress = self._fill_holes(lane, low, passed) or progress
-        self._applied()
-        return progress
-
-    def _fill_holes(self, lane: Lane, low: int, high: int) -> bool:
-        """Take low … high out of the lane's holes, also ids in open gaps: the gap path delivers those. (A hole that waited for a gap to close
-        kept the lane from reading on.)"""
-        if high < low:
-            return False
-        before = lane.holes.count()
-        lane.holes.remove(low, high)
-        return lane.holes.count() < before
-
-    async def _read_account(self, first: Lane, room: int) -> bool:
-        """Read the next page of an account for `first` and every other lagging lane of it that stands within the page."""
-        head, after = self.head, first.cursor
-        upto = min(head, after + SCAN_IDS_MAX)
-        account_id = first.endpoint.account_id
-        sharers = [
-            lane for lane in self._lanes.of_account(account_id)
-            if lane is not first and not lane.live and not lane.holes and after <= lane.cursor < upto and lane.room(self._clock.now())
-        ]  # fmt: skip
-        types = first.endpoint.exact_types() if not sharers else None
-        moved = {lane: lane.moved for lane in (first, *sharers)}
-        limit = PAGE_ROWS if sharers else min(room, PAGE_ROWS)
-        self._reading = True
-        page = await self._store.account(account_id, after, upto, types, limit, READ_BYTES_MAX)
-        self._counters.lag_reads += 1
-        now = self._clock.now()
-        passed = page.events[-1].id if page.full else upto
-        progress = False
-        for lane, at in moved.items():
-            if lane.gone or lane.live or lane.moved != at or lane.cursor > passed:
-                continue
-            self._take_page(lane, page.events, page.attempted or [], passed, now)
-            progress = progress or lane.moved != at or lane.live
-            self._lagging.pop(lane, None)
-            self.look(lane)
-        self._applied()
-        return progress
-
-    def _take_page(
-        self, lane: Lane, events: Sequence[Event], attempted: Sequence[Sequence[int]], passed: int, now: float
-    ) -> None:
-        """Move a lagging lane over a page: up to `passed`, or to where it has no more room. At the head it is live again."""
-        before = lane.cursor
-        for event, skip in zip(events, attempted, strict=True):
-            if event.id <= before or event.id in self.gaps or event.id in lane.holes:
-                continue
-            if not self._is_due(lane, event, skip):
-                continue
-            if not lane.accepts(now):
-                passed = event.id - 1
-                break
-            self._lanes.take(lane, event, now)
-            lane.late.discard(event.id)
-            lane.backlog = max(0, lane.backlog - 1)
-            self._offered(lane)
-        if passed > before:
-            lane.cursor = passed
-            lane.moved += 1
-        if lane.cursor >= self.head and not lane.holes and not lane.cant_send(now):
-            lane.live = True
-            lane.backlog = 0
-            self._counters.caught_up += 1
-
-    def _is_due(self, lane: Lane, event: Event, skip: Sequence[int]) -> bool:
-        """Tell whether an event that was read again still has to be sent: valid, without an attempt row, and not in the lane's hands."""
-        if event.id in lane.hands or lane.id in skip:
-            return False
-        return any(s.matches(event.type, event.id) for s in lane.endpoint.subscriptions)
-
-    # ── retries ──
-
-    def _due_retries(self) -> None:
-        """Find whose retries have become due."""
-        now_us = self._clock.wall_us()
-        while self._retry_times and self._retry_times[0][0] <= now_us:
-            _, endpoint_id = heapq.heappop(self._retry_times)
-            lane = self._lanes.get(endpoint_id)
-            if lane is not None and lane.next_retry_us is not None and lane.next_retry_us <= now_us:
-                self.look(lane)
-
-    async def _read_retries(self) -> bool:
-        while self._retrying and not self._lanes.memory.is_full:
-            lane = next(iter(self._retrying))
-            del self._retrying[lane]
-            room = 0 if lane.gone else lane.retry_room(self._clock.now())
-            if not room:
-                continue
-            in_hand = len(lane.retry_hands)
-            lane.next_retry_us = None  # what is noted from here on is younger than the page
-            moved = lane.moved
-            self._reading = True
-            try:
-                page = await self._store.due_retries(lane.id, room + in_hand, READ_BYTES_MAX)
-            except BaseException:
-                self.note_retry(lane, 0)  # it still wants them
-                raise
-            self._counters.retry_reads += 1
-            more = page.full
-            came = False
-            if lane.moved != moved and lane.held:
-                more = True
-            elif not lane.gone:
-                for retry in page.retries:
-                    key = (retry.event.id, retry.run)
-                    if key in lane.retry_hands:
-                        continue
-                    if len(lane.retries) >= room:
-                        more = True
-                        break
-                    lane.retry_hands.add(key)
-                    lane.retries.append(retry)
-                    self._lanes.memory.hold(retry.event)
-                    came = True
-                if came:
-                    self._offered(lane)
-            if more:
-                self.note_retry(lane, 0)
-            elif page.next_due_us is not None:
-                self.note_retry(lane, page.next_due_us)
-            self._applied()
-            return came
-        return False
-
-    # ── after a read ──
-
-    def _applied(self) -> None:
-        """A read has been applied: release what waited for that."""
-        self._reading = False
-        if self._after_read:
-            actions, self._after_read = self._after_read, []
-            for action in actions:
-                action()

@@ -13,13 +13,28 @@ from collections.abc import Callable
 import structlog
 
 from dispatcher.domain.outcome import Verdict
+from dispatcher.domain.run import ORIGINAL, RunState
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.delivery import Delivery
 from dispatcher.engine.gaps import Gaps
 from dispatcher.engine.lane import NOTHING, Lane
 from dispatcher.engine.lanes import Lanes
-from dispatcher.ports import AttemptRow, Batch, CheckpointWrite, DeadRow, LaneRow, RetryRow, Store, StoreAwayError
+from dispatcher.engine.runs import LaneRun
+from dispatcher.engine.stats import MINUTE_US, Stat
+from dispatcher.ports import (
+    AttemptRow,
+    Batch,
+    CheckpointWrite,
+    DeadRow,
+    LaneRow,
+    Recorded,
+    RetryRow,
+    RunRow,
+    StatRow,
+    Store,
+    StoreAwayError,
+)
 
 _log = structlog.get_logger(room="recorder")
 
@@ -27,6 +42,7 @@ CHECKPOINT_S = 1.0
 CHECKPOINT_GAPS_MAX = 1_000
 UNSETTLED_MAX_S = 5.0  # a POST that takes longer doesn't hold the checkpoint: its id becomes a hole
 AWAY_WAIT_S, AWAY_WAIT_MAX_S = 0.05, 1.0
+STATS_MAX = 1_000  # a batch
 
 
 class Recorder:
@@ -68,6 +84,8 @@ class Recorder:
         self._stopping = False
         self._checkpoint_at = clock.now() + CHECKPOINT_S
         self._is_piled_up = False
+        self._minutes: dict[Lane, Stat] = {}  # under way, in the order in which they began
+        self._minutes_over: list[StatRow] = []  # to be written
 
     @property
     def unrecorded(self) -> int:
@@ -80,9 +98,9 @@ class Recorder:
             self._some.set()
         elif len(results) >= self._rows_enough:
             self._enough.set()
-            if not self._is_piled_up and self.unrecorded >= self._unrecorded_max:
-                self._is_piled_up = True
-                self.piled_up(True)
+        if not self._is_piled_up and len(results) + self._under_way >= self._unrecorded_max:
+            self._is_piled_up = True
+            self.piled_up(True)
 
     def stop(self) -> None:
         """Write what is there, a last checkpoint with it, and end `run`."""
@@ -97,13 +115,13 @@ class Recorder:
             now = self._clock.now()
             checkpoint = last or now >= self._checkpoint_at
             results, self._results = self._results[: self._rows_max], self._results[self._rows_max :]
-            last = last and not self._results
             if results or checkpoint:
                 self._under_way = len(results)
                 batch = self._build(results, checkpoint=checkpoint)
-                taken_up = await self._write(batch)
+                last = last and not self._results and not self._minutes and not self._minutes_over
+                recorded = await self._write(batch)
                 self._under_way = 0
-                self._committed(results, batch, taken_up)
+                self._committed(results, batch, recorded)
             if last:
                 return
 
@@ -117,7 +135,7 @@ class Recorder:
             self._enough.clear()
             await _within(self._enough, self._wait_s)
 
-    async def _write(self, batch: Batch) -> list[int]:
+    async def _write(self, batch: Batch) -> Recorded:
         wait_s = AWAY_WAIT_S
         while True:
             try:
@@ -135,6 +153,8 @@ class Recorder:
         batch = Batch(self._epoch)
         now_us = self._clock.wall_us()
         attempts = batch.attempts
+        minute = now_us // MINUTE_US
+        runs: dict[LaneRun, tuple[Lane, set[int]]] = {}
         for r in results:
             outcome = r.outcome
             attempts.append(
@@ -151,6 +171,17 @@ class Recorder:
                 )
             )
             verdict = r.decision.verdict
+            stat = r.lane.stat
+            if stat is None or stat.minute != minute:
+                stat = self._begin_minute(r.lane, minute)
+            stat.duration_us += r.duration_us
+            stat.durations[(r.duration_us // 1000).bit_length()] += 1
+            if r.run != ORIGINAL and not self._count_into_run(r, runs):
+                verdict = Verdict.DELIVERED  # of a canceled run: nothing follows
+            if outcome.fault is None:
+                stat.delivered += 1
+            else:
+                stat.failed += 1
             if verdict is Verdict.DELIVERED:
                 if r.number > 1:
                     batch.settled_retries.append((r.lane.id, r.event.id, r.run))
@@ -162,6 +193,7 @@ class Recorder:
                     RetryRow(r.lane.id, r.event.id, r.run, r.number + 1, r.first_attempt_us, due_us, r.decision.reason)
                 )
             else:
+                stat.dead += 1
                 batch.dead.append(
                     DeadRow(
                         r.lane.id,
@@ -178,7 +210,56 @@ class Recorder:
                     batch.settled_retries.append((r.lane.id, r.event.id, r.run))
         if checkpoint:
             batch.checkpoint = self._checkpoint(results)
+            for lane in self._lanes.running:
+                for run in lane.runs.values():
+                    runs.setdefault(run, (lane, set()))
+            self._end_minutes(minute)
+        for run, (lane, done) in runs.items():
+            row = run.row(lane.id, done)
+            if row != run.written or row.ended:
+                run.written = row
+                batch.runs.append(row)
+        batch.stats = self._minutes_over[:STATS_MAX]
+        del self._minutes_over[:STATS_MAX]
         return batch
+
+    def _count_into_run(self, r: Delivery, runs: "dict[LaneRun, tuple[Lane, set[int]]]") -> bool:
+        """Count a result into its run; False if the run was canceled meanwhile."""
+        run = r.lane.runs.get(r.run)
+        if run is None:
+            return False
+        _, done = runs.setdefault(run, (r.lane, set()))
+        if r.number == 1:
+            done.add(r.event.id)
+            run.attempted += 1
+        if r.outcome.fault is None:
+            run.delivered += 1
+        elif run.spec.state is RunState.CANCELED:
+            return False
+        elif r.decision.verdict is Verdict.DEAD:
+            run.dead += 1
+        return True
+
+    # ── statistics ──
+
+    def _begin_minute(self, lane: Lane, minute: int) -> Stat:
+        old = self._minutes.pop(lane, None)
+        if old is not None:
+            self._minutes_over.append(old.row(lane.id))
+        stat = lane.stat = self._minutes[lane] = Stat(minute)
+        return stat
+
+    def _end_minutes(self, minute: int) -> None:
+        """Hand over what is over, or at the end everything; a bounded number of lanes, those that began first."""
+        over: list[tuple[Lane, Stat]] = []
+        for lane, stat in self._minutes.items():
+            if (stat.minute == minute and not self._stopping) or len(over) == STATS_MAX:
+                break
+            over.append((lane, stat))
+        for lane, stat in over:
+            self._minutes_over.append(stat.row(lane.id))
+            del self._minutes[lane]
+            lane.stat = None
 
     def _checkpoint(self, results: list[Delivery]) -> CheckpointWrite:
         """Say what is settled once this batch is. For every lane without a row all ids at or below `position` and outside `gaps` are; a lane
@@ -223,7 +304,7 @@ class Recorder:
 
     # ── after the commit ──
 
-    def _committed(self, results: list[Delivery], batch: Batch, taken_up: list[int]) -> None:
+    def _committed(self, results: list[Delivery], batch: Batch, recorded: Recorded) -> None:
         self._counters.batches += 1
         self._counters.rows_recorded += len(batch.attempts)
         for row in batch.retries:
@@ -234,6 +315,11 @@ class Recorder:
         self._counters.dead += len(batch.dead)
         if results:
             self.after_read(lambda: _release(results))
+        finished = set(recorded.runs_finished)
+        for run_row in batch.runs:
+            lane = self._lanes.get(run_row.endpoint_id)
+            if lane is not None and run_row.run in finished:
+                self._finish_run(lane, run_row)
         write = batch.checkpoint
         if write is not None:
             self._checkpoint_at = self._clock.now() + CHECKPOINT_S
@@ -250,20 +336,37 @@ class Recorder:
                 if lane is not None:
                     lane.has_row = False
             self._lanes.rows_gone.difference_update(set(write.lanes_gone) - {row.endpoint_id for row in write.lanes})
-            self._lanes.taking_up.difference_update(taken_up)
+            self._lanes.taking_up.difference_update(recorded.taken_up)
             for lane in [lane for lane in self._lanes.unsettled if lane.is_settled]:
                 del self._lanes.unsettled[lane]
         if self._is_piled_up and self.unrecorded < self._unrecorded_max // 2:
             self._is_piled_up = False
             self.piled_up(False)
 
+    def _finish_run(self, lane: Lane, row: RunRow) -> None:
+        lane.runs.pop(row.run, None)
+        lane.runs_done.append(row.run)
+        if not lane.runs:
+            self._lanes.running.pop(lane, None)
+        _log.info(
+            "run.canceled" if row.canceled else "run.finished",
+            run=row.run,
+            endpoint_id=lane.id,
+            attempted=row.attempted,
+            delivered=row.delivered,
+            dead=row.dead,
+        )
+
 
 def _release(results: list[Delivery]) -> None:
     for r in results:
         if r.is_first:
             r.lane.settle(r.event.id)
-        else:
-            r.lane.retry_hands.discard((r.event.id, r.run))
+            continue
+        r.lane.retry_hands.discard((r.event.id, r.run))
+        run = r.lane.runs.get(r.run)
+        if run is not None and r.number == 1:
+            run.hands.pop(r.event.id, None)
 
 
 async def _within(event: asyncio.Event, wait_s: float) -> bool:

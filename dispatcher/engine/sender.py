@@ -24,6 +24,8 @@ from functools import partial
 import structlog
 
 from dispatcher.domain.outcome import DELIVER, Decision, Fault, Outcome, Verdict, decide, describe
+from dispatcher.domain.run import ORIGINAL
+from dispatcher.domain.url import Origin
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.delivery import Delivery, Share
@@ -53,7 +55,7 @@ class Sender:
         rng: random.Random,
         look: Callable[[Lane], None],
         disable: Callable[[Lane, str], None],
-        failing: Callable[[Lane], None],
+        failing: Callable[[Lane, int | None], None],
         disable_after_s: int,
     ) -> None:
         self.lease_until = float("-inf")
@@ -159,13 +161,14 @@ class Sender:
                 share.line.append(lane)
                 self._share_waiters += 1
                 return
-            if self.in_flight >= self._slots:
+            if not self.may_start(self._clock.now()):  # asked for each POST: a freeze may end in the middle of a turn
                 break
             assert lane.endpoint.target is not None
             connection = self._transport.try_acquire(lane.endpoint.target.origin)
             if connection is None:
                 lane.connecting += 1
-                self._transport.connect(lane.endpoint.target.origin, partial(self._connected, lane))
+                origin = lane.endpoint.target.origin
+                self._transport.connect(origin, partial(self._connected, lane, origin))
             else:
                 self._start(lane, connection, now)
         self.offer(lane)
@@ -211,15 +214,20 @@ class Sender:
             at, _, lane = heapq.heappop(self._timers)
             if lane.timer_at == at:
                 lane.timer_at = float("inf")
+                # It may have to wait for more by now: the timer was for a token, and since then it was told to stay away, or its breaker
+                # opened, and it let go of its queue. Nobody else would come back for it.
+                if not lane.gone and (later := lane.ready_at(now)) > now:
+                    self._wake_lane_at(lane, later)
                 self._look(lane)
                 self.offer(lane)
         self._set_timer()
 
     # ── one POST ──
 
-    def _connected(self, lane: Lane, result: Connection | Outcome) -> None:
+    def _connected(self, lane: Lane, origin: Origin, result: Connection | Outcome) -> None:
         lane.connecting -= 1
         now = self._clock.now()
+        moved = _has_moved(lane, origin)
         if self.abandoned:
             if not isinstance(result, Outcome):
                 self._transport.release(result)
@@ -229,6 +237,7 @@ class Sender:
             if (
                 lane.work()
                 and not lane.gone
+                and not moved
                 and not self.held_by
                 and lane.ready_at(now) <= now
                 and lane.breaker.may_start(now)
@@ -241,6 +250,7 @@ class Sender:
         can = (
             lane.work()
             and not lane.gone
+            and not moved
             and self.may_start(now)
             and lane.in_flight < lane.limit()
             and lane.ready_at(now) <= now
@@ -257,8 +267,8 @@ class Sender:
             retry = lane.retries.popleft()
             delivery = Delivery(self.answered, lane, retry.event, retry.run, retry.number, retry.first_attempt_us)
         else:
-            delivery = Delivery(self.answered, lane, lane.queue.popleft(), 0, 1, 0)
-        if not lane.live or lane.next_retry_us is not None:
+            delivery = Delivery(self.answered, lane, lane.queue.popleft(), ORIGINAL, 1, 0)
+        if not lane.live or lane.next_retry_us is not None or lane.runs:
             self._look(lane)
         return delivery
 
@@ -281,11 +291,15 @@ class Sender:
         delivery.shares = self._shares(lane, now)
         for share in delivery.shares:
             share.held += 1
+        if not delivery.is_first:
+            lane.low_in_flight += 1
         lane.in_flight += 1
         self.in_flight += 1
 
     def _vacate(self, delivery: Delivery) -> None:
         delivery.lane.in_flight -= 1
+        if not delivery.is_first:
+            delivery.lane.low_in_flight -= 1
         self.in_flight -= 1
         for share in delivery.shares:
             share.held -= 1
@@ -327,8 +341,8 @@ class Sender:
             self._counters.delivered += 1
             lane.succeeded(now, latency_s, delivery.probe)
             if lane.failing_since_us is not None:
-                lane.failing_since_us = None
-                self._failing_changed(lane)
+                was_us, lane.failing_since_us = lane.failing_since_us, None
+                self._failing_changed(lane, was_us)
         else:
             age_s = (delivery.started_us - delivery.first_attempt_us) / 1e6
             decision = decide(outcome, delivery.number, age_s, lane.retry_policy, self._clock.wall(), self._rng)
@@ -336,7 +350,7 @@ class Sender:
             self._failed(delivery, outcome, decision, now, latency_s)
         self._lanes.memory.let_go(delivery.event)
         self._recorder.add(delivery)
-        if not lane.live or lane.next_retry_us is not None:
+        if not lane.live or lane.next_retry_us is not None or lane.runs:
             self._look(lane)
         if lane.queue or lane.retries:
             self.offer(lane)
@@ -348,7 +362,7 @@ class Sender:
             opened = lane.failed(now, latency_s, delivery.probe)
             if lane.failing_since_us is None:
                 lane.failing_since_us = delivery.started_us
-                self._failing_changed(lane)
+                self._failing_changed(lane, None)
             elif delivery.started_us - lane.failing_since_us > self._disable_after_us:
                 self._disable(lane, "consecutive_failures")
             if opened:
@@ -391,18 +405,25 @@ class Sender:
     def _send_again(self, delivery: Delivery) -> None:
         """A kept-alive connection was already closed: once more on a new one, under the same attempt number."""
         self._counters.stale += 1
+        target = delivery.lane.endpoint.target
+        if target is None:  # its new URL can't be used
+            self._put_back(delivery)
+            return
         delivery.again = True
-        assert delivery.lane.endpoint.target is not None
-        self._transport.connect(
-            delivery.lane.endpoint.target.origin, partial(self._again_connected, delivery), fresh=True
-        )
+        self._transport.connect(target.origin, partial(self._again_connected, delivery, target.origin), fresh=True)
 
-    def _again_connected(self, delivery: Delivery, result: Connection | Outcome) -> None:
+    def _again_connected(self, delivery: Delivery, origin: Origin, result: Connection | Outcome) -> None:
         if isinstance(result, Outcome):
             self.answered(delivery, result)
         elif self.abandoned:
             self._transport.release(result)
-        elif delivery.lane.held or delivery.lane.gone or self.held_by or self._clock.now() >= self.lease_until:
+        elif (
+            delivery.lane.held
+            or delivery.lane.gone
+            or _has_moved(delivery.lane, origin)
+            or self.held_by
+            or self._clock.now() >= self.lease_until
+        ):
             self._transport.release(result)
             self._put_back(delivery)
         else:
@@ -422,6 +443,15 @@ class Sender:
             self.offer(lane)
         else:
             self._lanes.memory.let_go(event)
-            lane.retry_hands.discard((event.id, delivery.run))
-            lane.next_retry_us = 0
+            run = lane.runs.get(delivery.run)
+            if delivery.number == 1 and run is not None:
+                run.give_back(event.id)
+            else:
+                lane.retry_hands.discard((event.id, delivery.run))
+                lane.next_retry_us = 0
             self._look(lane)
+
+
+def _has_moved(lane: Lane, origin: Origin) -> bool:
+    """Tell whether the endpoint's URL was changed while a connection was made: its requests must not go to the old host."""
+    return lane.endpoint.target is None or lane.endpoint.target.origin != origin

@@ -2,23 +2,33 @@
 
 An endpoint's *configuration* is a plain dict (`CONFIG_FIELDS`). A draft endpoint is edited in place; an edit of any
 other is kept in `draft` beside the configuration in force until its own test has passed and it goes live. A passed test
-belongs to one exact configuration, by its hash, secrets included.
+belongs to one exact configuration, by its hash, the newest secret included.
+
+What an endpoint is owed is decided by its subscriptions' bounds alone. A pause leaves them open: events are held. To skip
+is to close them where the pause began and to open new ones now; what was handed out before the pause is owed in either
+case. A pause that skips closes them at once, and that is how it is known later. What is skipped, or waits when an
+endpoint is deleted, is counted and kept as a discard in the same transaction. Counts come before changes: a change of
+configuration is appended under a lock that every other one waits for.
 """
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 import asyncpg
 import orjson
 
-from dispatcher.domain.endpoint import check_patterns, config_hash
+from dispatcher.domain.endpoint import FORCED, FOREVER, check_patterns, config_hash
 from dispatcher.domain.event import PublicIds, check_event_type
 from dispatcher.domain.signing import new_secret, secret_key
 from dispatcher.domain.url import parse_url
 from dispatcher.errors import InputError, NotFoundError, StateError
 from dispatcher.settings import Settings
+from dispatcher.store.fates import deliveries
 from dispatcher.store.migrate import ADMIN
+from dispatcher.store.reference import event_reference
 from dispatcher.store.session import Connection
 from dispatcher.store.sql import SQL
 
@@ -42,6 +52,23 @@ _RANGES = {
     "rate_burst": (1, 100_000, "POSTs"),
     "in_flight_max": (1, 4_000, "POSTs"),
 }
+COUNTED_MAX = 1_000_000  # what a person is told before deciding; a discard is counted to its end
+SECRETS_MAX = 5  # that sign at a time: each costs a signature and 48 bytes of header a POST
+OVERLAP_S = 86_400.0  # a day to bring a receiver to its new secret
+OVERLAP_MAX_S = 30 * 86_400.0
+STOPPED_S = 1.2  # no POST starts later than a second after a pause, and its result is recorded soon after it ended
+
+Choice = Literal["send", "skip"]
+Interval = tuple[str, int, int]  # pattern, since_id, until_id
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """A secret that signs now; until `expires_at`, if it was rotated."""
+
+    secret: str
+    created_at: datetime
+    expires_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +79,26 @@ class EndpointView:
     account_id: str
     state: str
     state_reason: str | None
+    state_changed_at: datetime
+    paused_at_id: int | None
     config: dict[str, Any]
     proposed: dict[str, Any] | None
-    secrets: tuple[str, ...]
-    tested: bool
+    signing: tuple[Secret, ...]  # the newest first
+    tested_hash: str | None
     failing_since: datetime | None
     backlog: int
     retries: int
     dead_letters: int
     created_at: datetime
+
+    @property
+    def held_since_id(self) -> int | None:
+        """The id after which its events are held, or skipped; None if neither."""
+        return (self.paused_at_id or 0) if self.state in ("paused", "disabled") else None
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        return tuple(secret.secret for secret in self.signing)
 
     @property
     def to_test(self) -> dict[str, Any]:
@@ -69,14 +107,58 @@ class EndpointView:
 
     @property
     def test_hash(self) -> str:
-        return config_hash(self.to_test | {"secrets": list(self.secrets)})
+        """With the newest secret only: that an older one expires takes nothing back."""
+        return config_hash(self.to_test | {"secrets": list(self.secrets[:1])})
+
+    @property
+    def tested(self) -> bool:
+        return self.tested_hash == self.test_hash
+
+    @property
+    def changes(self) -> dict[str, tuple[Any, Any]]:
+        """What the proposed edit changes: field → (in force, proposed)."""
+        return {
+            field: (self.config[field], value)
+            for field, value in (self.proposed or {}).items()
+            if value != self.config[field]
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: everything but the secrets."""
         return {
-            "id": self.id, "account_id": self.account_id, "state": self.state, "state_reason": self.state_reason, **self.config,
-            "proposed": self.proposed, "tested": self.tested, "failing_since": self.failing_since, "backlog": self.backlog,
+            "id": self.id, "account_id": self.account_id, "state": self.state, "state_reason": self.state_reason,
+            "state_changed_at": self.state_changed_at, "paused_at_id": self.paused_at_id, **self.config, "proposed": self.proposed,
+            "changes": self.changes, "tested": self.tested, "failing_since": self.failing_since, "backlog": self.backlog,
             "retries": self.retries, "dead_letters": self.dead_letters, "created_at": self.created_at,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Deliveries without an attempt: `held` since it was paused or disabled, `before` from before that (or at all, if it is neither), each
+    counted up to a million and one; and those that wait for a retry. `skipping`: since it was paused, events are not held."""
+
+    held: int
+    before: int
+    retries: int
+    skipping: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointDetails:
+    """What `show` adds to the view. `waiting` only where it is held: what a live one has before it is its backlog."""
+
+    waiting: Waiting | None
+    subscriptions: list[dict[str, Any]]
+    discards: dict[str, int]  # reason → deliveries
+    runs: list[dict[str, Any]]  # that haven't finished
+
+    def as_dict(self) -> dict[str, Any]:
+        waiting = self.waiting
+        return {
+            "held": None if waiting is None else waiting.held, "held_before": None if waiting is None else waiting.before,
+            "skipping": waiting is not None and waiting.skipping, "discards": self.discards, "runs": self.runs,
+            "subscriptions": self.subscriptions,
         }  # fmt: skip
 
 
@@ -86,7 +168,7 @@ class Admin:
         self._settings = settings
         self._key: bytes | None = None
 
-    # ── endpoints ──
+    # ── endpoints: configuration and the gate before going live ──
 
     async def create(
         self, account_id: str, config: dict[str, Any], *, secret: str | None = None, live: bool = False
@@ -103,22 +185,31 @@ class Admin:
             )
             await self._db.execute(ADMIN.insert_secret, endpoint_id, secret or new_secret())
             if live:
-                await self._put_live(endpoint_id, full, "created live")
+                await self._put_live(endpoint_id, full, "created live", await self._last_id())
         return await self.get(endpoint_id)
 
     async def get(self, endpoint_id: int) -> EndpointView:
         row = await self._db.fetchrow(ADMIN.endpoint, endpoint_id)
         if row is None:
             raise NotFoundError(f"there is no endpoint {endpoint_id}; `dispatcher endpoint list` shows which there are")
-        config = {field: row[field] for field in CONFIG_FIELDS}
-        proposed = None if row["draft"] is None else orjson.loads(row["draft"])
-        secrets = tuple(row["secrets"])
-        tested_hash = config_hash((proposed or config) | {"secrets": list(secrets)})
         return EndpointView(
-            id=row["id"], account_id=row["account_id"], state=row["state"], state_reason=row["state_reason"], config=config, proposed=proposed,
-            secrets=secrets, tested=row["tested_hash"] == tested_hash, failing_since=row["failing_since"], backlog=row["backlog"],
-            retries=row["retries"], dead_letters=row["dead_letters"], created_at=row["created_at"],
+            id=row["id"], account_id=row["account_id"], state=row["state"], state_reason=row["state_reason"],
+            state_changed_at=row["state_changed_at"], paused_at_id=row["paused_at_id"], config={field: row[field] for field in CONFIG_FIELDS},
+            proposed=None if row["draft"] is None else orjson.loads(row["draft"]), signing=tuple(Secret(*s) for s in row["secrets"]),
+            tested_hash=row["tested_hash"], failing_since=row["failing_since"], backlog=row["backlog"], retries=row["retries"],
+            dead_letters=row["dead_letters"], created_at=row["created_at"],
         )  # fmt: skip
+
+    async def details(self, view: EndpointView) -> EndpointDetails:
+        """Read what else there is to tell of an endpoint. Counts what is held: seconds, where it is millions."""
+        waiting = None if view.held_since_id is None else await self.waiting(view)
+        discards = await self._db.fetch(ADMIN.discards, view.id)
+        return EndpointDetails(
+            waiting=waiting,
+            subscriptions=[dict(row) for row in await self._db.fetch(ADMIN.subscriptions, view.id)],
+            discards={row["reason"]: row["deliveries"] for row in discards},
+            runs=[dict(row) for row in await self._db.fetch(ADMIN.open_runs, view.id)],
+        )
 
     async def endpoints(
         self, account_id: str | None, state: str | None, *, after: int = 0, limit: int = 1_000
@@ -126,20 +217,22 @@ class Admin:
         return [dict(row) for row in await self._db.fetch(ADMIN.endpoints, account_id, state, after, limit)]
 
     async def update(self, endpoint_id: int, changes: dict[str, Any], *, live: bool = False) -> EndpointView:
-        """Edit a draft in place; propose the edit of any other endpoint, or with `live` put it in force at once."""
+        """Edit a draft in place; propose the edit of any other endpoint, or with `live` put it in force at once. An edit that leads back to
+        what is in force is withdrawn."""
         async with self._db.transaction():
             view = await self._locked(endpoint_id)
             full = self._checked(view.to_test | changes)
             if view.state == "draft":
                 await self._db.execute(ADMIN.put_config, endpoint_id, *(full[field] for field in CONFIG_FIELDS))
             elif live:
-                await self._apply(endpoint_id, full)
+                await self._apply(view, full, "edited live")
             else:
-                await self._db.execute(ADMIN.put_draft, endpoint_id, orjson.dumps(full).decode())
+                draft = None if full == view.config else orjson.dumps(full).decode()
+                await self._db.execute(ADMIN.put_draft, endpoint_id, draft)
         return await self.get(endpoint_id)
 
     async def go_live(self, endpoint_id: int, *, force: bool = False) -> EndpointView:
-        """Put a draft, or a proposed edit, in force, if its exact configuration has passed its test."""
+        """Put a draft, or a proposed edit, in force, if its exact configuration has passed its test. `force`: if not, say so in its record."""
         async with self._db.transaction():
             view = await self._locked(endpoint_id)
             if view.state != "draft" and view.proposed is None:
@@ -151,26 +244,11 @@ class Admin:
                     f"this configuration of endpoint {endpoint_id} has not passed a test; run `dispatcher endpoint test {endpoint_id}` first"
                 )
             if view.state == "draft":
-                await self._put_live(endpoint_id, view.config, None if view.tested else "forced without a test")
+                reason = None if view.tested else FORCED
+                await self._put_live(endpoint_id, view.config, reason, await self._last_id())
             else:
-                await self._apply(endpoint_id, view.to_test)
+                await self._apply(view, view.to_test, None if view.tested else f"edit {FORCED}")
         return await self.get(endpoint_id)
-
-    async def pause(self, endpoint_id: int) -> EndpointView:
-        """Stop deliveries within a second. Events are held, and sent on resume."""
-        return await self._change_state(endpoint_id, ("live",), "paused", "by operator")
-
-    async def resume(self, endpoint_id: int) -> EndpointView:
-        """Go on with what was held, oldest first."""
-        return await self._change_state(endpoint_id, ("paused", "disabled"), "live", None)
-
-    async def delete(self, endpoint_id: int) -> None:
-        """Delete an endpoint; what waits for it is never sent."""
-        async with self._db.transaction():
-            await self._locked(endpoint_id)
-            await self._db.execute(ADMIN.put_state, endpoint_id, "deleted", "by operator")
-            await self._db.execute(ADMIN.delete_subscriptions, endpoint_id)
-            await self._db.execute(ADMIN.delete_secrets, endpoint_id)
 
     async def record_test(
         self, view: EndpointView, *, passed: bool, duration_us: int, status: int | None, fault: str | None, verdict: str, request: bytes,
@@ -192,30 +270,207 @@ class Admin:
             if passed:
                 await self._db.execute(ADMIN.put_tested, view.id, view.test_hash)
 
+    async def rotate_secret(
+        self, endpoint_id: int, *, overlap_s: float = OVERLAP_S, secret: str | None = None
+    ) -> EndpointView:
+        """Give an endpoint a new secret. The old ones sign too for `overlap_s` from now, or until they expire if that is sooner."""
+        if not 0 <= overlap_s <= OVERLAP_MAX_S:
+            raise InputError(f"the overlap is {overlap_s:g} s; it must be 0 to {OVERLAP_MAX_S / 86_400:g} days")
+        if secret is not None:
+            secret_key(secret)
+        async with self._db.transaction():
+            view = await self._locked(endpoint_id)
+            if secret in view.secrets:
+                raise InputError(f"endpoint {endpoint_id} has this secret already; leave out --secret for a new one")
+            if overlap_s and len(view.signing) >= SECRETS_MAX:
+                raise StateError(
+                    f"endpoint {endpoint_id} has {len(view.signing)} secrets that sign, which is the most; wait until one of them expires "
+                    "(`endpoint show --secret` tells when), or end them all at once with --overlap 0"
+                )
+            await self._db.execute(ADMIN.expire_secrets, endpoint_id, overlap_s)
+            await self._db.execute(ADMIN.insert_secret, endpoint_id, secret or new_secret())
+            await self._db.execute(ADMIN.forget_expired_secrets, endpoint_id)
+        return await self.get(endpoint_id)
+
+    # ── endpoints: holding, sending, skipping ──
+
+    async def pause(self, endpoint_id: int, *, skip: bool = False) -> EndpointView:
+        """Stop deliveries within a second. Events are held from now on, and sent on resume; or with `skip`, never sent."""
+        async with self._db.transaction():
+            view = await self._locked(endpoint_id)
+            if view.state != "live":
+                raise StateError(f"endpoint {endpoint_id} is {view.state}; only live endpoints can be paused")
+            at = await self._last_id()
+            await self._db.execute(ADMIN.put_state, endpoint_id, "paused", "by operator", at)
+            if skip:
+                await self._db.execute(ADMIN.close_subscriptions, endpoint_id, [], at)
+        return await self.get(endpoint_id)
+
+    async def resume(self, endpoint_id: int, choice: Choice | None = None) -> tuple[EndpointView, int]:
+        """Go on after a pause: send what was held, oldest first, or skip it. Return how many deliveries were skipped."""
+        async with self._db.transaction():
+            view = await self._locked(endpoint_id)
+            if view.state == "disabled":
+                raise StateError(f"endpoint {endpoint_id} is disabled; use `dispatcher endpoint enable {endpoint_id}`")
+            if view.state != "paused":
+                raise StateError(f"endpoint {endpoint_id} is {view.state}; only paused endpoints can be resumed")
+            skipped = await self._put_live_again(view, choice)
+        return await self.get(endpoint_id), skipped
+
+    async def disable(self, endpoint_id: int, reason: str | None = None) -> EndpointView:
+        """Stop deliveries as if it had failed for days: events are held until somebody enables it, and its account is told."""
+        if reason is not None and (not reason.isprintable() or not 1 <= len(reason) <= 200):
+            raise InputError("a reason has 1 to 200 printable characters")
+        async with self._db.transaction():
+            view = await self._locked(endpoint_id)
+            if view.state not in ("live", "paused"):
+                raise StateError(
+                    f"endpoint {endpoint_id} is {view.state}; only live and paused endpoints can be disabled"
+                )
+            at = await self._last_id()
+            await self._db.execute(ADMIN.put_state, endpoint_id, "disabled", reason or "by operator", at)
+            await self._tell(view, "endpoint.disabled", "by_operator")
+        return await self.get(endpoint_id)
+
+    async def enable(self, endpoint_id: int, choice: Choice | None = None) -> tuple[EndpointView, int]:
+        """Put a disabled endpoint live again and tell its account. Where events were held somebody must choose: send or skip them."""
+        async with self._db.transaction():
+            view = await self._locked(endpoint_id)
+            if view.state != "disabled":
+                remedy = {"draft": "go-live", "paused": "resume"}.get(view.state)
+                raise StateError(
+                    f"endpoint {endpoint_id} is {view.state}; only disabled endpoints can be enabled"
+                    + (f", use `dispatcher endpoint {remedy} {endpoint_id}`" if remedy else "")
+                )
+            if choice is None:
+                waiting = await self.waiting(view)
+                if waiting.held:
+                    raise StateError(
+                        f"endpoint {endpoint_id} has held events since it was disabled ({counted(waiting.held)}): "
+                        "say --send to send them, oldest first, or --skip never to send them"
+                    )
+            skipped = await self._put_live_again(view, choice)
+            await self._tell(view, "endpoint.recovered", "enabled")
+        return await self.get(endpoint_id), skipped
+
+    async def waiting(self, view: EndpointView) -> Waiting:
+        """Count what an endpoint is owed and has not had; each count stops after a million."""
+        at = await self._last_id()
+        intervals = await self._intervals(view.id)
+        skipping = _is_skipping(view, intervals)
+        held, before_id = 0, at
+        if view.held_since_id is not None:
+            before_id = view.held_since_id
+            held, _ = await self._count(view, _above(before_id, at), intervals, COUNTED_MAX + 1)
+        unsettled = await self._db.fetchval(ADMIN.unsettled, view.id, before_id)
+        before, _ = await self._count(view, unsettled, intervals, COUNTED_MAX + 1)
+        return Waiting(held, before, view.retries, skipping)
+
+    async def delete(self, endpoint_id: int) -> int:
+        """Delete an endpoint; what waits for it is never sent. Return how many deliveries that were, with those in flight at that moment.
+
+        A live one for which something waits is paused first: else what is sent while it is counted would count as discarded too."""
+        if (view := await self.get(endpoint_id)).state == "live" and await self._is_owed(view):
+            await self.pause(endpoint_id)
+            await asyncio.sleep(STOPPED_S)
+        async with self._db.transaction():
+            view = await self._locked(endpoint_id)
+            at = await self._last_id()
+            intervals = await self._intervals(endpoint_id)
+            unsettled = await self._db.fetchval(ADMIN.unsettled, endpoint_id, at)
+            waiting, first_id = await self._count(view, unsettled, intervals, None)
+            retries = await self._db.fetchrow(ADMIN.retries, endpoint_id)
+            if _is_skipping(view, intervals):
+                await self._skip_unheld(view, at)
+            await self._db.execute(ADMIN.put_state, endpoint_id, "deleted", "by operator", at)
+            await self._db.execute(ADMIN.cancel_runs, endpoint_id)
+            await self._db.execute(ADMIN.delete_subscriptions, endpoint_id)
+            await self._db.execute(ADMIN.delete_secrets, endpoint_id)
+            discarded: int = waiting + retries["deliveries"]
+            lowest = min((i for i in (first_id, retries["first_id"]) if i is not None), default=at)
+            await self._discard(view, "deleted", lowest - 1, at, discarded)
+        return discarded
+
+    async def _is_owed(self, view: EndpointView) -> bool:
+        unsettled = await self._db.fetchval(ADMIN.unsettled, view.id, await self._last_id())
+        deliveries, _ = await self._count(view, unsettled, await self._intervals(view.id), 1)
+        return deliveries > 0
+
+    async def _put_live_again(self, view: EndpointView, choice: Choice | None) -> int:
+        """Open what is closed, skip what was held if that is the choice; return how many deliveries were skipped."""
+        at, since = await self._last_id(), view.held_since_id
+        assert since is not None, "it is paused or disabled"
+        intervals = await self._intervals(view.id)
+        skipped = 0
+        if _is_skipping(view, intervals):
+            if choice == "send":
+                raise StateError(
+                    f"endpoint {view.id} was paused with --skip: events since then were not held, so there is nothing to send; "
+                    "leave out --send"
+                )
+            skipped = await self._skip_unheld(view, at)
+        elif choice == "skip":
+            skipped, _ = await self._count(view, _above(since, at), intervals, None)
+            await self._discard(view, "skipped", since, at, skipped)
+            await self._db.execute(ADMIN.skip_held, view.id, since)
+        await self._put_live(view.id, view.config, None, at)
+        return skipped
+
+    async def _skip_unheld(self, view: EndpointView, at: int) -> int:
+        """Count what nobody was subscribed to because the pause said so."""
+        since = view.held_since_id
+        assert since is not None, "it is paused or disabled"
+        would_have = [(pattern, since, at) for pattern in view.config["event_types"]]
+        skipped, _ = await self._count(view, _above(since, at), would_have, None)
+        await self._discard(view, "skipped", since, at, skipped)
+        return skipped
+
+    async def _count(
+        self, view: EndpointView, ids: str, intervals: Sequence[Interval], limit: int | None
+    ) -> tuple[int, int | None]:
+        """Count events without an attempt in a multirange of ids; return the lowest too."""
+        columns = [list(column) for column in zip(*intervals, strict=True)] or [[], [], []]
+        row = await self._db.fetchrow(ADMIN.held, view.account_id, view.id, ids, *columns, limit)
+        return row["deliveries"], row["first_id"]
+
+    async def _discard(self, view: EndpointView, reason: str, after_id: int, upto_id: int, deliveries: int) -> None:
+        if deliveries:
+            await self._db.execute(ADMIN.insert_discard, view.id, reason, after_id, upto_id, deliveries)
+
+    async def _intervals(self, endpoint_id: int) -> list[Interval]:
+        rows = await self._db.fetch(ADMIN.subscriptions, endpoint_id)
+        return [
+            (row["pattern"], row["since_id"], FOREVER if row["until_id"] is None else row["until_id"]) for row in rows
+        ]
+
+    async def _tell(self, view: EndpointView, event_type: str, reason: str) -> None:
+        """Tell the account's other endpoints."""
+        await self._db.execute(ADMIN.tell_of_endpoint, view.id, event_type, reason, view.failing_since)
+
+    async def _last_id(self) -> int:
+        last_id: int = await self._db.fetchval(ADMIN.last_id)
+        return last_id
+
     async def _locked(self, endpoint_id: int) -> EndpointView:
         await self._db.fetchval(ADMIN.lock_endpoint, endpoint_id)
         return await self.get(endpoint_id)
 
-    async def _change_state(
-        self, endpoint_id: int, allowed: tuple[str, ...], state: str, reason: str | None
-    ) -> EndpointView:
-        async with self._db.transaction():
-            view = await self._locked(endpoint_id)
-            if view.state not in allowed:
-                raise StateError(
-                    f"endpoint {endpoint_id} is {view.state}; only {' and '.join(allowed)} endpoints can become {state}"
-                )
-            await self._db.execute(ADMIN.put_state, endpoint_id, state, reason)
-        return await self.get(endpoint_id)
+    async def _put_live(self, endpoint_id: int, config: dict[str, Any], reason: str | None, at: int) -> None:
+        await self._db.execute(ADMIN.put_state, endpoint_id, "live", reason, at)
+        await self._db.execute(ADMIN.open_subscriptions, endpoint_id, config["event_types"], at)
 
-    async def _put_live(self, endpoint_id: int, config: dict[str, Any], reason: str | None) -> None:
-        await self._db.execute(ADMIN.put_state, endpoint_id, "live", reason)
-        await self._db.execute(ADMIN.open_subscriptions, endpoint_id, config["event_types"])
-
-    async def _apply(self, endpoint_id: int, config: dict[str, Any]) -> None:
-        await self._db.execute(ADMIN.put_config, endpoint_id, *(config[field] for field in CONFIG_FIELDS))
-        await self._db.execute(ADMIN.close_subscriptions, endpoint_id, config["event_types"])
-        await self._db.execute(ADMIN.open_subscriptions, endpoint_id, config["event_types"])
+    async def _apply(self, view: EndpointView, config: dict[str, Any], reason: str | None) -> None:
+        """Put an edit in force. A state other than live keeps its reason, with this one behind it."""
+        at = await self._last_id()
+        skipping = _is_skipping(view, await self._intervals(view.id))
+        await self._db.execute(ADMIN.put_config, view.id, *(config[field] for field in CONFIG_FIELDS))
+        if view.state == "live":
+            await self._db.execute(ADMIN.put_reason, view.id, reason)
+        elif reason is not None:
+            await self._db.execute(ADMIN.put_reason, view.id, f"{view.state_reason or view.state}; {reason}")
+        await self._db.execute(ADMIN.close_subscriptions, view.id, config["event_types"], at)
+        if not skipping:
+            await self._db.execute(ADMIN.open_subscriptions, view.id, config["event_types"], at)
 
     def _checked(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the configuration in its one form, or refuse it with a sentence."""
@@ -261,33 +516,24 @@ class Admin:
         return row["id"], await self._public_id(row["id"], row["created_at"])
 
     async def show(self, reference: str) -> dict[str, Any]:
-        """Tell what happened to one event: each endpoint that should have had it, attempt by attempt. `reference` is an outbox id or evt_…."""
-        public_ids = PublicIds(await self._id_key())
-        if reference.isascii() and reference.isdigit() and len(reference) < 19:
-            event_id, created_us = int(reference), None
-        else:
-            created_us, event_id = public_ids.decode(reference)
-        row = None if event_id >= 1 << 63 else await self._db.fetchrow(ADMIN.event, event_id)
-        if row is None or (created_us is not None and _us(row["created_at"]) != created_us):
+        """Tell what happened to one event: each endpoint that should have had it, run by run. `reference` is an outbox id or evt_….
+
+        Of an event that retention has taken from the log, what a dead letter and the attempts still tell (`in_log` false).
+        """
+        event = await event_reference(self._db, reference)
+        row, in_log = await self._db.fetchrow(ADMIN.event, event.id), True
+        if row is None:
+            row, in_log = await self._db.fetchrow(ADMIN.event_copy, event.id), False
+        if row is None or not event.fits(row["created_at"]):
             raise NotFoundError(f"there is no event {reference}: it was never committed, or retention has taken it")
-        attempts: dict[int, list[dict[str, Any]]] = {}
-        for attempt in await self._db.fetch(ADMIN.event_attempts, event_id):
-            attempts.setdefault(attempt["endpoint_id"], []).append(
-                {key: value for key, value in dict(attempt).items() if key not in ("endpoint_id", "response_head")}
-                | {
-                    "response": None
-                    if attempt["response_head"] is None
-                    else attempt["response_head"].decode("utf-8", "replace")
-                }
-            )
-        deliveries = []
-        for endpoint in await self._db.fetch(ADMIN.event_deliveries, event_id, row["account_id"], row["type"]):
-            made = attempts.get(endpoint["endpoint_id"], [])
-            deliveries.append(dict(endpoint) | {"fate": _fate(endpoint, made), "attempts": made})
         return {
-            "id": event_id, "event_id": await self._public_id(event_id, row["created_at"]), "account_id": row["account_id"],
+            "id": event.id, "event_id": await self._public_id(event.id, row["created_at"]), "account_id": row["account_id"],
             "type": row["type"], "occurred_at": row["occurred_at"], "created_at": row["created_at"], "payload": row["payload"],
-            "deliveries": deliveries,
+            "in_log": in_log,
+            "deliveries": deliveries(
+                await self._db.fetch(ADMIN.event_deliveries, event.id, row["account_id"], row["type"]),
+                await self._db.fetch(ADMIN.event_attempts, event.id),
+            ),
         }  # fmt: skip
 
     async def tail(self, since: datetime, endpoint_id: int | None, window_ids: int) -> list[dict[str, Any]]:
@@ -326,21 +572,22 @@ _CHECKS = {
 }
 
 
-def _fate(endpoint: Any, attempts: list[dict[str, Any]]) -> str:
-    """Say in a few words how a delivery stands."""
-    if any(attempt["fault"] is None for attempt in attempts):
-        return "delivered"
-    if endpoint["dead"]:
-        return "dead letter"
-    if endpoint["retry_due_at"] is not None:
-        return f"waiting for attempt {len(attempts) + 1}, due {endpoint['retry_due_at']:%Y-%m-%d %H:%M:%S} UTC"
-    if endpoint["state"] != "live":
-        return f"held: the endpoint is {endpoint['state']}"
-    return "waiting" if not attempts else "in progress"
+def counted(deliveries: int) -> str:
+    """Say a count that stops after a million."""
+    return f"more than {COUNTED_MAX:,}" if deliveries > COUNTED_MAX else f"{deliveries:,}"
+
+
+def _is_skipping(view: EndpointView, intervals: Sequence[Interval]) -> bool:
+    """Tell whether the pause closed the subscriptions. One that holds leaves at least one open: an endpoint has some event type."""
+    return view.held_since_id is not None and all(until_id < FOREVER for _, _, until_id in intervals)
+
+
+def _above(after_id: int, upto_id: int) -> str:
+    return f"{{({after_id},{max(after_id, upto_id)}]}}"
 
 
 def _us(at: datetime) -> int:
     return round(at.timestamp() * 1_000_000)
 
 
-__all__ = ["Admin", "EndpointView"]
+__all__ = ["Admin", "Choice", "EndpointDetails", "EndpointView", "Waiting", "counted"]

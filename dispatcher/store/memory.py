@@ -32,10 +32,12 @@ from typing import Any, Self, TypeVar
 import orjson
 
 from dispatcher.domain.address import AddressPolicy
-from dispatcher.domain.endpoint import FOREVER, Endpoint, EndpointId, EndpointState, Subscription
+from dispatcher.domain.endpoint import FOREVER, Endpoint, EndpointId, EndpointState, Subscription, pattern_matches
 from dispatcher.domain.event import Event, PublicIds, timestamp
 from dispatcher.domain.outcome import Fault
 from dispatcher.domain.ranges import IdRanges
+from dispatcher.domain.retention import Span
+from dispatcher.domain.run import Run, RunSource, RunState
 from dispatcher.domain.url import parse_url
 from dispatcher.errors import InputError
 from dispatcher.ports import (
@@ -49,19 +51,27 @@ from dispatcher.ports import (
     LaneRow,
     LifeLostError,
     Page,
+    Recorded,
     RetryPage,
     RetryRow,
+    RunPage,
+    RunRow,
     Started,
+    StatRow,
     StoreAwayError,
 )
+from dispatcher.store import standby
+from dispatcher.store.standby import Look, Watch
 
 T = TypeVar("T")
 RetryKey = tuple[int, int, int]  # endpoint, event, run
 
-OWNER_WAIT_S, OWNER_POLL_S = 10.0, 0.1
+LOCK_REFUSALS_MAX = 15  # as in postgres.py
 SEQUENCE_LOG_AHEAD = 32  # PostgreSQL's SEQ_LOG_VALS
 CONFIG_CHANGES_KEPT = 1_000
 ID_KEY_BYTES = 16
+FIRST_LEAVES = (Span(0, 100_000), Span(100_000, 1_000_000), Span(1_000_000, 10_000_000), Span(10_000_000, 40_000_000))
+RUN_SCAN_IDS_MAX = 200_000
 
 
 class WouldBlockError(Exception):
@@ -102,6 +112,7 @@ class DeadLetter:
     reason: str
     status: int | None
     fault: Fault
+    resent_run: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +164,13 @@ class Tables:
         self.ids: list[int] = []  # ascending; the primary key
         self.ids_of_account: defaultdict[str, list[int]] = defaultdict(list)  # the index (account_id, id)
         self.attempts: dict[tuple[int, int, int, int], AttemptRow] = {}  # event, endpoint, run, number
+        self.attempts_of: defaultdict[tuple[int, int], list[AttemptRow]] = defaultdict(list)  # event, endpoint
         self.attempted: defaultdict[int, dict[int, None]] = defaultdict(dict)  # event → endpoints with a run-0 attempt
         self.retries: defaultdict[int, dict[tuple[int, int], RetryRow]] = defaultdict(dict)  # endpoint → (event, run)
         self.dead_letters: dict[RetryKey, DeadLetter] = {}
+        self.runs: dict[int, tuple[int, Run]] = {}  # id → endpoint, run with its progress
+        self.runs_finished: dict[int, None] = {}
+        self.stats: dict[tuple[int, int, int], StatRow] = {}  # minute, endpoint, epoch
         self.lanes: dict[int, LaneRow] = {}
         self.position = 0
         self.gaps = IdRanges()
@@ -168,6 +183,10 @@ class Tables:
         self.config_seq = 0
         self.prepared: dict[str, PreparedRow] = {}
         self.sequence_logged = 0
+        # partitions, and what retention took (store/memory_partitions.py)
+        self.leaves: dict[str, list[Span]] = {parent: list(FIRST_LEAVES) for parent in ("outbox", "attempt")}
+        self.fences: dict[str, tuple[Span, bool]] = {}  # of the DEFAULT partition: bounds, validated
+        self.discards: list[tuple[int, str, int, int, int]] = []  # endpoint, reason, after, up to, deliveries
 
     # ── operations ──
 
@@ -205,6 +224,25 @@ class Tables:
     def update_subscription(self, subscription_id: int, columns: dict[str, Any]) -> None:
         self.subscriptions[subscription_id] = dataclasses.replace(self.subscriptions[subscription_id], **columns)
 
+    def put_run(self, endpoint_id: int, run: Run) -> None:
+        self.runs[run.id] = (endpoint_id, run)
+
+    def update_run(self, run_id: int, columns: dict[str, Any]) -> None:
+        endpoint_id, run = self.runs[run_id]
+        self.runs[run_id] = (endpoint_id, dataclasses.replace(run, **columns))
+
+    def resend_dead(self, keys: Sequence[RetryKey], run_id: int) -> None:
+        for key in keys:
+            self.dead_letters[key] = dataclasses.replace(self.dead_letters[key], resent_run=run_id)
+
+    def copy_of(self, endpoint_id: int, event_id: int) -> LogRow | None:
+        """The event, or the copy of it that a dead letter kept."""
+        found = self.outbox.get(event_id)
+        if found is None:
+            copies = (d.event for (e, i, _), d in self.dead_letters.items() if (e, i) == (endpoint_id, event_id))
+            found = next(copies, None)
+        return found
+
     def raise_epoch(self, owner: str, now_us: int) -> None:
         self.epoch += 1
         self.owner, self.heartbeat_us = owner, now_us
@@ -222,6 +260,7 @@ class Tables:
             key = (attempt.event_id, attempt.endpoint_id, attempt.run, attempt.number)
             if key not in self.attempts:
                 self.attempts[key] = attempt
+                self.attempts_of[attempt.event_id, attempt.endpoint_id].append(attempt)
                 if attempt.run == 0:
                     self.attempted[attempt.event_id][attempt.endpoint_id] = None
         for retry in batch.retries:
@@ -234,7 +273,7 @@ class Tables:
                     known, number=retry.number, due_us=retry.due_us, reason=retry.reason
                 )
         for dead in batch.dead:
-            event = self.outbox.get(dead.event_id)
+            event = self.copy_of(dead.endpoint_id, dead.event_id)
             if event is not None:
                 self.dead_letters.setdefault(
                     (dead.endpoint_id, dead.event_id, dead.run),
@@ -244,6 +283,10 @@ class Tables:
                 )  # fmt: skip
         for endpoint_id, event_id, run in batch.settled_retries:
             self.retries[endpoint_id].pop((event_id, run), None)
+        for row in batch.runs:
+            self._record_run(row)
+        for stat in batch.stats:
+            self.stats.setdefault((stat.minute, stat.endpoint_id, batch.epoch), stat)
         write = batch.checkpoint
         if write is not None:
             for lane in write.lanes:
@@ -253,6 +296,20 @@ class Tables:
             for subscription_id in taken_up:
                 self.update_subscription(subscription_id, {"taken_up": True})
             self.position, self.gaps, self.heartbeat_us = write.position, write.gaps.copy(), now_us
+
+    def _record_run(self, row: RunRow) -> None:
+        if row.run not in self.runs:
+            return
+        self.update_run(
+            row.run,
+            {"settled": row.settled, "attempted": row.attempted, "delivered": row.delivered, "dead": row.dead},
+        )
+        if row.ended and row.canceled:
+            for retries in self.retries.values():
+                for key in [key for key in retries if key[1] == row.run]:
+                    del retries[key]
+        if row.ended and not any(run == row.run for retries in self.retries.values() for _, run in retries):
+            self.runs_finished[row.run] = None
 
     # ── reading ──
 
@@ -264,6 +321,20 @@ class Tables:
         ids = self.ids if account_id is None else self.ids_of_account.get(account_id, [])
         at = bisect_left(ids, low)
         return [self.outbox[i] for i in ids[at : min(at + limit, bisect_right(ids, high))]]
+
+    def has_attempt(self, event_id: int, endpoint_id: int, run: int) -> bool:
+        return any((event_id, endpoint_id, run, number) in self.attempts for number in (0, 1))
+
+    def has_failed(self, event_id: int, endpoint_id: int) -> bool:
+        return any(row.fault is not None for row in self._attempts_of(event_id, endpoint_id))
+
+    def is_given_up(self, event_id: int, endpoint_id: int) -> bool:
+        """No attempt in any run succeeded, and no retry is to come."""
+        waits = any(known == event_id for known, _ in self.retries.get(endpoint_id, {}))
+        return not waits and all(row.fault is not None for row in self._attempts_of(event_id, endpoint_id))
+
+    def _attempts_of(self, event_id: int, endpoint_id: int) -> Iterable[AttemptRow]:
+        return self.attempts_of.get((event_id, endpoint_id), ())
 
     def attempted_by(self, rows: Iterable[LogRow]) -> list[Sequence[int]]:
         return [tuple(self.attempted[row.id]) if row.id in self.attempted else () for row in rows]
@@ -368,6 +439,7 @@ class MemoryDatabase:
         self._xids = 0
         self._endpoint_ids = 0
         self._subscription_ids = 0
+        self._run_ids = 0
         self._open: dict[Transaction, None] = {}
         self._connections: dict[Connection, None] = {}
         self.owner_lock = _Lock()
@@ -455,6 +527,10 @@ class MemoryDatabase:
     def next_subscription_id(self) -> int:
         self._subscription_ids += 1
         return self._subscription_ids
+
+    def next_run_id(self) -> int:
+        self._run_ids += 1
+        return self._run_ids
 
     def begin_life(self) -> int:
         if self.life is None:
@@ -644,6 +720,57 @@ class Transaction:
         )
         self._change(self.database.tables.subscriptions[subscription_id].endpoint_id, change)
 
+    def tell_of_endpoint(
+        self, about: EndpointRow, event_type: str, reason: str, failing_since_us: int | None, **facts: Any
+    ) -> None:
+        """Tell the account's other endpoints: its own subscriptions are divided around that one event."""
+        since = None if failing_since_us is None else timestamp(failing_since_us).decode()
+        who = {"id": about.id, "name": about.name, "url": about.url}
+        payload = orjson.dumps({"endpoint": who, "reason": reason, "failing_since": since, **facts})
+        told = self.insert(about.account_id, event_type, payload)
+        for row in list(self.database.tables.subscriptions.values()):
+            if row.endpoint_id == about.id and row.until_id is None and pattern_matches(row.pattern, event_type):
+                columns = {"until_id": told - 1}
+                change = partial(Tables.update_subscription, subscription_id=row.id, columns=columns)
+                self._change(about.id, change)
+                self.subscribe(about.id, row.pattern, since_id=told)
+
+    def add_run(
+        self,
+        endpoint_id: int,
+        upto_id: int | None = None,
+        *,
+        after_id: int = 0,
+        patterns: tuple[str, ...] = ("*",),
+        only_failed: bool = False,
+        rate_per_s: float | None = None,
+        dead: Sequence[RetryKey] | None = None,
+    ) -> int:
+        """Ask for a resend or replay, up to the last id now; of dead letters, if some are given."""
+        self._lock_config()
+        run_id = self.database.next_run_id()
+        run = Run(
+            id=run_id,
+            source=RunSource.LOG if dead is None else RunSource.DEAD_LETTER,
+            after_id=after_id,
+            upto_id=self.database.last_id() if upto_id is None else upto_id,
+            patterns=patterns,
+            only_failed=only_failed,
+            rate_per_s=rate_per_s,
+            state=RunState.RUNNING,
+            settled=after_id,
+        )
+        self._change(endpoint_id, partial(Tables.put_run, endpoint_id=endpoint_id, run=run))
+        if dead is not None:
+            self.changes.append(partial(Tables.resend_dead, keys=tuple(dead), run_id=run_id))
+        return run_id
+
+    def update_run(self, run_id: int, **columns: Any) -> None:
+        self._lock_row(f"run {run_id}")
+        self._lock_config()
+        endpoint_id, _ = self.database.tables.runs[run_id]
+        self._change(endpoint_id, partial(Tables.update_run, run_id=run_id, columns=columns))
+
     def touch_subscription(self, subscription_id: int) -> None:
         """Lock a subscription's row, as SELECT … FOR UPDATE does."""
         self._lock_row(f"subscription {subscription_id}")
@@ -739,6 +866,8 @@ class MemoryStore:
         self._life: int | None = None
         self._epoch = 0
         self._owner_lost: Callable[[], None] | None = None
+        self._owner_session: Connection | None = None  # the one that took the owner lock
+        self._lock_refusals = 0
 
     def sever(self, session: str, *, lingering: bool = False) -> None:
         """End a session's connection from outside. `lingering`: the server keeps its locks until `MemoryDatabase.reap`."""
@@ -754,23 +883,52 @@ class MemoryStore:
 
     # ── start and ownership ──
 
-    async def start(self, owner: str) -> Started:
+    async def start(self, owner: str, on_standby: Callable[[], None] = lambda: None) -> Started:
         await self.close()
         self._life = None
         database = self._database
-        waited_s = 0.0
-        while not await self._call("owner", "try_own", database.owner_lock.try_take):
-            if waited_s >= OWNER_WAIT_S:
-                raise FencedError(f"another dispatcher owns this database: {database.tables.owner}")
-            await self._sleep(OWNER_POLL_S)
-            waited_s += OWNER_POLL_S
-        life = await self._call("owner", "begin_life", lambda _: database.begin_life())
-        epoch = await self._call("owner", "raise_epoch", lambda _: self._raise_epoch(owner))
-        await self._call("owner", "tidy", lambda _: database.write(Tables.tidy, synchronous=True))
-        started = await self._call("owner", "read", lambda _: self._read_start(epoch))
-        started.last_id = await self._call("owner", "last_id", lambda _: database.last_id())
+        if not await self._call("owner", "try_own", database.owner_lock.try_take):
+            on_standby()
+            watch = Watch()
+            while True:
+                look = await self._call("owner", "look_at_owner", self._look_at_owner)
+                if watch.is_dead(look):
+                    await self._call("owner", "end_owner", partial(self._end_owner, look=look))
+                elif look.holder is not None:
+                    await self._sleep(standby.POLL_S)
+                if await self._call("owner", "try_own", database.owner_lock.try_take):
+                    break
+        self._owner_session, self._lock_refusals = self._connections["owner"], 0
+        life = await self._as_owner("begin_life", lambda _: database.begin_life())
+        epoch = await self._as_owner("raise_epoch", lambda _: self._raise_epoch(owner))
+        await self._as_owner("tidy", lambda _: database.write(Tables.tidy, synchronous=True))
+        started = await self._as_owner("read", lambda _: self._read_start(epoch))
+        started.last_id = await self._as_owner("last_id", lambda _: database.last_id())
         self._life, self._epoch = life, epoch
         return started
+
+    async def _as_owner(self, what: str, work: Callable[[Connection], T]) -> T:
+        """Call on the connection that has the lock: one that was made again in between would not have it."""
+        if self._owner_session is None or not self._owner_session.is_alive:
+            raise StoreAwayError(f"owner: the connection was lost ({what})")
+        return await self._call("owner", what, work)
+
+    def _look_at_owner(self, _: Connection) -> Look:
+        tables, holder = self._database.tables, self._database.owner_lock.holder
+        return Look(
+            holder=None if holder is None else id(holder),
+            owner=tables.owner,
+            epoch=tables.epoch,
+            heartbeat_us=tables.heartbeat_us,
+            held_up=False,
+            now_us=self._database.now_us(),
+        )
+
+    def _end_owner(self, _: Connection, look: Look) -> None:
+        holder = self._database.owner_lock.holder
+        if id(holder) == look.holder and self._database.tables.heartbeat_us == look.heartbeat_us:
+            assert holder is not None
+            self._database.disconnect(holder)
 
     def _raise_epoch(self, owner: str) -> int:
         operation = partial(Tables.raise_epoch, owner=owner, now_us=self._database.now_us())
@@ -800,18 +958,32 @@ class MemoryStore:
 
     def on_owner_lost(self, callback: Callable[[], None]) -> None:
         self._owner_lost = callback
+        if self._owner_session is None or not self._owner_session.is_alive:
+            callback()
 
     async def hold_ownership(self) -> None:
         database = self._database
 
         def work(connection: Connection) -> tuple[bool, int]:
-            return database.owner_lock.try_take(connection), database.tables.epoch
+            holder, epoch = database.owner_lock.holder, database.tables.epoch
+            lingers = holder is self._owner_session and holder is not connection
+            if holder is not None and lingers and epoch == self._epoch:
+                database.reap(holder)  # the server takes our former session for alive
+            had = database.owner_lock.try_take(connection)
+            if had:
+                self._owner_session = connection
+            return had, epoch
 
         had, epoch = await self._call("owner", "hold_ownership", work)
         if epoch != self._epoch:
-            raise FencedError(f"epoch {epoch} rules, ours was {self._epoch}: another dispatcher took over")
-        if not had:
-            raise StoreAwayError("owner: our old session still holds the lock")
+            raise FencedError(f"another dispatcher took over: epoch {epoch} rules, ours was {self._epoch}")
+        if had:
+            self._lock_refusals = 0
+            return
+        self._lock_refusals += 1
+        if self._lock_refusals >= LOCK_REFUSALS_MAX:
+            raise FencedError(f"another session keeps the owner lock from us, under our epoch {epoch}")
+        raise StoreAwayError("owner: another session holds the lock, and has not raised the epoch yet")
 
     # ── reading ──
 
@@ -850,21 +1022,25 @@ class MemoryStore:
 
         return await self._call("reader", "account", work)
 
-    async def due_retries(self, endpoint_id: int, limit: int, bytes_max: int) -> RetryPage:
+    async def due_retries(
+        self, endpoint_id: int, limit: int, bytes_max: int, *, without_runs: Sequence[int] = ()
+    ) -> RetryPage:
         database = self._database
+
+        def waiting() -> list[RetryRow]:
+            of_endpoint = database.tables.retries.get(endpoint_id, {})
+            return [r for r in of_endpoint.values() if r.run not in without_runs]
 
         def next_due(_: Connection) -> int | None:
             now_us = database.now_us()
-            return min((r.due_us for r in self._retries(endpoint_id) if r.due_us > now_us), default=None)
+            return min((r.due_us for r in waiting() if r.due_us > now_us), default=None)
 
         def page(_: Connection) -> RetryPage:
-            now_us, outbox = database.now_us(), database.tables.outbox
-            due = sorted(
-                (r for r in self._retries(endpoint_id) if r.due_us <= now_us),
-                key=lambda r: (r.due_us, r.event_id, r.run),
-            )
-            due = [r for r in due[:limit] if r.event_id in outbox]
-            rows, cut = _cut([outbox[r.event_id] for r in due], bytes_max)
+            now_us = database.now_us()
+            due = sorted((r for r in waiting() if r.due_us <= now_us), key=lambda r: (r.due_us, r.event_id, r.run))
+            found = [(r, database.tables.copy_of(endpoint_id, r.event_id)) for r in due[:limit]]
+            due = [r for r, copy in found if copy is not None]
+            rows, cut = _cut([copy for _, copy in found if copy is not None], bytes_max)
             retries = [
                 DueRetry(event, r.run, r.number, r.first_attempt_us)
                 for event, r in zip(self._events(rows), due, strict=False)
@@ -875,8 +1051,32 @@ class MemoryStore:
         found.next_due_us = next_due_us
         return found
 
-    def _retries(self, endpoint_id: int) -> Iterable[RetryRow]:
-        return self._database.tables.retries.get(endpoint_id, {}).values()
+    async def run_page(
+        self, endpoint_id: int, account_id: str, run: Run, after: int, limit: int, bytes_max: int
+    ) -> RunPage:
+        def work(_: Connection) -> RunPage:
+            tables, upto = self._database.tables, run.upto_id
+            if run.source is RunSource.LOG:
+                upto = min(upto, after + RUN_SCAN_IDS_MAX)
+                candidates = tables.between(after + 1, upto, len(tables.ids), account_id)
+            else:
+                dead = {d.event.id: d.event for d in tables.dead_letters.values() if d.resent_run == run.id}
+                candidates = [dead[i] for i in sorted(dead) if after < i <= upto]
+            seen = [row for row in candidates if any(pattern_matches(p, row.type) for p in run.patterns)]
+            if run.only_failed:
+                seen = [row for row in seen if tables.has_failed(row.id, endpoint_id)]
+            seen = seen[:limit]
+            wanted = [
+                row
+                for row in seen
+                if not tables.has_attempt(row.id, endpoint_id, run.id)
+                and (not run.only_failed or tables.is_given_up(row.id, endpoint_id))
+            ]
+            rows, cut = _cut(wanted, bytes_max)
+            passed = rows[-1].id if cut else seen[-1].id if len(seen) >= limit else upto
+            return RunPage(self._events(rows), passed)
+
+        return await self._call("reader", "run_page", work)
 
     async def arm_doorbell(self) -> bool:
         return await self._call("reader", "arm_doorbell", self._database.try_arm)
@@ -931,12 +1131,12 @@ class MemoryStore:
 
     # ── recording ──
 
-    async def record(self, batch: Batch) -> list[int]:
+    async def record(self, batch: Batch) -> Recorded:
         database = self._database
 
-        def work(_: Connection) -> list[int]:
+        def work(_: Connection) -> Recorded:
             if database.tables.epoch != batch.epoch:
-                raise FencedError(f"epoch {batch.epoch} is over: another dispatcher took over")
+                raise FencedError(f"another dispatcher took over: our epoch {batch.epoch} is over")
             for row in batch.attempts:
                 assert min(row.number, row.run, row.duration_us) >= 0, row
                 assert row.fault is not None or (row.status is not None and 200 <= row.status <= 299), row
@@ -946,13 +1146,14 @@ class MemoryStore:
             ]
             operation = partial(Tables.record, batch=_batch_copy(batch), taken_up=taken_up, now_us=database.now_us())
             database.write(operation, synchronous=False)
-            return taken_up
+            finished = [row.run for row in batch.runs if row.run in database.tables.runs_finished]
+            return Recorded(taken_up, finished)
 
         return await self._call("recorder", "record", work)
 
     # ── configuration ──
 
-    async def config_changes(self, after_seq: int, epoch: int) -> ConfigChanges:
+    async def config_changes(self, after_seq: int, epoch: int, again: Sequence[int] = ()) -> ConfigChanges:
         changes, now_rules = await self._call(
             "config",
             "config_changes",
@@ -962,17 +1163,20 @@ class MemoryStore:
             ),
         )
         if now_rules != epoch:
-            raise FencedError(f"epoch {now_rules} rules, ours was {epoch}: another dispatcher took over")
-        if not changes:
-            return ConfigChanges(after_seq, [], [])
-        ids = sorted({endpoint_id for _, endpoint_id in changes})
+            raise FencedError(f"another dispatcher took over: epoch {now_rules} rules, ours was {epoch}")
+        ids = sorted({endpoint_id for _, endpoint_id in changes} | set(again))
+        if not ids:
+            return ConfigChanges(after_seq, [], [], [])
         endpoints = await self._call("config", "endpoints", lambda _: self._endpoints(ids))
-        return ConfigChanges(changes[-1][0], endpoints, sorted(set(ids) - {endpoint.id for endpoint in endpoints}))
+        gone = sorted(set(ids) - {endpoint.id for endpoint in endpoints})
+        return ConfigChanges(changes[-1][0] if changes else after_seq, endpoints, gone, [])
 
     async def note_failing(self, failing_since_us: dict[int, int | None]) -> None:
         noted = dict(failing_since_us)
 
         def work(connection: Connection) -> None:
+            if self._is_over():
+                return
             for endpoint_id in noted:
                 self._lock_or_leave(connection, f"endpoint {endpoint_id}")
             for endpoint_id, since_us in noted.items():
@@ -986,14 +1190,13 @@ class MemoryStore:
     async def disable_endpoint(self, endpoint_id: int, reason: str, failing_since_us: int | None) -> None:
         def work(connection: Connection) -> None:
             endpoint = self._database.tables.endpoints.get(endpoint_id)
-            if endpoint is None:
+            if endpoint is None or self._is_over():
                 return
             self._lock_or_leave(connection, f"endpoint {endpoint_id}")
             if endpoint.state is not EndpointState.LIVE:
                 return
             self._lock_or_leave(connection, CONFIG_LOCK)
-            since = None if failing_since_us is None else timestamp(failing_since_us).decode()
-            about = {"id": endpoint_id, "name": endpoint.name, "url": endpoint.url}
+            lane = self._database.tables.lanes.get(endpoint_id)
             with self._database.begin() as transaction:
                 transaction.update_endpoint(
                     endpoint_id,
@@ -1001,10 +1204,31 @@ class MemoryStore:
                     state_reason=reason,
                     paused_at_id=self._database.last_id(),
                 )
-                payload = orjson.dumps({"endpoint": about, "reason": reason, "failing_since": since})
-                transaction.insert(endpoint.account_id, "endpoint.disabled", payload)
+                held = {"held_events": 0 if lane is None else lane.backlog}
+                transaction.tell_of_endpoint(endpoint, "endpoint.disabled", reason, failing_since_us, **held)
 
         await self._call("config", "disable_endpoint", work)
+
+    async def tell_recovered(self, endpoint_id: int, failing_since_us: int) -> None:
+        def work(connection: Connection) -> None:
+            endpoint = self._database.tables.endpoints.get(endpoint_id)
+            if endpoint is None or self._is_over():
+                return
+            self._lock_or_leave(connection, f"endpoint {endpoint_id}")
+            if endpoint.state is not EndpointState.LIVE or endpoint.failing_since_us is None:
+                return
+            self._lock_or_leave(connection, CONFIG_LOCK)
+            columns = {"failing_since_us": None}
+            change = partial(Tables.update_endpoint, endpoint_id=endpoint_id, columns=columns)
+            with self._database.begin() as transaction:
+                transaction.changes.append(change)
+                transaction.tell_of_endpoint(endpoint, "endpoint.recovered", "delivered", failing_since_us)
+
+        await self._call("config", "tell_recovered", work)
+
+    def _is_over(self) -> bool:
+        """Tell whether another epoch rules."""
+        return self._database.tables.epoch != self._epoch
 
     def _lock_or_leave(self, connection: Connection, lock: str) -> None:
         if self._database.changing(lock):
@@ -1019,12 +1243,22 @@ class MemoryStore:
         of_endpoint: defaultdict[int, list[Subscription]] = defaultdict(list)
         for row in tables.subscriptions.values():
             of_endpoint[row.endpoint_id].append(_subscription(row))
+        runs: defaultdict[int, list[Run]] = defaultdict(list)
+        for run_id, (endpoint_id, run) in tables.runs.items():
+            if run_id not in tables.runs_finished:
+                runs[endpoint_id].append(run)
         rows = [tables.endpoints[i] for i in ids if i in tables.endpoints]
         return [
-            _endpoint(row, of_endpoint[row.id], self._policy) for row in rows if row.state is not EndpointState.DELETED
+            _endpoint(row, of_endpoint[row.id], runs[row.id], self._policy)
+            for row in rows
+            if row.state is not EndpointState.DELETED
         ]
 
     # ── sessions ──
+
+    async def call(self, session: str, what: str, work: Callable[[Connection], T]) -> T:
+        """Run another twin's work on a session of this dispatcher's (store/memory_partitions.py)."""
+        return await self._call(session, what, work)
 
     async def _call(self, session: str, what: str, work: Callable[[Connection], T]) -> T:
         """Run `work` on the server, atomically, between two pauses."""
@@ -1145,6 +1379,8 @@ def _batch_copy(batch: Batch) -> Batch:
         [dataclasses.replace(row) for row in batch.retries],
         list(batch.settled_retries),
         [dataclasses.replace(row) for row in batch.dead],
+        [dataclasses.replace(row) for row in batch.runs],
+        [dataclasses.replace(row, durations=list(row.durations)) for row in batch.stats],
         write,
     )
 
@@ -1154,7 +1390,9 @@ def _subscription(row: SubscriptionRow) -> Subscription:
     return Subscription(row.id, row.pattern, row.since_id, until_id, row.taken_up)
 
 
-def _endpoint(row: EndpointRow, subscriptions: Sequence[Subscription], policy: AddressPolicy) -> Endpoint:
+def _endpoint(
+    row: EndpointRow, subscriptions: Sequence[Subscription], runs: Sequence[Run], policy: AddressPolicy
+) -> Endpoint:
     try:
         target = parse_url(row.url, policy)
     except InputError:
@@ -1172,4 +1410,6 @@ def _endpoint(row: EndpointRow, subscriptions: Sequence[Subscription], policy: A
         in_flight_max=row.in_flight_max,
         retry_schedule_s=row.retry_schedule_s,
         failing_since_us=row.failing_since_us,
+        state_reason=row.state_reason,
+        runs=tuple(runs),
     )

@@ -1,7 +1,8 @@
 """Install and check the schema.
 
-`migrate` is safe to repeat: it installs schema.sql where nothing is, and brings two things in line with the settings,
-the payload bound and the doorbell trigger. `check` is what `run` asks before it starts: it changes nothing and refuses
+`migrate` is safe to repeat: it installs schema.sql where nothing is, else applies the migrations that are missing
+(migrations/N.sql leads to version N, each in one transaction), and brings two things in line with the settings, the
+payload bound and the doorbell trigger. `check` is what `run` asks before it starts: it changes nothing and refuses
 what could lose events, with the remedy.
 """
 
@@ -11,15 +12,17 @@ from pathlib import Path
 
 import asyncpg
 
-from dispatcher.errors import DatabaseRefusedError
+from dispatcher.domain.retention import DAY_S
+from dispatcher.errors import DatabaseAwayError, DatabaseRefusedError, InputError
 from dispatcher.settings import Settings
+from dispatcher.store.partitions import STATEMENTS as PARTITIONS
 from dispatcher.store.postgres import CACHED_SEQUENCE
 from dispatcher.store.session import Connection
 from dispatcher.store.sql import SQL, load
 
 ADMIN = load(Path(__file__).with_name("admin.sql"))
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SERVER_VERSION_MIN = 150_000
 
 
@@ -56,6 +59,10 @@ async def migrate(connection: Connection, settings: Settings) -> Migrated:
                 f"the schema can't be installed: {exc}. Grant CREATE on the database to this role, or let its owner run schema.sql"
             ) from exc
         done.append(f"installed schema version {SCHEMA_VERSION}")
+    else:
+        for step in range(version + 1, SCHEMA_VERSION + 1):
+            await _upgrade(connection, step)
+            done.append(f"schema version {step - 1} → {step}")
     bound = await _payload_bound(connection)
     if bound != settings.payload_bytes_max:
         await connection.execute(ADMIN.replace_payload_bound.format(bytes=int(settings.payload_bytes_max)))
@@ -70,8 +77,31 @@ async def migrate(connection: Connection, settings: Settings) -> Migrated:
     return Migrated(SCHEMA_VERSION, tuple(done))
 
 
+async def _upgrade(connection: Connection, step: int) -> None:
+    """Apply one migration, or nothing of it. Safe beside a running dispatcher: what it waits for longer than the lock timeout ends it."""
+    text = (Path(__file__).parent / "migrations" / f"{step}.sql").read_text()
+    try:
+        async with connection.transaction():
+            await connection.execute(ADMIN.migration_lock_timeout)
+            await connection.execute(text)
+    except asyncpg.InsufficientPrivilegeError as exc:
+        raise DatabaseRefusedError(
+            f"the schema can't be brought to version {step}: {exc}. Run `dispatcher migrate` as the role that installed it"
+        ) from exc
+    except asyncpg.LockNotAvailableError as exc:
+        raise DatabaseAwayError(
+            f"the schema can't be brought to version {step} now: another transaction holds a lock ({exc}); nothing was changed, run it again"
+        ) from exc
+
+
 async def check(connection: Connection, settings: Settings) -> list[str]:
     """Raise DatabaseRefusedError where running would be unsafe; return warnings for the rest."""
+    if settings.retention_days * DAY_S <= settings.retry_age_max_s:
+        raise InputError(
+            f"DISPATCHER_RETENTION_DAYS ({settings.retention_days:g} days) must be longer than DISPATCHER_RETRY_AGE_MAX_S "
+            f"({settings.retry_age_max_s} s, {settings.retry_age_max_s / DAY_S:g} days): deliveries would still be retried when their "
+            "events are gone. Raise the one or lower the other"
+        )
     role = await _check_server(connection)
     version = await _installed_version(connection)
     if version == 0:
@@ -87,6 +117,12 @@ async def check(connection: Connection, settings: Settings) -> list[str]:
         raise DatabaseRefusedError(
             f"role {role} lacks privileges on schema webhook: {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; "
             f"GRANT webhook_dispatcher TO {role}, or use the role that installed the schema"
+        )
+    functions = [row["missing"] for row in await connection.fetch(PARTITIONS.missing_functions)]
+    if functions:
+        raise DatabaseRefusedError(
+            f"role {role} may not call {', '.join(functions)}, so it can't keep the partitions; GRANT webhook_dispatcher TO {role}, "
+            "or GRANT EXECUTE ON these functions"
         )
     cache = await connection.fetchval(SQL.sequence_cache)
     if cache != 1:

@@ -9,16 +9,19 @@ so that nobody's open transaction on those stops the recorder
 import asyncio
 import contextlib
 import struct
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import asyncpg
 import structlog
 
-from dispatcher.domain.endpoint import FOREVER, Endpoint, EndpointId, EndpointState, Subscription
+from dispatcher.domain.endpoint import FOREVER, Endpoint, EndpointId, EndpointState, Subscription, like_pattern
 from dispatcher.domain.event import Event, PublicIds
 from dispatcher.domain.ranges import IdRanges
+from dispatcher.domain.run import Run, RunSource, RunState
 from dispatcher.domain.url import parse_url
 from dispatcher.errors import DatabaseRefusedError, InputError
 from dispatcher.ports import (
@@ -33,22 +36,36 @@ from dispatcher.ports import (
     LaneRow,
     LifeLostError,
     Page,
+    Recorded,
     RetryPage,
+    RunPage,
+    RunRow,
     Started,
     StoreAwayError,
 )
 from dispatcher.settings import Settings
+from dispatcher.store import standby
 from dispatcher.store.session import Connection, Session, is_away
 from dispatcher.store.sql import SQL
+from dispatcher.store.standby import Look, Watch, session_name
 
 _log = structlog.get_logger(room="store")
 
+RUN_SCAN_IDS_MAX = 200_000  # how many ids one page of a run may pass over
 PG_EPOCH_US = 946_684_800_000_000  # PostgreSQL counts from 2000-01-01
 CACHED_SEQUENCE = (
     "the sequence webhook.outbox_id_seq has CACHE {cache}: sessions would commit ids long after their neighbours were read, "
     "and those events would be lost; run ALTER SEQUENCE webhook.outbox_id_seq CACHE 1"
 )
-OWNER_WAIT_S = 10.0  # after a kill -9 the server may take a moment to notice that the old session is gone
+START_S = 60.0  # bounds Start, once it has the lock: reading 100,000 endpoints took 9 s
+BEAT_S = 1.0
+LOCK_REFUSALS_MAX = 15  # about 10 s of asking for our lock, which another session has without raising the epoch
+
+MAY_NOT_END = (
+    "another dispatcher owns this database as role {role}, and {us} may not end its session: a standby that can't do that can't take over from "
+    "an owner that is frozen or cut off; let both log in as the same role, or GRANT pg_signal_backend TO {us} (role {role} must not be a "
+    "superuser then)"
+)
 
 # Without these a plan made while a table was empty would scan it for ever; custom plans would cost 0.5 ms each over many partitions.
 _READER_PARAMETERS = {"plan_cache_mode": "force_generic_plan", "enable_seqscan": "off", "enable_bitmapscan": "off"}
@@ -71,7 +88,10 @@ class PgStore:
         timeout_s = settings.statement_timeout_s
         self._settings = settings
         # Whatever the server's default: an epoch that a crash could take back would fence nobody.
-        self._owner = Session(dsn, "owner", timeout_s=timeout_s, parameters={"synchronous_commit": "on"})
+        # The lock timeout is for raise_epoch, see there.
+        self._owner = Session(
+            dsn, "owner", timeout_s=timeout_s, parameters={"synchronous_commit": "on", "lock_timeout": "500ms"}
+        )
         self._listener = Session(dsn, "listener", timeout_s=timeout_s)
         self._reader = Session(dsn, "reader", timeout_s=timeout_s, setup=_plain_codecs, parameters=_READER_PARAMETERS)
         self._recorder = Session(
@@ -83,29 +103,106 @@ class PgStore:
         self._config = Session(dsn, "config", timeout_s=timeout_s, parameters={"lock_timeout": "300ms"})
         self._sessions = (self._owner, self._listener, self._reader, self._recorder, self._config)
         self._epoch = 0
+        self._owner_pid = 0  # the backend that holds the owner lock for us
+        self._lock_refusals = 0
         self._public_ids: PublicIds | None = None
 
     # ── start and ownership ──
 
-    async def start(self, owner: str) -> Started:
+    async def start(self, owner: str, on_standby: Callable[[], None] = lambda: None) -> Started:
         await self.close()
         for session in self._sessions:
             session.life = None
-        deadline = asyncio.get_running_loop().time() + OWNER_WAIT_S
-        while not await self._owner.run(lambda c: c.fetchval(SQL.try_own)):
-            if asyncio.get_running_loop().time() > deadline:
-                row = await self._owner.run(lambda c: c.fetchrow(SQL.owner_of))
-                raise FencedError(
-                    f"another dispatcher owns this database: {row['owner']}, last seen {row['heartbeat_at']}"
+        started = await self._start_if_free(owner)
+        if started is None:
+            on_standby()
+            started = await self._stand_by(owner)
+        return started
+
+    async def _start_if_free(
+        self, owner: str, *, waited_for: Look | None = None, version: int = 0, reason: str = ""
+    ) -> Started | None:
+        if not (await self._owner.run(lambda c: c.fetchrow(SQL.try_own)))["had"]:
+            return None
+        begin = partial(self._begin_if_free, owner=owner, waited_for=waited_for, version=version, reason=reason)
+        return await self._owner.run(begin, timeout_s=START_S)
+
+    async def _stand_by(self, owner: str) -> Started:
+        """Wait until the owner's session ends, or its heartbeat (standby.py)."""
+        await self._owner.run(lambda c: self._owner.set_parameter(c, "application_name", session_name(owner)))
+        version = await self._owner.run(lambda c: c.fetchval(SQL.schema_version))
+        watch, told = Watch(), None
+        while True:
+            look = await self._owner.run(_look_at_owner)
+            if look.holder is not None and look.epoch != told:
+                told = look.epoch
+                _log.info("standby.waiting", owner=look.owner, epoch=look.epoch, heartbeat_age_s=look.heartbeat_age_s)
+            reason = "the owner's session ended"
+            if watch.is_dead(look):
+                reason = "the owner's heartbeat stopped"
+                await self._end_owner(look)
+            elif look.holder is not None:
+                await asyncio.sleep(standby.POLL_S)
+            started = await self._start_if_free(owner, waited_for=look, version=version, reason=reason)
+            if started is not None:
+                return started
+
+    async def _end_owner(self, look: Look) -> None:
+        _log.warning("standby.ends_owner", owner=look.owner, heartbeat_age_s=look.heartbeat_age_s, pid=look.holder)
+        heartbeat_at = None if look.heartbeat_us is None else _at(look.heartbeat_us)
+        await self._owner.run(lambda c: c.fetch(SQL.end_owner, look.holder, heartbeat_at))
+
+    async def _begin_if_free(
+        self, connection: Connection, owner: str, waited_for: Look | None, version: int, reason: str
+    ) -> Started | None:
+        """Begin on the connection that has the lock. It is taken once more: the connection may have been made again in between."""
+        lock = await connection.fetchrow(SQL.try_own)
+        if not lock["had"]:
+            return None
+        self._owner_pid, self._lock_refusals = lock["pid"], 0
+        if waited_for is not None:
+            _log.warning(
+                "standby.taking_over",
+                reason=reason,
+                owner=waited_for.owner,
+                epoch=waited_for.epoch,
+                heartbeat_age_s=waited_for.heartbeat_age_s,
+            )
+            found = await connection.fetchval(SQL.schema_version)
+            if found != version:  # it may have waited for weeks
+                raise DatabaseRefusedError(
+                    f"the schema went from version {version} to {found} while this standby waited; start the program that belongs to it"
                 )
-            await asyncio.sleep(0.1)
-        return await self._owner.run(lambda c: self._begin(c, owner))
+        await self._owner.set_parameter(connection, "application_name", "dispatcher owner")
+        return await self._begin(connection, owner)
 
     async def _begin(self, connection: Connection, owner: str) -> Started:
         await connection.execute(SQL.begin_life)
         life = await connection.fetchval(SQL.life)
-        # Durable before anything is read: whoever records under an older epoch is refused from here on.
-        epoch = await connection.fetchval(SQL.raise_epoch, owner)
+        epoch = await self._raise_epoch(connection, owner)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        beating = asyncio.create_task(self._beat(epoch))
+        try:
+            started = await self._read_start(connection, epoch)
+        finally:
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
+        if loop.time() - began > BEAT_S:  # with so many endpoints the engine takes a while to make its lanes as well
+            await connection.execute(SQL.beat, epoch)
+        for session in self._sessions:
+            session.life = life
+        self._epoch = epoch
+        return started
+
+    async def _beat(self, epoch: int) -> None:
+        """Be alive for a standby although nothing is recorded yet."""
+        while True:
+            await asyncio.sleep(BEAT_S)
+            with contextlib.suppress(StoreAwayError):
+                await self._config.run(lambda c: c.execute(SQL.beat, epoch))
+
+    async def _read_start(self, connection: Connection, epoch: int) -> Started:
         await connection.execute(SQL.forget_deleted)
         await connection.execute(SQL.trim_config_changes)
         self._public_ids = PublicIds(await connection.fetchval(SQL.id_key))
@@ -116,12 +213,10 @@ class PgStore:
                 LaneRow(row["endpoint_id"], row["settled"], _ranges(row["holes"]), row["backlog"])
                 for row in await connection.fetch(SQL.read_lanes)
             ]
-            endpoints = self._endpoints(await connection.fetch(SQL.endpoints, None))
+            runs = await connection.fetch(SQL.open_runs, None)
+            endpoints = self._endpoints(await connection.fetch(SQL.endpoints, None), runs)
             due = {row["id"]: _us(row["due_at"]) for row in await connection.fetch(SQL.read_retries_due)}
         last_id = await connection.fetchval(SQL.last_id)
-        for session in self._sessions:
-            session.life = life
-        self._epoch = epoch
         return Started(
             epoch=epoch,
             position=checkpoint["position"],
@@ -137,18 +232,41 @@ class PgStore:
     async def close(self) -> None:
         await asyncio.gather(*(session.close() for session in self._sessions))
 
+    async def _raise_epoch(self, connection: Connection, owner: str) -> int:
+        """Durable before anything is read: whoever records under an older epoch is refused from here on."""
+        while True:  # the session's timeout bounds it
+            try:
+                epoch: int = await connection.fetchval(SQL.raise_epoch, owner)
+                return epoch
+            except asyncpg.LockNotAvailableError:
+                # A recorder that was frozen or cut off in the middle of a batch holds the checkpoint's row.
+                ended = await connection.fetch(SQL.end_recorders)
+                _log.warning("start.checkpoint_locked", recorders_ended=len(ended))
+
     def on_owner_lost(self, callback: Callable[[], None]) -> None:
         self._owner.on_lost(callback)
+        if not self._owner.is_connected:
+            callback()
 
     async def hold_ownership(self) -> None:
-        async def work(connection: Connection) -> tuple[bool, int]:
-            return await connection.fetchval(SQL.try_own), await connection.fetchval(SQL.epoch)
+        async def work(connection: Connection) -> tuple[Any, int]:
+            lock, epoch = await connection.fetchrow(SQL.try_own), await connection.fetchval(SQL.epoch)
+            if not lock["had"] and epoch == self._epoch:
+                # The server may take our former session for alive; whoever else has it stays.
+                await connection.fetch(SQL.end_own_session, self._owner_pid)
+                lock, epoch = await connection.fetchrow(SQL.try_own), await connection.fetchval(SQL.epoch)
+            return lock, epoch
 
-        had, epoch = await self._owner.run(work)
+        lock, epoch = await self._owner.run(work)
         if epoch != self._epoch:
-            raise FencedError(f"epoch {epoch} rules, ours was {self._epoch}: another dispatcher took over")
-        if not had:
-            raise StoreAwayError("owner: our old session still holds the lock")
+            raise FencedError(f"another dispatcher took over: epoch {epoch} rules, ours was {self._epoch}")
+        if lock["had"]:
+            self._owner_pid, self._lock_refusals = lock["pid"], 0
+            return
+        self._lock_refusals += 1
+        if self._lock_refusals >= LOCK_REFUSALS_MAX:
+            raise FencedError(f"another session keeps the owner lock from us, under our epoch {epoch}")
+        raise StoreAwayError("owner: another session holds the lock, and has not raised the epoch yet")
 
     # ── reading ──
 
@@ -186,16 +304,33 @@ class PgStore:
         full = bool(rows) and (len(rows) >= limit or rows[-1][6] >= bytes_max)
         return Page(self._events(rows, 0), [row[7] for row in rows], full)
 
-    async def due_retries(self, endpoint_id: int, limit: int, bytes_max: int) -> RetryPage:
+    async def due_retries(
+        self, endpoint_id: int, limit: int, bytes_max: int, *, without_runs: Sequence[int] = ()
+    ) -> RetryPage:
         async def work(connection: Connection) -> tuple[list[Any], Any]:
-            next_due = await connection.fetchval(SQL.next_retry, endpoint_id)
-            return await connection.fetch(SQL.due_retries, endpoint_id, limit, bytes_max), next_due
+            next_due = await connection.fetchval(SQL.next_retry, endpoint_id, without_runs)
+            return await connection.fetch(SQL.due_retries, endpoint_id, limit, bytes_max, without_runs), next_due
 
         rows, next_due = await self._reader.run(work)
         events = self._events(rows, 4)
         retries = [DueRetry(event, row[1], row[2], row[3]) for event, row in zip(events, rows, strict=True)]
         full = bool(rows) and (len(rows) >= limit or rows[-1][10] >= bytes_max)
         return RetryPage(retries, full, next_due)
+
+    async def run_page(
+        self, endpoint_id: int, account_id: str, run: Run, after: int, limit: int, bytes_max: int
+    ) -> RunPage:
+        upto, query = run.upto_id, SQL.run_page_dead
+        if run.source is RunSource.LOG:
+            upto = min(upto, after + RUN_SCAN_IDS_MAX)
+            query = SQL.run_page_failed if run.only_failed else SQL.run_page
+        types = [like_pattern(pattern) for pattern in run.patterns]
+        rows = await self._reader.run(
+            lambda c: c.fetch(query, account_id, after, upto, types, limit, endpoint_id, run.id, bytes_max)
+        )
+        full = bool(rows) and (len(rows) >= limit or rows[-1]["bytes"] >= bytes_max)
+        events = self._events([row for row in rows if row["id"] is not None], 1)
+        return RunPage(events, rows[-1]["seen"] if full else upto)
 
     async def arm_doorbell(self) -> bool:
         armed: bool = await self._reader.run(lambda c: c.fetchval(SQL.arm_doorbell))
@@ -254,7 +389,7 @@ class PgStore:
 
     # ── recording ──
 
-    async def record(self, batch: Batch) -> list[int]:
+    async def record(self, batch: Batch) -> Recorded:
         try:
             return await self._recorder.run(lambda c: self._record(c, batch, by_row=False))
         except asyncpg.PostgresError as exc:
@@ -263,11 +398,12 @@ class PgStore:
                 raise
         return await self._recorder.run(lambda c: self._record(c, batch, by_row=True), timeout_s=60)
 
-    async def _record(self, connection: Connection, batch: Batch, *, by_row: bool) -> list[int]:
+    async def _record(self, connection: Connection, batch: Batch, *, by_row: bool) -> Recorded:
         taken_up: list[int] = []
+        finished: list[int] = []
         async with _transaction(connection):
             if not await connection.fetch(SQL.fence, batch.epoch):
-                raise FencedError(f"epoch {batch.epoch} is over: another dispatcher took over")
+                raise FencedError(f"another dispatcher took over: our epoch {batch.epoch} is over")
             if batch.attempts:
                 if by_row:
                     for row in batch.attempts:
@@ -308,37 +444,65 @@ class PgStore:
             if batch.settled_retries:
                 s = batch.settled_retries
                 await connection.execute(SQL.end_retries, [x[0] for x in s], [x[1] for x in s], [x[2] for x in s])
+            if batch.runs:
+                finished = await _write_runs(connection, batch.runs)
+            if batch.stats:
+                stats = batch.stats
+                await connection.execute(
+                    SQL.put_stats,
+                    batch.epoch,
+                    [x.minute for x in stats],
+                    [x.endpoint_id for x in stats],
+                    [x.delivered for x in stats],
+                    [x.failed for x in stats],
+                    [x.dead for x in stats],
+                    [x.duration_ms for x in stats],
+                    [f"{{{','.join(map(str, x.durations))}}}" for x in stats],
+                )
             if batch.checkpoint is not None:
                 taken_up = await _write_checkpoint(connection, batch.checkpoint)
-        return taken_up
+        return Recorded(taken_up, finished)
 
     # ── configuration ──
 
-    async def config_changes(self, after_seq: int, epoch: int) -> ConfigChanges:
+    async def config_changes(self, after_seq: int, epoch: int, again: Sequence[int] = ()) -> ConfigChanges:
         rows = await self._config.run(lambda c: c.fetch(SQL.config_changes, after_seq))
         if rows[0]["cache"] != 1:
             raise DatabaseRefusedError(CACHED_SEQUENCE.format(cache=rows[0]["cache"]))
         if rows[0]["epoch"] != epoch:
-            raise FencedError(f"epoch {rows[0]['epoch']} rules, ours was {epoch}: another dispatcher took over")
-        if rows[0]["seq"] is None:
-            return ConfigChanges(after_seq, [], [])
-        ids = sorted({row["endpoint_id"] for row in rows})
-        endpoints = self._endpoints(await self._config.run(lambda c: c.fetch(SQL.endpoints, ids)))
-        return ConfigChanges(rows[-1]["seq"], endpoints, sorted(set(ids) - {endpoint.id for endpoint in endpoints}))
+            raise FencedError(f"another dispatcher took over: epoch {rows[0]['epoch']} rules, ours was {epoch}")
+        changed = [row for row in rows if row["seq"] is not None]
+        ids = sorted({row["endpoint_id"] for row in changed} | set(again))
+        if not ids:
+            return ConfigChanges(after_seq, [], [], [])
+        runs = await self._config.run(lambda c: c.fetch(SQL.open_runs, ids))
+        endpoints = self._endpoints(await self._config.run(lambda c: c.fetch(SQL.endpoints, ids)), runs)
+        return ConfigChanges(
+            seq=changed[-1]["seq"] if changed else after_seq,
+            endpoints=endpoints,
+            gone=sorted(set(ids) - {endpoint.id for endpoint in endpoints}),
+            forget=sorted({row["endpoint_id"] for row in changed if row["forget"]}),
+        )
 
     async def note_failing(self, failing_since_us: dict[int, int | None]) -> None:
         values = [None if us is None else _at(us) for us in failing_since_us.values()]
-        await self._config.run(lambda c: c.execute(SQL.note_failing, list(failing_since_us), values))
+        await self._config.run(lambda c: c.execute(SQL.note_failing, list(failing_since_us), values, self._epoch))
+
+    async def tell_recovered(self, endpoint_id: int, failing_since_us: int) -> None:
+        await self._config.run(lambda c: c.execute(SQL.tell_recovered, endpoint_id, _at(failing_since_us), self._epoch))
 
     async def disable_endpoint(self, endpoint_id: int, reason: str, failing_since_us: int | None) -> None:
         since = None if failing_since_us is None else _at(failing_since_us)
-        await self._config.run(lambda c: c.execute(SQL.disable_endpoint, endpoint_id, reason, since))
+        await self._config.run(lambda c: c.execute(SQL.disable_endpoint, endpoint_id, reason, since, self._epoch))
 
     async def wall_us(self) -> int:
         return _us(await self._config.run(lambda c: c.fetchval(SQL.wall)))
 
-    def _endpoints(self, rows: Sequence[Any]) -> list[Endpoint]:
-        return [_endpoint(row, self._settings) for row in rows]
+    def _endpoints(self, rows: Sequence[Any], run_rows: Sequence[Any]) -> list[Endpoint]:
+        runs: defaultdict[int, list[Run]] = defaultdict(list)
+        for row in run_rows:
+            runs[row["endpoint_id"]].append(_run(row))
+        return [_endpoint(row, tuple(runs.get(row["id"], ())), self._settings) for row in rows]
 
 
 # ── COPY, by hand ──
@@ -429,6 +593,22 @@ async def _insert_attempt(connection: Connection, row: AttemptRow) -> None:
         await connection.execute(SQL.attempt_one, *values, fault, None)
 
 
+async def _write_runs(connection: Connection, runs: Sequence[RunRow]) -> list[int]:
+    canceled = [x.run for x in runs if x.canceled and x.ended]
+    if canceled:
+        await connection.execute(SQL.end_canceled_runs, canceled)
+    rows = await connection.fetch(
+        SQL.put_runs,
+        [x.run for x in runs],
+        [x.settled for x in runs],
+        [x.attempted for x in runs],
+        [x.delivered for x in runs],
+        [x.dead for x in runs],
+        [x.ended for x in runs],
+    )
+    return [row["run_id"] for row in rows if row["finished"]]
+
+
 async def _write_checkpoint(connection: Connection, write: CheckpointWrite) -> list[int]:
     taken_up: list[int] = []
     if write.lanes:
@@ -451,6 +631,21 @@ async def _write_checkpoint(connection: Connection, write: CheckpointWrite) -> l
 # ── values ──
 
 
+async def _look_at_owner(connection: Connection) -> Look:
+    row = await connection.fetchrow(SQL.look_at_owner)
+    if row["pid"] is not None and not row["may_end"]:
+        raise DatabaseRefusedError(MAY_NOT_END.format(role=row["role"], us=row["us"]))
+    heartbeat_at = row["heartbeat_at"]
+    return Look(
+        holder=row["pid"],
+        owner=row["owner"],
+        epoch=row["epoch"],
+        heartbeat_us=None if heartbeat_at is None else _us(heartbeat_at),
+        held_up=row["held_up"],
+        now_us=_us(row["now"]),
+    )
+
+
 async def _plain_codecs(connection: Connection) -> None:
     """Payloads stay bytes, timestamps become µs since 1970: a datetime per event would cost a microsecond and be turned back at once."""
     await connection.set_type_codec("json", schema="pg_catalog", encoder=bytes, decoder=bytes, format="binary")
@@ -463,7 +658,24 @@ async def _plain_codecs(connection: Connection) -> None:
     )
 
 
-def _endpoint(row: Any, settings: Settings) -> Endpoint:
+def _run(row: Any) -> Run:
+    return Run(
+        id=row["id"],
+        source=RunSource(row["source"]),
+        after_id=row["after_id"],
+        upto_id=row["upto_id"],
+        patterns=tuple(row["patterns"]),
+        only_failed=row["only_failed"],
+        rate_per_s=row["rate_per_s"],
+        state=RunState(row["state"]),
+        settled=row["settled"],
+        attempted=row["attempted"],
+        delivered=row["delivered"],
+        dead=row["dead"],
+    )
+
+
+def _endpoint(row: Any, runs: tuple[Run, ...], settings: Settings) -> Endpoint:
     schedule = row["retry_schedule_s"]
     try:
         target = parse_url(row["url"], settings.address_policy)
@@ -486,6 +698,9 @@ def _endpoint(row: Any, settings: Settings) -> Endpoint:
         in_flight_max=row["in_flight_max"],
         retry_schedule_s=None if schedule is None else tuple(schedule),
         failing_since_us=None if row["failing_since"] is None else _us(row["failing_since"]),
+        state_reason=row["state_reason"],
+        reload_at_us=None if row["reload_at"] is None else _us(row["reload_at"]),
+        runs=runs,
     )
 
 

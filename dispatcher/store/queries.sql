@@ -4,6 +4,15 @@
 -- it; only what came compressed out of another table, and was stored so, has to be opened (200 kB of it can read as 2).
 
 
+-- ═══ any session ═══
+
+-- name: set_parameters
+SELECT set_config(p.name, p.value, false) FROM unnest($1::text[], $2::text[]) AS p (name, value);
+
+-- name: backend_pid
+SELECT pg_backend_pid();
+
+
 -- ═══ reading the log (reader session; plans are generic and held to index scans, see tests/store/test_plans.py) ═══
 
 -- name: head
@@ -126,11 +135,18 @@ FROM (
         SELECT d.event_id, d.run, d.number, d.first_attempt_at, d.due_at, e.id, e.account_id, e.type, e.payload, e.created_at, e.occurred_at
         FROM (
             SELECT event_id, run, number, first_attempt_at, due_at FROM webhook.retry
-            WHERE endpoint_id = $1 AND due_at <= statement_timestamp()
+            WHERE endpoint_id = $1 AND due_at <= statement_timestamp() AND run <> ALL ($4::integer[])
             ORDER BY due_at LIMIT $2
         ) AS d
         CROSS JOIN LATERAL (
-            SELECT id, account_id, type, payload, created_at, occurred_at FROM webhook.outbox WHERE id = d.event_id LIMIT 1
+            (SELECT id, account_id, type, payload, created_at, occurred_at FROM webhook.outbox WHERE id = d.event_id LIMIT 1)
+            UNION ALL
+            (
+                -- A dead letter that was resent: the log may have forgotten the event.
+                SELECT l.event_id, l.account_id, l.type, l.payload, l.created_at, l.occurred_at FROM webhook.dead_letter AS l
+                WHERE l.endpoint_id = $1 AND l.event_id = d.event_id AND l.payload IS NOT NULL LIMIT 1
+            )
+            LIMIT 1
         ) AS e
     ) AS q
     CROSS JOIN LATERAL (
@@ -143,7 +159,74 @@ ORDER BY o.due_at, o.event_id, o.run;
 -- name: next_retry
 -- When the endpoint's next retry is due. Asked *before* the page: what becomes due in between is then in both, the other way round it would be
 -- in neither and wait for ever.
-SELECT min(due_at) FROM webhook.retry WHERE endpoint_id = $1 AND due_at > statement_timestamp();
+SELECT min(due_at) FROM webhook.retry WHERE endpoint_id = $1 AND due_at > statement_timestamp() AND run <> ALL ($2::integer[]);
+
+-- name: run_page
+-- A page of a resend or replay: ids first, then those of them that have no attempt of this run ($7). `seen` says how far it was read.
+SELECT b.seen, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.bytes
+FROM (
+    SELECT i.id AS seen, e.*, sum(coalesce(e.size, 0)) OVER (ORDER BY i.id ROWS UNBOUNDED PRECEDING) AS bytes
+    FROM (
+        SELECT id FROM webhook.outbox
+        WHERE account_id = $1 AND id > $2 AND id <= $3 AND type LIKE ANY ($4::text[])
+        ORDER BY id LIMIT $5
+    ) AS i
+    LEFT JOIN LATERAL (
+        SELECT o.id, o.account_id, o.type, o.payload, o.created_at, o.occurred_at,
+               CASE WHEN pg_column_compression(o.payload) IS NULL THEN pg_column_size(o.payload) ELSE octet_length(o.payload::text) END AS size
+        FROM webhook.outbox AS o
+        WHERE o.id = i.id
+          AND NOT EXISTS (SELECT FROM webhook.attempt AS a WHERE a.event_id = i.id AND a.endpoint_id = $6 AND a.run = $7)
+        LIMIT 1
+    ) AS e ON true
+) AS b
+WHERE b.bytes - coalesce(b.size, 0) < $8
+ORDER BY b.seen;
+
+-- name: run_page_failed
+-- The same, of deliveries that failed: an attempt that did, none that succeeded in any run, and no retry to come. From the index of failures.
+SELECT b.seen, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.bytes
+FROM (
+    SELECT i.id AS seen, e.*, sum(coalesce(e.size, 0)) OVER (ORDER BY i.id ROWS UNBOUNDED PRECEDING) AS bytes
+    FROM (
+        SELECT DISTINCT event_id AS id FROM webhook.attempt
+        WHERE endpoint_id = $6 AND event_id > $2 AND event_id <= $3 AND fault IS NOT NULL
+        ORDER BY event_id LIMIT $5
+    ) AS i
+    LEFT JOIN LATERAL (
+        SELECT o.id, o.account_id, o.type, o.payload, o.created_at, o.occurred_at,
+               CASE WHEN pg_column_compression(o.payload) IS NULL THEN pg_column_size(o.payload) ELSE octet_length(o.payload::text) END AS size
+        FROM webhook.outbox AS o
+        WHERE o.id = i.id AND o.account_id = $1 AND o.type LIKE ANY ($4::text[])
+          AND NOT EXISTS (SELECT FROM webhook.attempt AS a WHERE a.event_id = i.id AND a.endpoint_id = $6 AND (a.run = $7 OR a.fault IS NULL))
+          AND NOT EXISTS (SELECT FROM webhook.retry AS r WHERE r.endpoint_id = $6 AND r.event_id = i.id)
+        LIMIT 1
+    ) AS e ON true
+) AS b
+WHERE b.bytes - coalesce(b.size, 0) < $8
+ORDER BY b.seen;
+
+-- name: run_page_dead
+-- The same, of dead letters that are resent, from their own copies.
+SELECT b.seen, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.bytes
+FROM (
+    SELECT i.id AS seen, e.*, sum(coalesce(e.size, 0)) OVER (ORDER BY i.id ROWS UNBOUNDED PRECEDING) AS bytes
+    FROM (
+        SELECT DISTINCT event_id AS id FROM webhook.dead_letter
+        WHERE resent_run = $7 AND event_id > $2 AND event_id <= $3 AND account_id = $1 AND type LIKE ANY ($4::text[])
+        ORDER BY event_id LIMIT $5
+    ) AS i
+    LEFT JOIN LATERAL (
+        SELECT d.event_id AS id, d.account_id, d.type, d.payload, d.created_at, d.occurred_at,
+               CASE WHEN pg_column_compression(d.payload) IS NULL THEN pg_column_size(d.payload) ELSE octet_length(d.payload::text) END AS size
+        FROM webhook.dead_letter AS d
+        WHERE d.resent_run = $7 AND d.event_id = i.id AND d.payload IS NOT NULL
+          AND NOT EXISTS (SELECT FROM webhook.attempt AS a WHERE a.event_id = i.id AND a.endpoint_id = $6 AND a.run = $7)
+        LIMIT 1
+    ) AS e ON true
+) AS b
+WHERE b.bytes - coalesce(b.size, 0) < $8
+ORDER BY b.seen;
 
 -- name: arm_doorbell
 SELECT pg_try_advisory_lock(9324665, 1);
@@ -161,13 +244,66 @@ SELECT token FROM webhook.life;
 INSERT INTO webhook.life DEFAULT VALUES ON CONFLICT DO NOTHING;
 
 -- name: try_own
-SELECT pg_try_advisory_lock(9324665, 2);
+SELECT pg_try_advisory_lock(9324665, 2) AS had, pg_backend_pid() AS pid;
 
--- name: owner_of
-SELECT owner, heartbeat_at, epoch FROM webhook.checkpoint;
+-- name: look_at_owner
+-- What a standby watches. held_up: the server is at work for the holder (its Start), or for the recorder, or keeps them waiting for
+-- something other than their client; seen only by the same role or pg_read_all_stats. may_end: pg_terminate_backend would be allowed.
+SELECT k.owner, k.epoch, k.heartbeat_at, h.pid, h.role, current_user AS us, clock_timestamp() AS now,
+       EXISTS (
+           SELECT FROM pg_catalog.pg_stat_activity AS a
+           WHERE (a.pid = h.pid OR (a.datname = current_database() AND a.application_name = 'dispatcher recorder'))
+             AND a.state = 'active' AND a.wait_event_type IS DISTINCT FROM 'Client'
+       ) AS held_up,
+       (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
+       OR (NOT h.rolsuper AND (pg_has_role(h.usesysid, 'USAGE') OR pg_has_role('pg_signal_backend', 'USAGE'))) AS may_end
+FROM webhook.checkpoint AS k
+LEFT JOIN (
+    SELECT l.pid, s.usesysid, r.rolname AS role, r.rolsuper
+    FROM pg_catalog.pg_locks AS l
+    JOIN pg_catalog.pg_stat_activity AS s ON s.pid = l.pid
+    JOIN pg_catalog.pg_roles AS r ON r.oid = s.usesysid
+    WHERE l.locktype = 'advisory' AND l.classid = 9324665 AND l.objid = 2 AND l.objsubid = 2 AND l.granted
+      AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+) AS h ON true;
+
+-- name: end_owner
+-- End the session that holds the owner lock if it is the one that was watched, and its heartbeat still the same; wait for its end.
+SELECT pg_terminate_backend(l.pid, 1000)
+FROM pg_catalog.pg_locks AS l
+CROSS JOIN webhook.checkpoint AS k
+WHERE l.locktype = 'advisory' AND l.classid = 9324665 AND l.objid = 2 AND l.objsubid = 2 AND l.granted
+  AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+  AND l.pid = $1 AND k.heartbeat_at IS NOT DISTINCT FROM $2;
+
+-- name: end_own_session
+-- The same for our own former session, which the server takes for alive.
+SELECT pg_terminate_backend(l.pid, 1000)
+FROM pg_catalog.pg_locks AS l
+WHERE l.locktype = 'advisory' AND l.classid = 9324665 AND l.objid = 2 AND l.objsubid = 2 AND l.granted
+  AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+  AND l.pid = $1;
+
+-- name: end_recorders
+-- Whoever has the owner lock has the only recorder that counts: one that is in a batch now is a former owner's, which may have been frozen
+-- or cut off in the middle of a COPY, where no timeout but the statement's own ends it. So with the janitor, which empties a partition under
+-- the same row's lock.
+SELECT pg_terminate_backend(a.pid, 1000)
+FROM pg_catalog.pg_stat_activity AS a
+WHERE a.datname = current_database() AND a.application_name IN ('dispatcher recorder', 'dispatcher janitor')
+  AND EXISTS (
+      SELECT FROM pg_catalog.pg_locks AS l
+      WHERE l.pid = a.pid AND l.locktype = 'relation' AND l.relation = 'webhook.checkpoint'::regclass AND l.mode = 'RowShareLock' AND l.granted
+        AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+  );
 
 -- name: raise_epoch
-UPDATE webhook.checkpoint SET epoch = epoch + 1, owner = $1, heartbeat_at = clock_timestamp() RETURNING epoch;
+UPDATE webhook.checkpoint SET epoch = epoch + 1, owner = $1, owned_since = clock_timestamp(), heartbeat_at = clock_timestamp()
+RETURNING epoch;
+
+-- name: beat
+-- While Start reads; then the recorder's checkpoints do it.
+UPDATE webhook.checkpoint SET heartbeat_at = clock_timestamp() WHERE epoch = $1;
 
 -- name: epoch
 SELECT epoch FROM webhook.checkpoint;
@@ -239,7 +375,40 @@ SELECT d.endpoint_id, d.event_id, d.run, o.account_id, o.type, o.payload, o.occu
        d.attempts, d.first_attempt_at, d.reason, d.status, d.fault
 FROM unnest($1::bigint[], $2::bigint[], $3::integer[], $4::smallint[], $5::timestamptz[], $6::text[], $7::smallint[], $8::text[])
     AS d (endpoint_id, event_id, run, attempts, first_attempt_at, reason, status, fault)
-JOIN webhook.outbox AS o ON o.id = d.event_id
+CROSS JOIN LATERAL (
+    (SELECT account_id, type, payload, occurred_at, created_at FROM webhook.outbox WHERE id = d.event_id LIMIT 1)
+    UNION ALL
+    (
+        -- A dead letter that was resent in vain, after the log had forgotten the event.
+        SELECT l.account_id, l.type, l.payload, l.occurred_at, l.created_at FROM webhook.dead_letter AS l
+        WHERE l.endpoint_id = d.endpoint_id AND l.event_id = d.event_id AND l.payload IS NOT NULL LIMIT 1
+    )
+    LIMIT 1
+) AS o
+ON CONFLICT DO NOTHING;
+
+-- name: end_canceled_runs
+DELETE FROM webhook.retry WHERE run <> 0 AND run = ANY ($1::integer[]);
+
+-- name: put_runs
+-- A run that has ended is finished when none of its retries is left: asked here, after this batch's own.
+UPDATE webhook.run_progress AS p
+SET settled = s.settled, attempted = s.attempted, delivered = s.delivered, dead = s.dead,
+    finished_at = CASE
+        WHEN s.ended AND NOT EXISTS (SELECT FROM webhook.retry AS r WHERE r.run <> 0 AND r.run = s.run)
+        THEN coalesce(p.finished_at, clock_timestamp())
+    END
+FROM unnest($1::integer[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[], $6::boolean[])
+    AS s (run, settled, attempted, delivered, dead, ended)
+WHERE p.run_id = s.run
+RETURNING p.run_id, p.finished_at IS NOT NULL AS finished;
+
+-- name: put_stats
+-- An array of arrays would be flattened by unnest, so the counts of durations come as text.
+INSERT INTO webhook.endpoint_stat (minute, endpoint_id, epoch, delivered, failed, dead, duration_ms, durations)
+SELECT to_timestamp(minute * 60), endpoint_id, $1, delivered, failed, dead, duration_ms, durations::integer[]
+FROM unnest($2::bigint[], $3::bigint[], $4::integer[], $5::integer[], $6::integer[], $7::bigint[], $8::text[])
+    AS s (minute, endpoint_id, delivered, failed, dead, duration_ms, durations)
 ON CONFLICT DO NOTHING;
 
 -- name: put_lanes
@@ -269,7 +438,7 @@ SELECT coalesce(max(seq), 0) FROM webhook.config_change;
 
 -- name: config_changes
 -- At least one row, so that each look sees the epoch, and that nobody gave the sequence a cache (migrate.py says why).
-SELECT k.epoch, q.seqcache AS cache, c.seq, c.endpoint_id
+SELECT k.epoch, q.seqcache AS cache, c.seq, c.endpoint_id, c.forget
 FROM webhook.checkpoint AS k
 JOIN pg_catalog.pg_sequence AS q ON q.seqrelid = 'webhook.outbox_id_seq'::regclass
 LEFT JOIN webhook.config_change AS c ON c.seq > $1
@@ -278,10 +447,15 @@ ORDER BY c.seq;
 -- name: endpoints
 -- Everything the engine needs of each endpoint ($1 NULL: of all that are not deleted).
 SELECT e.id, e.account_id, e.url, e.state, e.timeout_ms, e.rate_per_s, e.rate_burst, e.in_flight_max, e.retry_schedule_s, e.failing_since,
+       e.state_reason,
        ARRAY(
            SELECT s.secret FROM webhook.endpoint_secret AS s
            WHERE s.endpoint_id = e.id AND (s.expires_at IS NULL OR s.expires_at > clock_timestamp()) ORDER BY s.id DESC
        ) AS secrets,
+       (
+           SELECT min(s.expires_at) FROM webhook.endpoint_secret AS s
+           WHERE s.endpoint_id = e.id AND s.expires_at > clock_timestamp()
+       ) AS reload_at,
        ARRAY(
            SELECT (u.id, u.pattern, u.since_id, u.until_id, u.taken_up) FROM webhook.subscription AS u
            WHERE u.endpoint_id = e.id ORDER BY u.id
@@ -289,23 +463,39 @@ SELECT e.id, e.account_id, e.url, e.state, e.timeout_ms, e.rate_per_s, e.rate_bu
 FROM webhook.endpoint AS e
 WHERE e.state <> 'deleted' AND ($1::bigint[] IS NULL OR e.id = ANY ($1::bigint[]));
 
+-- name: open_runs
+-- Resends and replays that haven't finished, of some endpoints ($1 NULL: of all).
+SELECT r.endpoint_id, r.id, r.source, r.after_id, r.upto_id, r.patterns, r.only_failed, r.rate_per_s, r.state,
+       p.settled, p.attempted, p.delivered, p.dead
+FROM webhook.run_progress AS p
+JOIN webhook.run AS r ON r.id = p.run_id
+WHERE p.finished_at IS NULL AND ($1::bigint[] IS NULL OR r.endpoint_id = ANY ($1::bigint[]))
+ORDER BY r.id;
+
 -- name: note_failing
+-- This and the next two change nothing once another epoch rules: they may be asked for by a process that was frozen right after its last look.
 UPDATE webhook.endpoint AS e SET failing_since = f.failing_since
 FROM unnest($1::bigint[], $2::timestamptz[]) AS f (id, failing_since)
-WHERE e.id = f.id AND e.failing_since IS DISTINCT FROM f.failing_since;
+WHERE e.id = f.id AND e.failing_since IS DISTINCT FROM f.failing_since AND EXISTS (SELECT FROM webhook.checkpoint WHERE epoch = $3);
 
 -- name: disable_endpoint
 -- Only a live one: what an owner paused or deleted meanwhile stays as the owner left it. The operational event goes to the account's
 -- *other* endpoints by way of the log, like any event.
 WITH disabled AS (
     UPDATE webhook.endpoint SET state = 'disabled', state_reason = $2, state_changed_at = clock_timestamp(), paused_at_id = webhook.last_id()
-    WHERE id = $1 AND state = 'live'
-    RETURNING id, account_id, name, url
+    WHERE id = $1 AND state = 'live' AND EXISTS (SELECT FROM webhook.checkpoint WHERE epoch = $4)
+    RETURNING id
 )
-INSERT INTO webhook.outbox (account_id, type, payload)
-SELECT account_id, 'endpoint.disabled',
-       json_build_object('endpoint', json_build_object('id', id, 'name', name, 'url', url), 'reason', $2::text, 'failing_since', $3::timestamptz)
-FROM disabled;
+SELECT webhook.tell_of_endpoint(id, 'endpoint.disabled', $2, $3) FROM disabled;
+
+-- name: tell_recovered
+-- Clears the note as well, and tells only if there was one: asked again, because nobody knows whether it took effect, it tells nothing twice.
+WITH recovered AS (
+    UPDATE webhook.endpoint SET failing_since = NULL
+    WHERE id = $1 AND state = 'live' AND failing_since IS NOT NULL AND EXISTS (SELECT FROM webhook.checkpoint WHERE epoch = $3)
+    RETURNING id
+)
+SELECT webhook.tell_of_endpoint(id, 'endpoint.recovered', 'delivered', $2) FROM recovered;
 
 
 -- ═══ health checks at start ═══
@@ -324,7 +514,10 @@ SELECT seqcache FROM pg_catalog.pg_sequence WHERE seqrelid = 'webhook.outbox_id_
 
 -- name: missing_privileges
 SELECT t.name || ' (' || p.privilege || ')' AS missing
-FROM unnest(ARRAY['outbox', 'attempt', 'retry', 'dead_letter', 'checkpoint', 'lane', 'life', 'subscription', 'endpoint', 'endpoint_secret', 'config_change', 'instance'])
+FROM unnest(ARRAY[
+    'outbox', 'attempt', 'retry', 'dead_letter', 'checkpoint', 'lane', 'life', 'subscription', 'endpoint', 'endpoint_secret', 'config_change',
+    'instance', 'run', 'run_progress', 'endpoint_stat', 'discard'
+])
     AS t (name)
 CROSS JOIN unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS p (privilege)
 WHERE NOT has_table_privilege('webhook.' || t.name, p.privilege);

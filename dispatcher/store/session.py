@@ -8,6 +8,7 @@ failure the connection is thrown away, because what the server thinks of it is u
 """
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 from uuid import UUID
@@ -30,6 +31,19 @@ _AWAY_STATES = ("55P03", "25006", "0A000", "25P03", "25P04")
 _REFUSED_CLASSES = ("28", "3D")
 GOODBYE_S = 0.5
 
+# What every session sets, by a statement once it is connected: a pooler such as PgBouncer refuses them as startup parameters.
+# It costs a connect about a millisecond.
+_PARAMETERS = {
+    "jit": "off",  # our statements are short; compiling one costs more than running it
+    "timezone": "UTC",
+    # A peer that has fallen silent is gone after 8 s, on both sides: 5 + 3 × 1 s for who only waits, and as long for who has sent something.
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "1",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "8000",
+}
+_SOCKET_OPTIONS = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 8_000}
+
 
 def is_away(exc: BaseException) -> bool:
     """Tell whether an exception says that the database is away, as opposed to that it refused what we asked."""
@@ -42,7 +56,7 @@ def is_away(exc: BaseException) -> bool:
 
 
 class Session:
-    """`setup` prepares each new connection (codecs, parameters)."""
+    """`parameters` are set on each new connection, then `setup` prepares it (codecs)."""
 
     def __init__(
         self,
@@ -57,7 +71,7 @@ class Session:
         self._name = name
         self._timeout_s = timeout_s
         self._setup = setup
-        self._parameters = parameters or {}
+        self._parameters = _PARAMETERS | {"application_name": f"dispatcher {name}"} | (parameters or {})
         self._connection: Connection | None = None
         self._lost_callback: Callable[[], None] | None = None
         self.life: UUID | None = None  # set at Start; None: not compared
@@ -96,6 +110,11 @@ class Session:
         finally:
             timer.cancel()
 
+    async def set_parameter(self, connection: Connection, name: str, value: str) -> None:
+        """Set a parameter of the session: on this connection of its, and on every later one."""
+        self._parameters[name] = value
+        await _set_parameters(connection, {name: value})
+
     @property
     def is_connected(self) -> bool:
         return self._connection is not None and not self._connection.is_closed()
@@ -108,21 +127,19 @@ class Session:
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None
-        if connection is not None and not connection.is_closed():
-            try:
-                await connection.close(timeout=GOODBYE_S)
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
-                connection.terminate()  # a goodbye that fails leaves one way: hang up
+        if connection is not None:
+            await close(connection)
 
     async def _connect(self) -> Connection:
         try:
-            connection = await connect(self._dsn, f"dispatcher {self._name}", self._timeout_s, self._parameters)
+            connection = await connect(self._dsn, f"dispatcher {self._name}", self._timeout_s)
         except Exception as exc:
             if is_away(exc):
                 raise StoreAwayError(f"{self._name}: {_say(exc)}") from exc
             raise
         try:
             async with asyncio.timeout(self._timeout_s):
+                await _set_parameters(connection, self._parameters)
                 if self._setup is not None:
                     await self._setup(connection)
                 if self.life is not None and await connection.fetchval(SQL.life) != self.life:
@@ -144,22 +161,19 @@ class Session:
                 self._lost_callback()
 
 
-async def connect(dsn: str, name: str, timeout_s: float, parameters: dict[str, str]) -> Connection:
-    """Open one connection. `parameters` are session settings. Raises DatabaseRefusedError when asking again won't help."""
+async def _set_parameters(connection: Connection, parameters: dict[str, str]) -> None:
+    await connection.execute(SQL.set_parameters, list(parameters), list(parameters.values()))
+
+
+async def connect(dsn: str, name: str, timeout_s: float, **options: Any) -> Connection:
+    """Open one connection; nothing is set on it but its name. Raises DatabaseRefusedError when asking again won't help."""
     try:
-        return await asyncpg.connect(
+        connection = await asyncpg.connect(
             dsn,
             timeout=timeout_s,
             command_timeout=None,  # Session.run bounds whole pieces of work
-            server_settings={
-                "application_name": name,
-                "jit": "off",  # our statements are short; compiling one costs more than running it
-                "timezone": "UTC",
-                "tcp_keepalives_idle": "5",
-                "tcp_keepalives_interval": "1",
-                "tcp_keepalives_count": "3",
-                **parameters,
-            },
+            server_settings={"application_name": name},
+            **options,
         )
     except asyncpg.PostgresError as exc:
         if (exc.sqlstate or "")[:2] not in _REFUSED_CLASSES:
@@ -173,12 +187,36 @@ async def connect(dsn: str, name: str, timeout_s: float, parameters: dict[str, s
         raise DatabaseRefusedError(
             f"DISPATCHER_DATABASE_URL is malformed ({exc}); it looks like postgresql://user:password@host:5432/database"
         ) from exc
+    _watch_network(connection)
+    return connection
+
+
+async def close(connection: Connection) -> None:
+    """Say goodbye, for as long as GOODBYE_S."""
+    if not connection.is_closed():
+        try:
+            await connection.close(timeout=GOODBYE_S)
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            connection.terminate()  # a goodbye that fails leaves one way: hang up
+
+
+def _watch_network(connection: Connection) -> None:
+    """Have our kernel notice a cut network too. asyncpg shows no socket: where it isn't found, the bound of each call notices, later."""
+    transport = getattr(connection, "_transport", None)
+    sock = None if transport is None else transport.get_extra_info("socket")
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _SOCKET_OPTIONS.items():
+        if hasattr(socket, name):  # as the system has it
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 async def connect_once(dsn: str, name: str) -> Connection:
-    """Open one connection for a command-line verb, with errors for a person."""
+    """Open one connection for a command-line verb, with errors for a person. It leaves nothing behind on a server connection that others
+    may get: no parameters, no named statements."""
     try:
-        return await connect(dsn, name, 10, {})
+        return await connect(dsn, name, 10, statement_cache_size=0)
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
         raise DatabaseAwayError(
             f"the database can't be reached ({_say(exc)}); check DISPATCHER_DATABASE_URL and that the server runs"

@@ -175,7 +175,7 @@ class HttpConnection(asyncio.Protocol):
     def _ended(self, detail: str) -> None:
         if self._on_done is None:
             self._drop()
-        elif self._status and not _Head(self._raw).framed:
+        elif self._status and not Head(self._raw).framed:
             self._finish(
                 self._answered(), keep=False
             )  # without a length it ends with the connection, however (RFC 9112, 8)
@@ -191,7 +191,7 @@ class HttpConnection(asyncio.Protocol):
     def _answered(self) -> Outcome:
         if 200 <= self._status <= 299:
             return outcome_of_answer(self._status)
-        return outcome_of_answer(self._status, _Head(self._raw).retry_after, self._kept_head())
+        return outcome_of_answer(self._status, Head(self._raw).retry_after, self._kept_head())
 
     def _fail(self, fault: Fault, detail: str) -> None:
         self._finish(Outcome(fault, self._status or None, None, self._kept_head(), detail), keep=False)
@@ -227,26 +227,31 @@ class _HeadTooLongError(Exception):
     """No final head within the bound on its bytes."""
 
 
-class _Head:
-    """What a failure needs of the final answer's headers, read from its raw bytes. `framed`: the answer says where it ends."""
+class Head:
+    """What can be told of an answer from its raw bytes, or their beginning.
+
+    `status`: 0 while the final head isn't whole. `framed`: it says where the answer ends. `exact`: it is one, to its last byte."""
 
     def __init__(self, raw: bytes) -> None:
+        self.status = 0
         self.framed = False
+        self.exact = False
+        self._ended = False
         self.retry_after: str | None = None
-        self._final = False
         self._parser = httptools.HttpResponseParser(self)
         try:
             self._parser.feed_data(raw)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            pass  # what follows the head doesn't matter here
+            self.exact = False  # but what follows the head doesn't matter otherwise
 
     def on_message_begin(self) -> None:
-        if not self._final:  # the one before was a 1xx
+        self.exact = False
+        if not self.status:  # the one before was a 1xx
             self.framed = False
             self.retry_after = None
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._final:
+        if self.status:
             return  # a trailer, or another answer
         name = name.lower()
         if name == b"content-length" or (name == b"transfer-encoding" and b"chunked" in value.lower()):
@@ -255,4 +260,9 @@ class _Head:
             self.retry_after = value.decode("latin-1").strip()[:RETRY_AFTER_CHARS_MAX]
 
     def on_headers_complete(self) -> None:
-        self._final = self._final or self._parser.get_status_code() >= 200
+        if not self.status and self._parser.get_status_code() >= 200:
+            self.status = self._parser.get_status_code()
+
+    def on_message_complete(self) -> None:
+        self.exact = bool(self.status) and not self._ended
+        self._ended = bool(self.status)

@@ -1,7 +1,7 @@
-"""The thin transport: how an `HttpConnection` comes to be. Bounds and waiting lines are `Room`'s.
+"""The thin transport: how a connection comes to be. Bounds and waiting lines are `Room`'s, what is said on it `HttpConnection`'s.
 
-Look up, judge every address, connect (RFC 8305 happy eyeballs), judge the peer that was really reached, TLS with SNI and verification. The
-whole has one deadline, and what it was busy with then is the fault: dns, connect or tls.
+Look up, judge every address, connect (to one of them, or have a proxy do so), judge the peer that was really reached, TLS with SNI and
+verification. The whole has one deadline, and what it was busy with then is the fault: dns, connect or tls.
 """
 
 import asyncio
@@ -10,19 +10,16 @@ import socket
 import ssl
 from typing import Any
 
-import aiohappyeyeballs
-
 from dispatcher.domain.address import AddressPolicy
 from dispatcher.domain.outcome import Fault, Outcome
+from dispatcher.domain.proxy import Proxy
 from dispatcher.domain.url import Origin
 from dispatcher.ports import Limits
 from dispatcher.transport.connection import HttpConnection
+from dispatcher.transport.proxy import ProxyError, Tunnels
 from dispatcher.transport.resolver import Resolver, UnresolvedError
-from dispatcher.transport.room import Room
-
-# Tried per family. Each try is a socket that the bounds don't see, and a name may have any number of addresses that drop our SYNs.
-ADDRESSES_MAX = 3
-HAPPY_EYEBALLS_DELAY_S = 0.25  # RFC 8305, 8
+from dispatcher.transport.room import Kept, Room
+from dispatcher.transport.tcp import connect_tcp
 
 _LATE = {
     Fault.DNS: "the name was not resolved",
@@ -32,7 +29,7 @@ _LATE = {
 
 
 class Pool(Room):
-    """The `Transport` port on sockets. `guard` judges addresses; `tls` verifies peers."""
+    """The `Transport` port on sockets. `guard` judges addresses; `tls` verifies peers; with `proxy` all goes through it."""
 
     def __init__(
         self,
@@ -41,17 +38,24 @@ class Pool(Room):
         *,
         tls: ssl.SSLContext | None = None,
         resolver: Resolver | None = None,
+        proxy: Proxy | None = None,
     ) -> None:
         super().__init__(limits)
         self._guard = guard
         self._tls = tls or make_tls_context(None)
         self._resolver = resolver or Resolver(limits.dns_ttl_s)
+        self._tunnels = Tunnels(proxy, self._resolver, limits.connect_s) if proxy is not None else None
 
     async def close(self) -> None:
         await super().close()
         await self._resolver.close()
 
-    async def _establish(self, origin: Origin) -> HttpConnection | Outcome:
+    def _make(self, origin: Origin) -> tuple[Kept, asyncio.Protocol]:
+        """Make a connection that has no socket yet, and the protocol to give the socket to."""
+        connection = HttpConnection(self, origin, self._limits, asyncio.get_running_loop())
+        return connection, connection
+
+    async def _establish(self, origin: Origin) -> Kept | Outcome:
         limits = self._limits
         stage = Fault.DNS
         try:
@@ -62,28 +66,29 @@ class Pool(Room):
                 if not allowed:
                     return Outcome(Fault.BLOCKED, detail=str(refusals[0]))
                 stage = Fault.CONNECT
-                sock = await aiohappyeyeballs.start_connection(
-                    _addr_infos(allowed, origin.port),
-                    happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY_S,
-                    interleave=1,
-                    loop=asyncio.get_running_loop(),
-                )
+                if self._tunnels is None:
+                    sock = await connect_tcp(allowed, origin.port)
+                else:
+                    sock = await self._tunnels.reach(allowed, origin.port)
                 if origin.scheme == "https":
                     stage = Fault.TLS
                 return await self._join(sock, origin)
         except TimeoutError:
-            return Outcome(stage, detail=f"{_LATE[stage]} within {limits.connect_s:g} s")
+            by = "by the proxy " if self._tunnels is not None and stage is Fault.CONNECT else ""
+            return Outcome(stage, detail=f"{_LATE[stage]} {by}within {limits.connect_s:g} s")
         except UnresolvedError as exc:
             return Outcome(Fault.DNS, detail=str(exc))
+        except ProxyError as exc:
+            return Outcome(Fault.CONNECT, detail=str(exc))
         except ssl.SSLError as exc:
             return Outcome(Fault.TLS, detail=_tls_reason(exc))
         except OSError as exc:
             return Outcome(stage, detail=os.strerror(exc.errno) if exc.errno else str(exc) or type(exc).__name__)
 
-    async def _join(self, sock: socket.socket, origin: Origin) -> HttpConnection | Outcome:
+    async def _join(self, sock: socket.socket, origin: Origin) -> Kept | Outcome:
         """Make a connection of a connected socket, if its peer may be talked to."""
         loop = asyncio.get_running_loop()
-        connection = HttpConnection(self, origin, self._limits, loop)
+        connection, protocol = self._make(origin)
         options: dict[str, Any] = {}
         if origin.scheme == "https":
             options = {
@@ -91,16 +96,17 @@ class Pool(Room):
                 "server_hostname": origin.host,
                 "ssl_handshake_timeout": self._limits.connect_s,
             }
+        if self._tunnels is None:  # else the peer is the proxy
+            try:
+                refusal = self._guard.refusal(sock.getpeername()[0], origin.scheme)
+            except OSError:
+                sock.close()
+                raise
+            if refusal is not None:
+                sock.close()
+                return Outcome(Fault.BLOCKED, detail=refusal)
         try:
-            refusal = self._guard.refusal(sock.getpeername()[0], origin.scheme)
-        except OSError:
-            sock.close()
-            raise
-        if refusal is not None:
-            sock.close()
-            return Outcome(Fault.BLOCKED, detail=refusal)
-        try:
-            await loop.create_connection(lambda: connection, sock=sock, **options)
+            await loop.create_connection(lambda: protocol, sock=sock, **options)
         except BaseException:
             connection.close()  # its transport may exist already
             raise
@@ -117,19 +123,6 @@ def make_tls_context(ca_file: str | None) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     return context
-
-
-def _addr_infos(addresses: list[str], port: int) -> list[Any]:
-    v6 = [address for address in addresses if ":" in address]
-    v4 = [address for address in addresses if ":" not in address]
-    infos: list[Any] = [
-        (socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (address, port, 0, 0))
-        for address in v6[:ADDRESSES_MAX]
-    ]
-    infos += [
-        (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (address, port)) for address in v4[:ADDRESSES_MAX]
-    ]
-    return infos
 
 
 def _tls_reason(exc: ssl.SSLError) -> str:

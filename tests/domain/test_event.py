@@ -206,6 +206,26 @@ def test_what_is_not_an_event_type(text):
         check_event_type(text)
 
 
+@pytest.mark.parametrize(
+    ("event_type", "payload", "about"),
+    [
+        ("endpoint.disabled", b'{"endpoint": {"id": 3, "name": ""}, "reason": "gone"}', True),
+        ("endpoint.recovered", b'{"endpoint": {"id": 3}}', True),
+        ("endpoint.disabled", b'{"endpoint": {"id": 4}}', False),
+        ("endpoint.test", b'{"endpoint": {"id": 3}}', False),
+        ("message.sent", b'{"endpoint": {"id": 3}}', False),
+        ("endpoint.disabled", b'{"endpoint": 3}', False),
+        ("endpoint.disabled", b"[]", False),
+        ("endpoint.disabled", b'"3"', False),
+        ("endpoint.disabled", b'{"endpoint": {"id": NaN}}', False),  # PostgreSQL would not, but who knows
+        ("endpoint.disabled", b"", False),
+    ],
+)
+def test_whom_an_event_is_about(event_type, payload, about):
+    event = Event(7, "acc_1", event_type, payload, CREATED_US, None, PUBLIC_ID)
+    assert event.is_about(3) is about
+
+
 @no_deadline
 @given(st.text(alphabet='ab_.09"\\\n ', max_size=12))
 def test_an_event_type_needs_no_escaping(text):

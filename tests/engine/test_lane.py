@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dispatcher.domain.breaker import BreakerLimits, BreakerState
-from dispatcher.domain.endpoint import EndpointState
+from dispatcher.domain.endpoint import EndpointState, Subscription
 from dispatcher.domain.outcome import RetryPolicy
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.engine.lane import HOLES_MAX, RECENT_S, RETRIES_MAX, SLOW_S, Lane, LaneLimits
@@ -261,6 +261,26 @@ class Log(RuleBasedStateMachine):
 
 
 TestLog = Log.TestCase
+
+
+@pytest.mark.parametrize(
+    ("cursor", "after"),
+    [(0, 10), (9, 10), (10, 10), (15, 15), (19, 19), (20, 30), (25, 30), (30, 30), (35, 35), (39, 39), (40, 100), (99, 100), (100, 100)],
+)  # fmt: skip
+def test_ids_that_no_subscription_is_valid_for_are_passed_over(cursor, after):
+    subscriptions = (Subscription(1, "a.b", 10, 20), Subscription(2, "*", 12, 15), Subscription(3, "*", 30, 40))
+    lane = make_lane(live=False, cursor=cursor, subscriptions=subscriptions)
+    lane.pass_over(100)
+    assert (lane.cursor, lane.moved) == (after, int(after != cursor))
+
+
+def test_nothing_above_the_head_is_passed_over():
+    lane = make_lane(live=False, cursor=5, subscriptions=(Subscription(1, "*", 50),))
+    lane.pass_over(30)
+    assert lane.cursor == 30
+    lane = make_lane(live=True, cursor=5, subscriptions=())
+    lane.pass_over(30)
+    assert (lane.cursor, lane.moved) == (5, 0), "a live lane's cursor means nothing"
 
 
 # Room for a live lane

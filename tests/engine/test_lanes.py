@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dispatcher.domain.breaker import BreakerState
 from dispatcher.domain.endpoint import FOREVER, EndpointState, Subscription
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.engine import lanes as lanes_module
@@ -55,6 +56,20 @@ def test_a_subscription_counts_for_its_ids_only():
     assert {event_id: routed(lanes, "a.b", event_id) for event_id in (10, 11, 15, 16, 20, 21, 30, 31)} == {
         10: [], 11: [1], 15: [1], 16: [1, 2], 20: [1, 2], 21: [2], 30: [2], 31: [1, 2],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("event_type", "payload", "ids"),
+    [
+        ("endpoint.disabled", b'{"endpoint": {"id": 1}}', [2]),
+        ("endpoint.recovered", b'{"endpoint": {"id": 2}}', [1]),
+        ("endpoint.recovered", b'{"endpoint": {"id": 3}}', [1, 2]),
+        ("endpoint.events_expired", b'{"endpoint": {"id": 1}}', [1, 2]),
+    ],
+)
+def test_an_endpoint_is_not_told_of_itself(event_type, payload, ids):
+    lanes = make_lanes(make_endpoint(1), make_endpoint(2))
+    assert [lane.id for lane in lanes.wanting(make_event(5, "acc", event_type, payload))] == ids
 
 
 def test_changed_endpoints_are_routed_anew():
@@ -266,6 +281,42 @@ def test_a_lane_that_is_held_lets_go_of_everything(changes):
     assert (lane.live, lane.cursor, lane.work(), lanes.memory.events) == (False, 7, 0, 1)
     lanes.configure(make_endpoint(1), 0.0, head=60)
     assert (lane.live, lane.cursor, lane.held) == (False, 7, False)  # reads on from there
+
+
+def test_a_lane_that_is_put_live_again_begins_anew():
+    lanes = make_lanes(make_endpoint(1, failing_since_us=7))
+    lane = lanes.get(1)
+    assert lane is not None
+    for _ in range(3):
+        lane.failed(0.0, 0.1, probe=False)
+    lanes.configure(make_endpoint(1, failing_since_us=7, rate_per_s=3.0), 0.0, head=50)
+    assert (lane.failing_since_us, lane.breaker.state) == (7, BreakerState.OPEN), "an edit changes nothing"
+    lanes.configure(make_endpoint(1, state=EndpointState.DISABLED, failing_since_us=7), 0.0, head=50)
+    assert lane.failing_since_us == 7
+    lanes.configure(make_endpoint(1), 0.0, head=50)
+    assert (lane.failing_since_us, lane.breaker.state, lane.in_flight_limit) == (None, BreakerState.CLOSED, 2)
+
+
+def test_a_breaker_outlives_a_pause_while_its_posts_are_in_flight():
+    lanes = make_lanes(make_endpoint(1))
+    lane = lanes.get(1)
+    assert lane is not None
+    breaker, lane.in_flight = lane.breaker, 1
+    lanes.configure(make_endpoint(1, state=EndpointState.PAUSED), 0.0, head=50)
+    lanes.configure(make_endpoint(1), 0.0, head=50)
+    assert lane.breaker is breaker
+
+
+def test_what_is_queued_and_no_longer_subscribed_is_let_go_of():
+    lanes = make_lanes(make_endpoint(1, Subscription(7, "a.*", 0), Subscription(8, "c.*", 0)))
+    lane = lanes.get(1)
+    assert lane is not None
+    for event_id in (5, 6, 9):
+        lanes.take(lane, make_event(event_id), 0.0)
+    lanes.configure(make_endpoint(1, Subscription(7, "a.*", 0, 9), Subscription(8, "c.*", 0, 5)), 0.0, head=50)
+    assert (lane.live, len(lane.queue)) == (True, 3), "all of it is still owed"
+    lanes.configure(make_endpoint(1, Subscription(7, "a.*", 0, 6), Subscription(8, "c.*", 0, 5)), 0.0, head=50)
+    assert (lane.live, len(lane.queue), lane.cursor, lanes.memory.events) == (False, 0, 4, 0)
 
 
 def test_a_removed_endpoint_keeps_only_what_is_in_flight():

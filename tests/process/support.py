@@ -169,6 +169,21 @@ async def backends(db: asyncpg.Connection, *sessions: str) -> list[int]:
     return [row["pid"] for row in rows]
 
 
+async def standbys(db: asyncpg.Connection) -> list[int]:
+    """Return the pids of the sessions of dispatchers that wait for the owner's end."""
+    rows = await db.fetch(
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'dispatcher standby %'"
+    )
+    return [row["pid"] for row in rows]
+
+
+async def standing_by(db: asyncpg.Connection, count: int = 1) -> None:
+    async def so_many() -> bool:
+        return len(await standbys(db)) == count
+
+    await until(so_many, what=f"{count} standing by")
+
+
 async def taken_up(db: asyncpg.Connection) -> None:
     """Wait until a checkpoint says that the dispatcher has met every subscription: until then each start sends its lane back."""
 

@@ -1,6 +1,7 @@
 """kill -9, freezes and rivals: what the next one, or the other one, makes of it."""
 
 import signal
+import socket
 import time
 
 from dispatcher.sink import Behaviour
@@ -63,7 +64,7 @@ async def test_kill_9_under_load(dsn: str) -> None:
 async def test_pauses_while_another_wants_its_place(dsn: str) -> None:
     """A pause holds from one second after it returned; and at once, where the process was frozen when it came.
 
-    Its sessions live on meanwhile, so the other waits in vain and is refused.
+    The freeze is longer than the lease, and too short for the standby to take over.
     """
     async with rig(dsn, start=False) as r:
         paused = await r.endpoint("/slow", behaviour=Behaviour(delay_s=0.02))
@@ -83,17 +84,19 @@ async def test_pauses_while_another_wants_its_place(dsn: str) -> None:
                     returned = await pause(r, paused)
                     await until(lambda: time.time() > returned + 0.5, what="what was on its way has arrived")
                     seen = len(of(r, "/slow"))
-                    await until(lambda: time.time() > returned + 3)
+                    await until(lambda: time.time() > returned + 1.5)
                 others = len(of(r, "/steady"))
                 await until(lambda: len(of(r, "/steady")) > others + 50)
                 assert len(of(r, "/slow")) == seen
                 await resume(r, paused)
                 await load.stop()
-                assert await second.ended(within_s=20) == 5
+                assert await second.stop() == 0, second
             finally:
                 await second.kill()
-            assert "another dispatcher owns this database" in second.errors
-            assert "Traceback" not in second.errors
+            assert second.errors == ""
+            assert [line["owner"] for line in second.all("standby.waiting")] == [
+                f"{socket.gethostname()}:{d.process.pid}"
+            ]
             assert second.all("started") == []
             assert await settle(r, load, {"/slow": "acct", "/steady": "acct"}, d) == 0
 
@@ -109,7 +112,7 @@ async def test_another_epoch_fences_it(dsn: str) -> None:
                     await r.db.execute("UPDATE webhook.checkpoint SET epoch = epoch + 1, owner = 'another'")
                     before = await state(r)
                 began = time.monotonic()
-                assert await d.ended() == 5, d
+                assert await d.ended() == 7, d
                 assert time.monotonic() - began < 2
                 assert "another dispatcher took over" in d.errors
                 assert "Traceback" not in d.errors
@@ -152,7 +155,7 @@ async def test_frozen_in_the_middle_of_a_batch_while_another_takes_over(dsn: str
                 async with dispatching(dsn) as new:
                     epoch = new.all("started")[0]["epoch"]
                     old.signal(signal.SIGCONT)
-                    assert await old.ended() == 5, old
+                    assert await old.ended() == 7, old
                     assert f"epoch {epoch} rules" in old.errors or f"epoch {epoch - 1} is over" in old.errors, old
                     assert await settle(r, load, {"/steady": "acct"}, new) <= len(may_repeat)
                 assert twice(r) <= may_repeat

@@ -13,6 +13,8 @@ from tests.process.support import (
     frozen,
     longest_silence,
     settle,
+    standbys,
+    standing_by,
     terminate,
 )
 from tests.rig import rig, until
@@ -109,7 +111,7 @@ async def test_the_recorder_does_not_answer_in_the_middle_of_a_batch(dsn: str) -
         await r.endpoint("/steady")
         async with Load(dsn) as load, dispatching(dsn, statement_timeout_s=0.5) as d:
             await load.more(100)
-            [recorder] = await backends(r.db, "recorder")
+            [recorder] = await until(lambda: backends(r.db, "recorder"))
             transaction = r.db.transaction()
             await transaction.start()
             await r.db.execute("SELECT FROM webhook.checkpoint FOR UPDATE")
@@ -134,12 +136,8 @@ async def test_the_owner_session_ends_while_another_waits(dsn: str) -> None:
             await load.more(100)
             second = await Dispatcher(dsn).launch()
             try:
-
-                async def waits() -> bool:
-                    return len(await backends(r.db, "owner")) == 2
-
-                await until(waits)
-                [waiting] = set(await backends(r.db, "owner")) - {await r.db.fetchval(HOLDER, 2)}
+                await standing_by(r.db)
+                [waiting] = await standbys(r.db)
 
                 async def has_it() -> bool:
                     holder = await r.db.fetchval(HOLDER, 2)
@@ -149,7 +147,7 @@ async def test_the_owner_session_ends_while_another_waits(dsn: str) -> None:
 
                 await until(has_it, within_s=8, what="the second gets the lock")
                 await second.said("started")
-                assert await first.ended() == 5, first
+                assert await first.ended() == 7, first
                 assert "another dispatcher took over" in first.errors
                 await settle(r, load, {"/steady": "acct"}, second)
             finally:

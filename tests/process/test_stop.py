@@ -4,7 +4,17 @@ import signal
 import time
 
 from dispatcher.sink import Behaviour
-from tests.process.support import Dispatcher, Load, Watch, backends, dispatching, frozen, settle, unrecorded
+from tests.process.support import (
+    Dispatcher,
+    Load,
+    Watch,
+    backends,
+    dispatching,
+    frozen,
+    settle,
+    standing_by,
+    unrecorded,
+)
 from tests.rig import rig, until
 
 
@@ -94,16 +104,11 @@ async def test_a_second_signal_forces_also_while_the_database_does_not_answer(ds
             await settle(r, load, {"/hook": "acct"}, d)
 
 
-async def test_while_it_waits_for_the_owner_lock(dsn: str) -> None:
+async def test_while_it_stands_by(dsn: str) -> None:
     async with rig(dsn, start=False) as r, dispatching(dsn):
         second = await Dispatcher(dsn).launch()
         try:
-            owner = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dispatcher owner' AND datname = current_database()"
-
-            async def waits() -> bool:
-                return await r.db.fetchval(owner) == 2
-
-            await until(waits)
+            await standing_by(r.db)
             began = time.monotonic()
             assert await second.stop() == 0, second
             assert time.monotonic() - began < 1

@@ -1,10 +1,14 @@
 """One database for the folder's tests, made new before each: copying a database takes up to 0.3 s, emptying this one 15 ms."""
 
+from collections.abc import AsyncIterator
+
 import asyncpg
 import pytest
 
+from dispatcher.ports import Store
 from dispatcher.store.embedded import EmbeddedServer
 from tests.conftest import connected, dsn_of
+from tests.store.worlds import MemoryWorld, PgWorld, World
 
 # Without triggers and foreign keys, but for the sequences, which are as new: they have handed out nothing.
 EMPTY = """
@@ -14,6 +18,11 @@ DELETE FROM webhook.attempt;
 DELETE FROM webhook.retry;
 DELETE FROM webhook.dead_letter;
 DELETE FROM webhook.lane;
+DELETE FROM webhook.run_progress;
+DELETE FROM webhook.run;
+DELETE FROM webhook.endpoint_stat;
+DELETE FROM webhook.discard;
+DELETE FROM webhook.erasure;
 DELETE FROM webhook.life;
 DELETE FROM webhook.subscription;
 DELETE FROM webhook.endpoint_secret;
@@ -51,3 +60,24 @@ async def _end_leftovers(connection: asyncpg.Connection) -> None:
     )
     for row in await connection.fetch("SELECT gid FROM pg_prepared_xacts WHERE database = current_database()"):
         await connection.execute(f"ROLLBACK PREPARED '{row['gid']}'")
+
+
+# ── a Store in two worlds ──
+
+
+@pytest.fixture(params=["postgres", "memory"])
+def made(request: pytest.FixtureRequest) -> World:
+    return PgWorld(request.getfixturevalue("dsn")) if request.param == "postgres" else MemoryWorld()
+
+
+@pytest.fixture
+async def world(made: World) -> AsyncIterator[World]:
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def store(world: World) -> Store:
+    store = world.store()
+    await store.start("first")
+    return store

@@ -21,6 +21,7 @@ from dispatcher.ports import (
     LaneRow,
     LifeLostError,
     Page,
+    Recorded,
     RetryRow,
     Store,
     StoreAwayError,
@@ -31,34 +32,15 @@ from tests.store.worlds import (
     MANY,
     SECRETS,
     URL,
-    MemoryWorld,
-    PgWorld,
     World,
     insisting,
     same_json,
-    shorten_owner_wait,
+    shorten_watch,
 )
 
 NOW = 1_700_000_000_000_000
 HOUR_US = 3_600_000_000
-
-
-@pytest.fixture(params=["postgres", "memory"])
-def made(request: pytest.FixtureRequest) -> World:
-    return PgWorld(request.getfixturevalue("dsn")) if request.param == "postgres" else MemoryWorld()
-
-
-@pytest.fixture
-async def world(made: World) -> AsyncIterator[World]:
-    yield made
-    await made.close()
-
-
-@pytest.fixture
-async def store(world: World) -> Store:
-    store = world.store()
-    await store.start("first")
-    return store
+SINCE = "2023-11-14T22:13:20.000Z"  # NOW, as customers are told
 
 
 def ids(page: Page) -> list[int]:
@@ -443,7 +425,7 @@ async def test_a_batch_is_recorded_whole_and_may_be_sent_again(world: World, sto
         checkpoint=checkpoint(4, gaps=IdRanges([(2, 2), (7, 9)]), taken_up=[subscription, 999]),
     )
     for _ in range(3):
-        assert await store.record(batch) == [subscription]
+        assert (await store.record(batch)).taken_up == [subscription]
         assert await world.attempts() == batch.attempts
         assert await world.retries() == [(endpoint, 2, 0, 2, NOW, NOW + 5_000_000, "HTTP 500")]
         [letter] = await world.dead_letters()
@@ -463,14 +445,14 @@ async def world_restart(world: World, store: Store) -> Any:
 async def test_rows_that_are_there_already_dont_keep_others_out(world: World, store: Store) -> None:
     await store.record(Batch(1, attempts=[delivered(2), failed(3)]))
     batch = Batch(1, attempts=[delivered(1), failed(2), delivered(3), failed(4)], retries=[retry(4, NOW)])
-    assert await store.record(batch) == []
+    assert await store.record(batch) == Recorded([], [])
     assert await world.attempts() == [delivered(1), delivered(2), failed(3), failed(4)]
     assert len(await world.retries()) == 1
 
 
 async def test_an_empty_batch_and_a_heartbeat(world: World, store: Store) -> None:
-    assert await store.record(Batch(1)) == []
-    assert await store.record(Batch(1, checkpoint=checkpoint(0))) == []
+    assert await store.record(Batch(1)) == Recorded([], [])
+    assert await store.record(Batch(1, checkpoint=checkpoint(0))) == Recorded([], [])
     assert await world.attempts() == []
 
 
@@ -546,8 +528,8 @@ async def test_a_subscription_that_somebody_holds_is_taken_up_later(world: World
     batch = Batch(1, checkpoint=checkpoint(0, taken_up=[first, second]))
     async with world.begin() as tx:
         await tx.touch_subscription(first)
-        assert await store.record(batch) == [second]
-    assert sorted(await store.record(batch)) == [first, second]
+        assert (await store.record(batch)).taken_up == [second]
+    assert sorted((await store.record(batch)).taken_up) == [first, second]
     [endpoint_now] = (await world_restart(world, store)).endpoints
     assert [s.taken_up for s in endpoint_now.subscriptions] == [True, True]
 
@@ -587,6 +569,18 @@ async def test_configuration_changes_are_read_by_their_number(world: World, stor
     changes = await store.config_changes(seq, 1)
     assert [(e.id, e.state) for e in changes.endpoints] == [(a, EndpointState.PAUSED)]
     assert changes.gone == [b]
+    assert changes.seq > seq
+
+
+async def test_endpoints_are_read_again_though_nothing_changed(world: World, store: Store) -> None:
+    a, b, c = [await world.add_endpoint() for _ in range(3)]
+    seq = (await store.config_changes(0, 1)).seq
+    changes = await store.config_changes(seq, 1, again=[a, 4_711])
+    assert (changes.seq, [e.id for e in changes.endpoints], changes.gone, changes.forget) == (seq, [a], [4_711], [])
+    await world.update_endpoint(b, timeout_ms=500)
+    await world.update_endpoint(c, state="deleted")
+    changes = await store.config_changes(seq, 1, again=[b, a])
+    assert (sorted(e.id for e in changes.endpoints), changes.gone) == ([a, b], [c])
     assert changes.seq > seq
 
 
@@ -659,11 +653,56 @@ async def test_an_endpoint_is_disabled_once_and_says_so_in_the_log(world: World,
     [event] = (await read(store, after=2)).events
     assert (event.account_id, event.type) == ("acct", "endpoint.disabled")
     about = {"id": endpoint, "name": "", "url": URL}
-    since = "2023-11-14T22:13:20+00:00"
-    assert any(
-        same_json(event.payload, {"endpoint": about, "reason": "gone", "failing_since": text})
-        for text in (since, "2023-11-14T22:13:20.000Z")
-    )
+    told = {"endpoint": about, "reason": "gone", "failing_since": SINCE, "held_events": 0}
+    assert same_json(event.payload, told)
+    assert event.is_about(endpoint)
+
+
+async def test_an_endpoint_is_not_told_about_itself(world: World, store: Store) -> None:
+    a = await world.add_endpoint("*", "message.*")
+    b = await world.add_endpoint("endpoint.*")
+    await world.insert(2)
+    await store.disable_endpoint(a, "gone", None)
+    await world.insert(2)
+    [told] = [event.id for event in (await read(store)).events if event.type == "endpoint.disabled"]
+    endpoints = {endpoint.id: endpoint for endpoint in (await store.config_changes(0, 1)).endpoints}
+    for event_id in range(1, 7):
+        matches = [any(s.matches("endpoint.disabled", event_id) for s in endpoints[i].subscriptions) for i in (a, b)]
+        assert matches == [event_id != told, True]
+    # Only what could match is divided, and the new half has to be taken up.
+    assert [(s.pattern, s.since_id, s.taken_up) for s in endpoints[a].subscriptions] == [
+        ("*", 0, False),
+        ("message.*", 0, False),
+        ("*", told, False),
+    ]
+
+
+async def test_a_recovery_is_told_once(world: World, store: Store) -> None:
+    a, b = await world.add_endpoint(), await world.add_endpoint()
+    await store.tell_recovered(a, NOW)  # nothing was noted: it has been told already
+    await store.tell_recovered(4_711, NOW)
+    assert ids(await read(store)) == []
+    await store.note_failing({a: NOW, b: NOW})
+    for _ in range(2):
+        await store.tell_recovered(a, NOW)
+    [event] = (await read(store)).events
+    assert (event.account_id, event.type) == ("acct", "endpoint.recovered")
+    about = {"id": a, "name": "", "url": URL}
+    assert same_json(event.payload, {"endpoint": about, "reason": "delivered", "failing_since": SINCE})
+    assert event.is_about(a)
+    assert not event.is_about(b)
+    endpoints = {endpoint.id: endpoint for endpoint in (await store.config_changes(0, 1)).endpoints}
+    assert {i: endpoints[i].failing_since_us for i in (a, b)} == {a: None, b: NOW}
+    wanted = {i: any(s.matches(event.type, event.id) for s in endpoints[i].subscriptions) for i in (a, b)}
+    assert wanted == {a: False, b: True}
+
+
+@pytest.mark.parametrize("state", ["paused", "draft", "disabled", "deleted"])
+async def test_only_a_live_endpoint_recovers(world: World, store: Store, state: str) -> None:
+    endpoint = await world.add_endpoint(state=state, paused_at_id=0)
+    await store.note_failing({endpoint: NOW})
+    await store.tell_recovered(endpoint, NOW)
+    assert ids(await read(store)) == []
 
 
 @pytest.mark.parametrize("state", ["paused", "draft", "disabled", "deleted"])
@@ -713,16 +752,89 @@ async def test_each_start_raises_the_epoch(world: World, store: Store) -> None:
             await store.record(Batch(epoch - 1))
 
 
-async def test_one_owner_at_a_time(world: World, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    shorten_owner_wait(monkeypatch, 0.15)
+async def test_start_waits_while_another_owns_and_heartbeats(
+    world: World, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten_watch(monkeypatch, 0.3)
+    waiting: list[bool] = []
     second = world.store()
-    with pytest.raises(FencedError, match="first"):
-        await second.start("second")
-    await store.record(Batch(1))  # untouched by the attempt
-    shorten_owner_wait(monkeypatch, 10)
-    starting = asyncio.create_task(second.start("second"))
+    starting = asyncio.create_task(second.start("second", lambda: waiting.append(True)))
+    loop = asyncio.get_running_loop()
+    await until(lambda: waiting)
+    end = loop.time() + 1.0
+    while loop.time() < end:
+        await store.record(Batch(1, checkpoint=checkpoint(0)))
+        await asyncio.sleep(0.02)
+    assert not starting.done()
+    await store.hold_ownership()  # untouched by it
     await store.close()
     assert (await starting).epoch == 2
+    assert waiting == [True]
+    with pytest.raises(FencedError):
+        await store.record(Batch(1))
+
+
+async def test_start_takes_over_from_an_owner_whose_heartbeat_is_stale(
+    world: World, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sessions go on: nobody but the heartbeat tells."""
+    shorten_watch(monkeypatch, 0.3)
+    lost: list[bool] = []
+    store.on_owner_lost(lambda: lost.append(True))
+    second = world.store()
+    assert (await second.start("second")).epoch == 2
+    await until(lambda: lost)
+    for call in (store.hold_ownership, lambda: store.record(Batch(1)), lambda: store.config_changes(0, 1)):
+        with pytest.raises(FencedError, match="took over"):
+            await insisting(call)
+    await second.hold_ownership()
+
+
+async def test_what_a_former_owner_notes_changes_nothing(world: World, store: Store) -> None:
+    endpoint = await world.add_endpoint()
+    failing = await world.add_endpoint()
+    await store.note_failing({failing: NOW})
+    await store.close()
+    second = world.store()
+    started = await second.start("second")
+    await store.note_failing({endpoint: NOW, failing: NOW + 1})
+    await store.disable_endpoint(endpoint, "gone", NOW)
+    await store.tell_recovered(failing, NOW)
+    assert (await second.config_changes(started.config_seq, 2)).endpoints == []
+    assert ids(await read(second)) == []
+    again = await second.start("second")
+    assert {e.id: (e.state, e.failing_since_us) for e in again.endpoints} == {
+        endpoint: (EndpointState.LIVE, None),
+        failing: (EndpointState.LIVE, NOW),
+    }
+
+
+async def test_one_of_two_standbys_takes_over(world: World, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten_watch(monkeypatch, 0.3)
+    stores = {name: world.store() for name in ("second", "third")}
+    starting = {name: asyncio.create_task(store.start(name)) for name, store in stores.items()}
+    await asyncio.wait(starting.values(), return_when=asyncio.FIRST_COMPLETED)
+    [winner] = [name for name, task in starting.items() if task.done()]
+    [loser] = starting.keys() - {winner}
+    assert starting[winner].result().epoch == 2
+    for _ in range(30):
+        await stores[winner].record(Batch(2, checkpoint=checkpoint(0)))
+        await asyncio.sleep(0.02)
+    assert not starting[loser].done()
+    await stores[winner].close()
+    assert (await starting[loser]).epoch == 3
+
+
+async def test_a_start_that_is_cancelled_while_it_waits_leaves_the_owner_alone(world: World, store: Store) -> None:
+    second, waiting = world.store(), asyncio.Event()
+    starting = asyncio.create_task(second.start("second", waiting.set))
+    await waiting.wait()
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    await second.close()
+    await store.record(Batch(1))
+    await store.hold_ownership()
 
 
 async def test_a_lost_owner_is_told_and_takes_the_lock_again(world: World, store: Store) -> None:
@@ -735,6 +847,8 @@ async def test_a_lost_owner_is_told_and_takes_the_lock_again(world: World, store
     assert lost == [True]
     await store.close()
     assert lost == [True]  # not when it is our own doing
+    store.on_owner_lost(lambda: lost.append(False))
+    assert lost == [True, False]  # whoever asks later is told too
 
 
 async def test_a_lost_owner_meets_another(world: World, store: Store) -> None:

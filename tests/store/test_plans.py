@@ -31,14 +31,19 @@ INSERT INTO webhook.outbox (id, account_id, type, payload) OVERRIDING SYSTEM VAL
 SELECT p * {WIDTH}::bigint + n, 'a' || n % {ACCOUNTS}, 't.x', '{{}}'
 FROM generate_series(0, {PARTITIONS - 1}) AS p, generate_series(1, {ROWS}) AS n;
 INSERT INTO webhook.attempt SELECT id, 1, now(), 0, 1, 1, 200 FROM webhook.outbox;
+INSERT INTO webhook.attempt SELECT id, 2, now(), 0, 1, 1, NULL, 'timeout' FROM webhook.outbox;
+INSERT INTO webhook.dead_letter
+    (endpoint_id, event_id, run, account_id, type, payload, created_at, attempts, first_attempt_at, reason, fault, state, resent_run)
+SELECT 2, {HEAD} - n, 0, 'a5', 't.x', '{{}}', now(), 1, now(), 'last', 'timeout', 'resent', n % 100 FROM generate_series(1, 10000) AS n;
 INSERT INTO webhook.retry
 SELECT 1, {HEAD} - n % {ROWS}, n, 2, now(), now() + interval '1 s' * CASE WHEN n <= {DUE} THEN -n ELSE n END, 'HTTP 500'
 FROM generate_series(1, {DUE + NOT_DUE}) AS n;
 RESET session_replication_role;
-ANALYZE webhook.outbox, webhook.attempt, webhook.retry;
+ANALYZE webhook.outbox, webhook.attempt, webhook.retry, webhook.dead_letter;
 """
 # name → parameter types, arguments, how many outbox partitions may be read for these arguments
 NEAR = f"'{{{HEAD - 100},{HEAD - 5}}}', '{{{HEAD - 91},{HEAD - 4}}}'"  # two ranges: lows, highs
+RUN = "text, bigint, bigint, text[], bigint, bigint, integer, bigint"
 STATEMENTS: dict[str, tuple[str, str, int]] = {
     # The young ids of head are looked for in every partition: `= ANY ($n)` of a generic plan isn't pruned. 0.1 ms at 30; LATERAL costs the same.
     "head": ("bigint, bigint, bigint, bigint[]", f"{HEAD - 200}, {LIMIT}, {BYTES}, '{{}}'", 2),
@@ -46,10 +51,13 @@ STATEMENTS: dict[str, tuple[str, str, int]] = {
     "probe": ("bigint[], bigint[], bigint, bigint", f"{NEAR}, {LIMIT}, {BYTES}", 1),
     "holes": ("text, bigint[], bigint[], bigint, bigint", f"'a5', {NEAR}, {LIMIT}, {BYTES}", 1),
     "account": ("text, bigint, bigint, text[], bigint, bigint", f"'a5', {HEAD - 300}, {HEAD}, NULL, {LIMIT}, {BYTES}", 1),
-    "due_retries": ("bigint, bigint, bigint", f"1, {LIMIT}, {BYTES}", 1),
-    "next_retry": ("bigint", "1", 0),
+    "due_retries": ("bigint, bigint, bigint, integer[]", f"1, {LIMIT}, {BYTES}, '{{}}'", 1),
+    "next_retry": ("bigint, integer[]", "1, '{}'", 0),
+    "run_page": (RUN, f"'a5', {HEAD - 300}, {HEAD}, '{{%}}', {LIMIT}, 2, 7, {BYTES}", 1),
+    "run_page_failed": (RUN, f"'a5', {HEAD - 300}, {HEAD}, '{{%}}', {LIMIT}, 2, 7, {BYTES}", 1),
+    "run_page_dead": (RUN, f"'a5', 0, {HEAD}, '{{%}}', {LIMIT}, 2, 7, {BYTES}", 0),
 }  # fmt: skip
-RETURNED = {"probe": 12, "holes": 2, "account": 30, "next_retry": 1}  # of full tables; else LIMIT
+RETURNED = {"probe": 12, "holes": 2, "account": 30, "next_retry": 1, "run_page": 30}  # of full tables; else LIMIT
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +67,9 @@ async def wide_dsn(server: EmbeddedServer, template: str) -> AsyncIterator[str]:
     dsn = dsn_of(server.dsn, "test_plans")
     async with connected(dsn) as connection:
         for parent in ("outbox", "attempt"):
-            for n in range(4, PARTITIONS):
+            for low in (0, 100_000, 1_000_000, 10_000_000):
+                await connection.execute(f"DROP TABLE webhook.{parent}_p{low}")
+            for n in range(PARTITIONS):
                 await connection.execute(PARTITION.format(parent, n, n * WIDTH, (n + 1) * WIDTH))
     yield dsn
     async with connected(server.dsn) as connection:
@@ -70,14 +80,16 @@ async def wide_dsn(server: EmbeddedServer, template: str) -> AsyncIterator[str]:
 async def reader(wide_dsn: str, request: pytest.FixtureRequest) -> AsyncIterator[tuple[asyncpg.Connection, bool]]:
     """A connection with the reader session's parameters and every statement prepared, and whether there are rows."""
     connection = await asyncpg.connect(wide_dsn, server_settings={**_READER_PARAMETERS, "jit": "off"})
-    await connection.execute("TRUNCATE webhook.outbox, webhook.attempt, webhook.retry")
+    await connection.execute("TRUNCATE webhook.outbox, webhook.attempt, webhook.retry, webhook.dead_letter")
     if request.param == "full":
         await connection.execute(FILL)
     for name, (types, arguments, _) in STATEMENTS.items():
         await connection.execute(f"PREPARE {name} ({types}) AS {getattr(SQL, name)}")
         await connection.execute(f"EXECUTE {name} ({arguments})")
     if request.param == "full, planned while empty":
-        await connection.execute(FILL.replace("ANALYZE webhook.outbox, webhook.attempt, webhook.retry;", ""))
+        await connection.execute(
+            FILL.replace("ANALYZE webhook.outbox, webhook.attempt, webhook.retry, webhook.dead_letter;", "")
+        )
     yield connection, request.param != "empty"
     await connection.close()
 
@@ -111,7 +123,9 @@ async def test_rows_are_found_by_an_index_and_nothing_else(reader: tuple[asyncpg
         if table:
             assert kind in ("Index Scan", "Index Only Scan"), (kind, table)
             assert "Index Cond" in node, f"{node['Index Name']} is read from end to end"
-            assert node["Actual Loops"] * node.get("Rows Removed by Filter", 0) == 0, node
+            # A delivery's attempts, of which there are few, are looked through for one that succeeded.
+            looked_through = 1 if name == "run_page_failed" and table.startswith("attempt") else 0
+            assert node.get("Rows Removed by Filter", 0) <= looked_through or not node["Actual Loops"], node
         if table.startswith("outbox") and node["Actual Loops"]:
             partitions.add(table)
         if table.startswith(("outbox", "retry")):
@@ -205,7 +219,7 @@ async def test_the_recorder_finds_its_rows_by_an_index(wide_dsn: str, name: str,
     types, arguments = RECORDING[name]
     connection = await asyncpg.connect(wide_dsn, server_settings={**_RECORDER_PARAMETERS, "plan_cache_mode": mode})
     try:
-        await connection.execute("TRUNCATE webhook.outbox, webhook.attempt, webhook.retry")
+        await connection.execute("TRUNCATE webhook.outbox, webhook.attempt, webhook.retry, webhook.dead_letter")
         await connection.execute(FILL)  # little: a hash over all of it would be cheapest
         await connection.execute(f"PREPARE {name} ({types}) AS {getattr(SQL, name)}")
         text = await connection.fetchval(f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) EXECUTE {name} ({arguments})")

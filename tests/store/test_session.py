@@ -1,7 +1,9 @@
 """A session against a real server: which errors are "away", which are not, and what becomes of its connection."""
 
 import asyncio
+import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -10,8 +12,9 @@ import pytest
 
 from dispatcher.errors import DatabaseAwayError, DatabaseRefusedError
 from dispatcher.ports import LifeLostError, StoreAwayError
-from dispatcher.store.session import Session, connect_once, is_away
+from dispatcher.store.session import _PARAMETERS, _SOCKET_OPTIONS, Session, connect_once, is_away
 from tests.conftest import connected, dsn_of
+from tests.process.network import Network
 from tests.rig import until
 
 NAME = "dispatcher test"
@@ -77,6 +80,39 @@ async def test_parameters_and_setup_hold_for_every_connection(make: Callable[...
         assert await ask(session, "SHOW lock_timeout") == "123ms"
         assert len(prepared) == connects
         session.drop()
+
+
+async def test_a_parameter_that_is_set_later_holds_for_every_connection(session: Session) -> None:
+    await session.run(lambda c: session.set_parameter(c, "application_name", "dispatcher by another name"))
+    for _ in range(2):
+        assert await ask(session, "SHOW application_name") == "dispatcher by another name"
+        session.drop()
+
+
+async def test_both_ends_of_a_tcp_connection_notice_a_cut_network(make: Callable[..., Session], dsn: str) -> None:
+    async with Network(dsn) as network:
+        session = make(network.dsn)
+        assert await ask(session) == 1
+        sock = session._connection._transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        options = {name: getattr(socket, name) for name in _SOCKET_OPTIONS if hasattr(socket, name)}
+        got = {name: sock.getsockopt(socket.IPPROTO_TCP, option) for name, option in options.items()}
+        assert got == {name: _SOCKET_OPTIONS[name] for name in options}
+        assert len(got) == 4 or sys.platform != "linux"
+        # The server's end of this one is a unix socket, where these mean nothing; what was set is in the statement.
+        assert set(_PARAMETERS) >= {"tcp_keepalives_idle", "tcp_user_timeout"}
+        await session.close()
+
+
+async def test_a_connection_for_a_verb_leaves_nothing_behind(dsn: str) -> None:
+    connection = await connect_once(dsn, "test")
+    try:
+        assert await connection.fetchval("SELECT $1::integer", 1) == 1
+        changed = "SELECT name FROM pg_settings WHERE source = 'session' AND name <> 'application_name'"
+        assert await connection.fetch(changed) == []
+        assert await connection.fetch("SELECT FROM pg_prepared_statements WHERE name <> ''") == []
+    finally:
+        await connection.close()
 
 
 # ── losing it ──

@@ -13,8 +13,9 @@ import asyncpg
 from dispatcher import settings as settings_module
 from dispatcher.domain.endpoint import EndpointState
 from dispatcher.domain.outcome import Fault
+from dispatcher.domain.run import RunState
 from dispatcher.ports import AttemptRow, Store, StoreAwayError
-from dispatcher.store import memory
+from dispatcher.store import standby
 from dispatcher.store.memory import MemoryDatabase, MemoryStore, Transaction
 from dispatcher.store.postgres import PgStore
 
@@ -59,6 +60,11 @@ class World(Protocol):
     async def retries(self) -> list[tuple[Any, ...]]: ...
     async def dead_letters(self) -> list[tuple[Any, ...]]: ...
     async def forget_events(self, ids: Sequence[int]) -> None: ...
+    async def add_run(self, endpoint_id: int, upto_id: int, **columns: Any) -> int: ...
+    async def change_run(self, run_id: int, state: str) -> None: ...
+    async def resend_dead(self, endpoint_id: int, run: int, *event_ids: int) -> None: ...
+    async def progress(self, run_id: int) -> tuple[int, int, int, int, bool]: ...
+    async def stats(self) -> list[tuple[Any, ...]]: ...
     async def close(self) -> None: ...
 
     async def insert(self, count: int = 1, **columns: Any) -> list[int]:
@@ -218,6 +224,48 @@ class PgWorld(World):
     async def forget_events(self, ids: Sequence[int]) -> None:
         await (await self.db()).execute("DELETE FROM webhook.outbox WHERE id = ANY ($1::bigint[])", ids)
 
+    async def add_run(self, endpoint_id: int, upto_id: int, **columns: Any) -> int:
+        columns = {
+            "after_id": 0,
+            "patterns": ("*",),
+            "only_failed": False,
+            "rate_per_s": None,
+            "source": "log",
+        } | columns
+        db = await self.db()
+        async with db.transaction():
+            run_id: int = await db.fetchval(
+                f"INSERT INTO webhook.run (endpoint_id, upto_id, total, {', '.join(columns)}) "
+                "VALUES ($1, $2, 0, $3, $4, $5, $6, $7) RETURNING id",
+                endpoint_id, upto_id, *columns.values(),
+            )  # fmt: skip
+            await db.execute(
+                "INSERT INTO webhook.run_progress (run_id, settled) VALUES ($1, $2)", run_id, columns["after_id"]
+            )
+        return run_id
+
+    async def change_run(self, run_id: int, state: str) -> None:
+        await (await self.db()).execute("UPDATE webhook.run SET state = $2 WHERE id = $1", run_id, state)
+
+    async def resend_dead(self, endpoint_id: int, run: int, *event_ids: int) -> None:
+        await (await self.db()).execute(
+            "UPDATE webhook.dead_letter SET state = 'resent', resent_run = $2 WHERE endpoint_id = $1 AND event_id = ANY ($3::bigint[])",
+            endpoint_id, run, event_ids,
+        )  # fmt: skip
+
+    async def progress(self, run_id: int) -> tuple[int, int, int, int, bool]:
+        [row] = await self._rows(
+            "SELECT settled, attempted, delivered, dead, finished_at IS NOT NULL FROM webhook.run_progress WHERE run_id = $1",
+            run_id,
+        )
+        return row  # type: ignore[return-value]
+
+    async def stats(self) -> list[tuple[Any, ...]]:
+        return await self._rows(
+            "SELECT (extract(epoch FROM minute) / 60)::bigint, endpoint_id, epoch, delivered, failed, dead, duration_ms, durations "
+            "FROM webhook.endpoint_stat ORDER BY 1, 2, 3"
+        )
+
     async def _rows(self, query: str, *args: Any) -> list[tuple[Any, ...]]:
         return [tuple(row) for row in await (await self.db()).fetch(query, *args)]
 
@@ -326,6 +374,31 @@ class MemoryWorld(World):
             tables.ids.remove(event_id)
             tables.ids_of_account[tables.outbox.pop(event_id).account_id].remove(event_id)
 
+    async def add_run(self, endpoint_id: int, upto_id: int, **columns: Any) -> int:
+        columns = dict(columns)
+        source = columns.pop("source", "log")
+        with self.database.begin() as transaction:
+            return transaction.add_run(endpoint_id, upto_id, dead=() if source == "dead_letter" else None, **columns)
+
+    async def change_run(self, run_id: int, state: str) -> None:
+        with self.database.begin() as transaction:
+            transaction.update_run(run_id, state=RunState(state))
+
+    async def resend_dead(self, endpoint_id: int, run: int, *event_ids: int) -> None:
+        keys = [key for key in self.database.tables.dead_letters if key[0] == endpoint_id and key[1] in event_ids]
+        self.database.tables.resend_dead(keys, run)
+
+    async def progress(self, run_id: int) -> tuple[int, int, int, int, bool]:
+        tables = self.database.tables
+        _, run = tables.runs[run_id]
+        return run.settled, run.attempted, run.delivered, run.dead, run_id in tables.runs_finished
+
+    async def stats(self) -> list[tuple[Any, ...]]:
+        return [
+            (*key, s.delivered, s.failed, s.dead, s.duration_ms, s.durations)
+            for key, s in sorted(self.database.tables.stats.items())
+        ]
+
     async def close(self) -> None:
         pass
 
@@ -342,8 +415,7 @@ def same_json(one: bytes, other: Any) -> bool:
     return bool(json.loads(one) == other)
 
 
-def shorten_owner_wait(monkeypatch: Any, seconds: float) -> None:
-    from dispatcher.store import postgres
-
-    monkeypatch.setattr(postgres, "OWNER_WAIT_S", seconds)
-    monkeypatch.setattr(memory, "OWNER_WAIT_S", seconds)
+def shorten_watch(monkeypatch: Any, stale_s: float) -> None:
+    """Have a standby give up on an owner after `stale_s`, and look so much oftener."""
+    for name in ("STALE_S", "POLL_S", "STEP_MAX_S"):
+        monkeypatch.setattr(standby, name, getattr(standby, name) * stale_s / 3)

@@ -14,6 +14,7 @@ from dispatcher.domain.address import AddressPolicy, parse_networks
 from dispatcher.domain.outcome import Outcome
 from dispatcher.domain.url import Origin
 from dispatcher.ports import Connection, Limits, Transport
+from dispatcher.transport.aiohttp_transport import AiohttpTransport
 from dispatcher.transport.pool import Pool
 from dispatcher.transport.resolver import Resolver, UnresolvedError
 
@@ -21,6 +22,8 @@ REQUEST = b"POST /hook HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\n\r\nb
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 NOBODY_TRUSTED = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the system's authorities take 25 ms to load
 LOOPBACK = AddressPolicy(parse_networks("127.0.0.0/8, ::1"))
+TRANSPORTS: dict[str, type[Pool]] = {"thin": Pool, "aiohttp": AiohttpTransport}
+chosen: type[Pool] = Pool  # what `new_pool` makes; the fixture `each_transport` sets it
 
 
 async def until(condition: Callable[[], Any], *, within_s: float = 5.0) -> Any:
@@ -203,16 +206,20 @@ class Names(Resolver):
         return found, self.ttl_s
 
 
+def new_pool(limits: Limits | None = None, *, guard: AddressPolicy = LOOPBACK, **options: Any) -> Pool:
+    return chosen(limits or Limits(), guard, **{"tls": NOBODY_TRUSTED} | options)
+
+
 @contextlib.asynccontextmanager
-async def make_pool(
-    limits: Limits | None = None, *, guard: AddressPolicy = LOOPBACK, **options: Any
-) -> AsyncIterator[Pool]:
+async def make_pool(limits: Limits | None = None, **options: Any) -> AsyncIterator[Pool]:
     """A pool that must leave nothing behind."""
-    pool = Pool(limits or Limits(), guard, **{"tls": NOBODY_TRUSTED} | options)
+    pool = new_pool(limits, **options)
     try:
         yield pool
     finally:
         await pool.close()
+        if isinstance(pool, AiohttpTransport):
+            assert not pool.tasks
         assert pool.count == 0
         assert not pool._lines
         assert not pool._connections

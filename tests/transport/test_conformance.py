@@ -1,4 +1,4 @@
-"""What the Transport port promises, of the pool on real sockets and of its in-memory twin."""
+"""What the Transport port promises, of both transports on real sockets and of the in-memory twin."""
 
 import asyncio
 import contextlib
@@ -14,6 +14,7 @@ from dispatcher.domain.url import Origin
 from dispatcher.ports import Limits
 from dispatcher.transport.memory import Dial, Dice, MemoryTransport, Reply, Scripted
 from dispatcher.transport.room import Room
+from tests.transport import peers
 from tests.transport.peers import (
     REQUEST,
     Calls,
@@ -144,13 +145,14 @@ class RealWorld(World):
 Make = Callable[..., Any]
 
 
-@pytest.fixture(params=["real", "twin"])
-async def make_world(request: pytest.FixtureRequest) -> AsyncIterator[Make]:
+@pytest.fixture(params=[*peers.TRANSPORTS, "twin"])
+async def make_world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
     """Make a world with the given limits; it must be left without a connection, an origin or a task."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def make(**limits: Any) -> World:
-            if request.param == "real":
+            if request.param != "twin":
+                monkeypatch.setattr(peers, "chosen", peers.TRANSPORTS[request.param])
                 pool = await stack.enter_async_context(make_pool(Limits(**limits)))
                 return RealWorld(pool, stack)
             world = MemoryWorld(Limits(**limits))

@@ -9,8 +9,10 @@ import pytest
 from dispatcher.domain.address import AddressPolicy, parse_networks
 from dispatcher.domain.outcome import Fault
 from dispatcher.domain.url import Origin
-from dispatcher.transport import pool as pool_module
+from dispatcher.transport import tcp
 from tests.transport.peers import LOOPBACK, OK, Names, connected, make_peer, make_pool, post, sockets
+
+pytestmark = pytest.mark.usefixtures("each_transport")
 
 CLOSED = AddressPolicy()
 PUBLIC = "93.184.216.34"  # never connected to here
@@ -22,7 +24,7 @@ class Net:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, port: int = 0) -> None:
         self.dialled: list[str] = []
         self.port = port
-        monkeypatch.setattr(pool_module.aiohappyeyeballs, "start_connection", self.start_connection)
+        monkeypatch.setattr(tcp.aiohappyeyeballs, "start_connection", self.start_connection)
 
     async def start_connection(self, addr_infos: list[Any], **options: Any) -> socket.socket:
         self.dialled += [info[4][0] for info in addr_infos]

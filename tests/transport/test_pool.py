@@ -11,10 +11,10 @@ import pytest
 from dispatcher.domain.outcome import Fault, Outcome
 from dispatcher.domain.url import Origin
 from dispatcher.ports import Limits
-from dispatcher.transport import pool as pool_module
-from dispatcher.transport.connection import HttpConnection
+from dispatcher.transport import tcp
 from dispatcher.transport.memory import MemoryTransport, Scripted
-from dispatcher.transport.pool import Pool
+from dispatcher.transport.room import Kept
+from tests.transport import peers
 from tests.transport.peers import (
     LOOPBACK,
     NOBODY_TRUSTED,
@@ -26,6 +26,7 @@ from tests.transport.peers import (
     connected,
     make_peer,
     make_pool,
+    new_pool,
     post,
     refusing,
     sockets,
@@ -33,7 +34,10 @@ from tests.transport.peers import (
     until,
 )  # fmt: skip
 
+both = pytest.mark.usefixtures("each_transport")
 
+
+@both
 async def test_a_refused_connection_says_so() -> None:
     async with make_pool() as pool:
         with refusing() as origin:
@@ -41,6 +45,7 @@ async def test_a_refused_connection_says_so() -> None:
     assert (outcome.fault, outcome.detail) == (Fault.CONNECT, "Connection refused")
 
 
+@both
 async def test_a_dropped_syn_leaves_no_socket() -> None:
     async with make_pool(Limits(connect_s=0.1)) as pool:
         with black_hole() as origin:
@@ -50,6 +55,7 @@ async def test_a_dropped_syn_leaves_no_socket() -> None:
             await until(lambda: sockets() == before)
 
 
+@both
 async def test_all_addresses_fail() -> None:
     with refusing() as origin:
         names = Names(two_example=("127.0.0.1", "127.0.0.2", "127.0.0.3"))
@@ -58,6 +64,7 @@ async def test_all_addresses_fail() -> None:
     assert outcome.fault is Fault.CONNECT
 
 
+@both
 async def test_an_address_that_drops_syns_delays_by_little() -> None:
     """Happy eyeballs: the next address is tried while the first hangs, and the loser's socket is closed."""
     async with make_peer(OK, host="127.0.0.2") as peer:
@@ -79,29 +86,30 @@ async def test_an_address_that_drops_syns_delays_by_little() -> None:
                 return getattr(loop, name)
 
         async with make_pool(resolver=names) as pool:
-            start_connection = pool_module.aiohappyeyeballs.start_connection
+            start_connection = tcp.aiohappyeyeballs.start_connection
 
             async def patched(*args: Any, **options: Any) -> Any:
                 return await start_connection(*args, **options | {"loop": Loop()})
 
-            pool_module.aiohappyeyeballs.start_connection = patched
+            tcp.aiohappyeyeballs.start_connection = patched
             try:
                 began = time.monotonic()
                 assert (await post(pool, Origin("http", "both.example", peer.origin.port))).delivered
                 assert time.monotonic() - began < 2
             finally:
-                pool_module.aiohappyeyeballs.start_connection = start_connection
+                tcp.aiohappyeyeballs.start_connection = start_connection
             assert sockets() == before + 2  # ours and the peer's
 
 
 async def test_a_name_with_many_addresses_does_not_multiply_sockets() -> None:
     addresses = [f"127.0.1.{n}" for n in range(50)] + [f"2600::{n}" for n in range(50)]
-    infos = pool_module._addr_infos(addresses, 443)
-    assert len(infos) == 2 * pool_module.ADDRESSES_MAX
+    infos = tcp.addr_infos(addresses, 443)
+    assert len(infos) == 2 * tcp.ADDRESSES_MAX
     assert infos[0][4] == ("2600::0", 443, 0, 0)
     assert infos[-1][4] == ("127.0.1.2", 443)
 
 
+@both
 async def test_closing_while_connects_and_posts_are_under_way() -> None:
     before = sockets()
     names = Names()
@@ -110,7 +118,7 @@ async def test_closing_while_connects_and_posts_are_under_way() -> None:
         listening = sockets() - before
         with black_hole() as hole:
             filled = sockets() - before - listening
-            pool = Pool(Limits(sockets_per_origin_max=4), LOOPBACK, tls=NOBODY_TRUSTED, resolver=names)
+            pool = new_pool(Limits(sockets_per_origin_max=4), resolver=names)
             calls = Calls()
             busy = await connected(pool, peer.origin)
             busy.post(REQUEST, 60, calls.one())
@@ -131,6 +139,7 @@ def _address(origin: Origin) -> tuple[str, int]:
     return origin.host, origin.port
 
 
+@both
 @pytest.mark.parametrize("scheme", ["http", "https"])
 async def test_stopped_at_every_step_of_connecting(scheme: str) -> None:
     """close() after 0, 1, 2, … turns of the loop: wherever that hits, the count ends at 0 and no socket is left."""
@@ -139,7 +148,7 @@ async def test_stopped_at_every_step_of_connecting(scheme: str) -> None:
         origin = Origin(scheme, *_address(peer.origin))
 
         async def stopped_after(turns: int) -> bool:
-            pool = Pool(Limits(), LOOPBACK, tls=NOBODY_TRUSTED)
+            pool = new_pool()
             calls = Calls()
             pool.connect(origin, calls.one())
             for _ in range(turns):
@@ -160,12 +169,12 @@ async def test_stopped_at_every_step_of_connecting(scheme: str) -> None:
         await until(lambda: sockets() == before)
 
 
-class Interrupted(Pool):
-    """Fail after a connection was made, when its transport already exists."""
+class Interrupted:
+    """Of a pool: fail after a connection was made, when its transport already exists."""
 
-    async def _join(self, sock: Any, origin: Origin) -> HttpConnection | Outcome:
-        result = await super()._join(sock, origin)
-        assert isinstance(result, HttpConnection)
+    async def _join(self, sock: Any, origin: Origin) -> Kept | Outcome:
+        result: Any = await super()._join(sock, origin)  # type: ignore[misc]
+        assert not isinstance(result, Outcome)
         self.made = result
         what = self.plan.pop(0)
         if what == "peer closes":
@@ -187,21 +196,23 @@ class Interrupted(Pool):
 
     plan: list[str]
     peer: Any
-    made: HttpConnection
+    made: Any
 
 
+@both
 async def test_a_connection_lost_while_it_is_made_counts_once() -> None:
     async with make_peer(OK) as peer:
         before = sockets()
-        pool = Interrupted(Limits(connect_s=0.1), LOOPBACK, tls=NOBODY_TRUSTED)
+        kind: Any = type("Interrupted", (Interrupted, peers.chosen), {})
+        pool = kind(Limits(connect_s=0.1), LOOPBACK, tls=NOBODY_TRUSTED)
         pool.peer = peer
         plan = ["peer closes", "raise", "surprise", "hang", "go on"] * 6
         random.Random(1).shuffle(plan)
         for what in plan:
             pool.plan = [what]
             result = await connected(pool, peer.origin)
-            pool.made.connection_lost(None)  # told late, or again
-            assert isinstance(result, HttpConnection if what == "go on" else Outcome)
+            getattr(pool.made, "handler", pool.made).connection_lost(None)  # told late, or again
+            assert isinstance(result, Outcome) is (what != "go on")
             assert pool.count == len(pool._connections) == 0, what
             assert not pool._lines
         await pool.close()
@@ -289,15 +300,18 @@ async def test_the_queue_for_room_does_not_grow_with_what_is_served_otherwise() 
     await transport.close()
 
 
-async def test_repr_tells_the_state() -> None:
+async def test_repr_tells_the_state(each_transport: str) -> None:
+    pool_name, name = {"thin": ("Pool", "HttpConnection"), "aiohttp": ("AiohttpTransport", "AiohttpConnection")}[
+        each_transport
+    ]
     async with make_peer(OK) as peer, make_pool() as pool:
         connection = await connected(pool, peer.origin)
-        assert repr(connection) == f"HttpConnection(127.0.0.1:{peer.origin.port} idle)"
+        assert repr(connection) == f"{name}(127.0.0.1:{peer.origin.port} idle)"
         done = start(connection)
         assert "busy" in repr(connection)
         assert connection.busy
         await done
         assert "idle, kept" in repr(connection)
-        assert repr(pool) == "Pool(1 sockets, 1 origins, 1 opened, 0 reused)"
+        assert repr(pool) == f"{pool_name}(1 sockets, 1 origins, 1 opened, 0 reused)"
         connection.close()
         assert "closed" in repr(connection)

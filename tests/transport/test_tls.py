@@ -12,8 +12,10 @@ import trustme
 from dispatcher.domain.outcome import Fault, Outcome
 from dispatcher.domain.url import Origin
 from dispatcher.ports import Limits
-from dispatcher.transport.pool import Pool, make_tls_context
-from tests.transport.peers import LOOPBACK, OK, Names, connected, make_peer, make_pool, post, sockets, start, until
+from dispatcher.transport.pool import make_tls_context
+from tests.transport.peers import OK, Names, connected, make_peer, make_pool, new_pool, post, sockets, start, until
+
+pytestmark = pytest.mark.usefixtures("each_transport")
 
 NAME = "hooks.example.com"
 
@@ -187,7 +189,7 @@ async def test_stopping_during_handshakes_and_posts(ca: trustme.CA, trusting: ss
     context = server_context(ca, NAME)
     async with make_peer(tls=context, name=NAME) as peer, make_peer() as silent:
         before = sockets()
-        pool = Pool(Limits(), LOOPBACK, tls=trusting, resolver=names())
+        pool = new_pool(tls=trusting, resolver=names())
         done = start(await connected(pool, peer.origin))
         told: list[Any] = []
         for _ in range(5):

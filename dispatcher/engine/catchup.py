@@ -1,0 +1,335 @@
+"""Catching up: what lanes have to read for themselves, one page a turn of the reader.
+
+A lagging lane reads its holes, then its account's events after its cursor, until it meets the head; an endpoint's due
+retries come from their table; a run (a resend or a replay) reads its range once more. Each is bounded in rows, bytes and
+ids passed, each kind has a line in which lanes wait for their page, and whoever wants another goes to its end.
+
+What a page found is applied without an await, and thrown away if its lane or run has moved meanwhile.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+
+from dispatcher.domain.event import Event
+from dispatcher.engine.clock import Clock
+from dispatcher.engine.counters import Counters
+from dispatcher.engine.gaps import Gaps
+from dispatcher.engine.lane import Lane
+from dispatcher.engine.lanes import Lanes
+from dispatcher.engine.runs import LaneRun
+from dispatcher.ports import DueRetry, RunPage, Store
+
+PAGE_ROWS = 200  # a page must not hold up the head
+READ_BYTES_MAX = 4 << 20
+SCAN_IDS_MAX = 200_000  # how many ids one page of a lagging lane may pass over
+
+
+class ReadGate:
+    """Says whether a read is under way, and keeps what must not happen before its result is applied: a batch that was committed meanwhile is
+    released only then, because what the read saw may predate the commit, and only the lane's hands say that an event is settled."""
+
+    def __init__(self) -> None:
+        self.is_reading = False
+        self._waiting: list[Callable[[], None]] = []
+
+    def begin(self) -> None:
+        self.is_reading = True
+
+    def applied(self) -> None:
+        """The read has been applied, or never will be."""
+        self.is_reading = False
+        if self._waiting:
+            actions, self._waiting = self._waiting, []
+            for action in actions:
+                action()
+
+    def after(self, action: Callable[[], None]) -> None:
+        """Run `action` when no read is under way that began before now."""
+        if self.is_reading:
+            self._waiting.append(action)
+        else:
+            action()
+
+
+class CatchUp:
+    """The reader's other half. `offered` is called for each lane that got something to send, `wake` when there is something to read."""
+
+    def __init__(
+        self,
+        store: Store,
+        lanes: Lanes,
+        clock: Clock,
+        counters: Counters,
+        gaps: Gaps,
+        gate: ReadGate,
+        *,
+        head: Callable[[], int],
+        offered: Callable[[Lane], None],
+        wake: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._lanes = lanes
+        self._clock = clock
+        self._counters = counters
+        self._gaps = gaps
+        self._gate = gate
+        self._head = head
+        self._offered = offered
+        self._wake = wake
+        self._lagging: dict[Lane, None] = {}  # want a page, in turn
+        self._retrying: dict[Lane, None] = {}
+        self._running: dict[Lane, None] = {}
+        self._look_times: list[
+            tuple[int, int]
+        ] = []  # heap of (when in µs, endpoint id): a retry due, a run's next page
+
+    @property
+    def is_wanted(self) -> bool:
+        """Tell whether a lane waits for a page."""
+        return bool(self._lagging or self._retrying or self._running)
+
+    def look_at_us(self) -> float:
+        """Return when a lane must be looked at next, by the wall clock; inf if none."""
+        return self._look_times[0][0] if self._look_times else float("inf")
+
+    def look(self, lane: Lane) -> None:
+        """A lane may want a page now: it has room, may send again, or has retries due."""
+        if lane.gone:
+            return
+        now = self._clock.now()
+        if (not lane.live or lane.holes) and lane.room(now):
+            self._lagging[lane] = None
+            self._wake()
+        if lane.next_retry_us is not None and lane.next_retry_us <= self._clock.wall_us() and lane.retry_room(now):
+            self._retrying[lane] = None
+            self._wake()
+        if lane.runs and lane.retry_room(now):
+            at = lane.next_run_at()
+            if at <= now:
+                self._running[lane] = None
+                self._wake()
+            elif at < float("inf") and at != lane.look_at:
+                lane.look_at = at
+                # The µs after it: at a look in the same µs, but before it, it would neither have its page nor stand here again.
+                heapq.heappush(self._look_times, (self._clock.wall_us(at) + 1, lane.id))
+
+    def note_retry(self, lane: Lane, due_us: int) -> None:
+        """A retry row is there, due at `due_us`."""
+        if lane.next_retry_us is None or due_us < lane.next_retry_us:
+            lane.next_retry_us = due_us
+            heapq.heappush(self._look_times, (due_us, lane.id))
+            self._wake()
+
+    def look_again(self) -> None:
+        """Look at the lanes whose time has come."""
+        now_us = self._clock.wall_us()
+        while self._look_times and self._look_times[0][0] <= now_us:
+            _, endpoint_id = heapq.heappop(self._look_times)
+            lane = self._lanes.get(endpoint_id)
+            if lane is not None:
+                self.look(lane)
+
+    # ── lagging lanes ──
+
+    async def read_lagging(self) -> bool:
+        while self._lagging and not self._lanes.memory.is_full:
+            lane = next(iter(self._lagging))
+            del self._lagging[lane]
+            room = 0 if lane.gone else lane.room(self._clock.now())
+            if not room or (lane.live and not lane.holes):
+                continue
+            try:
+                return await (self._read_holes(lane, room) if lane.holes else self._read_account(lane, room))
+            finally:
+                self.look(lane)  # to the end of the line, if it wants more; also when the read failed
+        return False
+
+    async def _read_holes(self, lane: Lane, room: int) -> bool:
+        """Holes first: they are the oldest. A range is done as far as a page has passed it."""
+        holes = lane.holes.page(100)
+        self._gate.begin()
+        pages = await self._store.holes(lane.endpoint.account_id, holes, min(room, PAGE_ROWS), READ_BYTES_MAX)
+        now = self._clock.now()
+        progress = False
+        for (low, high), page in zip(holes, pages, strict=True):
+            assert page.attempted is not None
+            if lane.gone or (page.full and not page.events):
+                continue
+            passed = high
+            for event, skip in zip(page.events, page.attempted, strict=True):
+                if event.id not in lane.holes or event.id in self._gaps:
+                    continue
+                if self._is_due(lane, event, skip):
+                    if not lane.accepts(now):
+                        passed = event.id - 1
+                        break
+                    self._lanes.take(lane, event, now)
+                    lane.late.add(event.id)
+                    lane.backlog = max(0, lane.backlog - 1)
+                    self._offered(lane)
+            else:
+                if page.full:
+                    passed = page.events[-1].id
+            progress = self._fill_holes(lane, low, passed) or progress
+        self._gate.applied()
+        return progress
+
+    def _fill_holes(self, lane: Lane, low: int, high: int) -> bool:
+        """Take low … high out of the lane's holes, also ids in open gaps: the gap path delivers those. (A hole that waited for a gap to close
+        kept the lane from reading on.)"""
+        if high < low:
+            return False
+        before = lane.holes.count()
+        lane.holes.remove(low, high)
+        return lane.holes.count() < before
+
+    async def _read_account(self, first: Lane, room: int) -> bool:
+        """Read the next page of an account for `first` and every other lagging lane of it that stands within the page."""
+        head = self._head()
+        first.pass_over(head)
+        after = first.cursor
+        upto = min(head, after + SCAN_IDS_MAX)
+        account_id = first.endpoint.account_id
+        sharers = [
+            lane for lane in self._lanes.of_account(account_id)
+            if lane is not first and not lane.live and not lane.holes and after <= lane.cursor < upto and lane.room(self._clock.now())
+        ]  # fmt: skip
+        types = first.endpoint.exact_types() if not sharers else None
+        moved = {lane: lane.moved for lane in (first, *sharers)}
+        limit = PAGE_ROWS if sharers else min(room, PAGE_ROWS)
+        self._gate.begin()
+        page = await self._store.account(account_id, after, upto, types, limit, READ_BYTES_MAX)
+        self._counters.lag_reads += 1
+        now = self._clock.now()
+        passed = page.events[-1].id if page.full else upto
+        progress = False
+        for lane, at in moved.items():
+            if lane.gone or lane.live or lane.moved != at or lane.cursor > passed:
+                continue
+            self._take_page(lane, page.events, page.attempted or [], passed, now)
+            progress = progress or lane.moved != at or lane.live
+            self._lagging.pop(lane, None)
+            self.look(lane)
+        self._gate.applied()
+        return progress
+
+    def _take_page(
+        self, lane: Lane, events: Sequence[Event], attempted: Sequence[Sequence[int]], passed: int, now: float
+    ) -> None:
+        """Move a lagging lane over a page: up to `passed`, or to where it has no more room. At the head it is live again."""
+        before = lane.cursor
+        for event, skip in zip(events, attempted, strict=True):
+            if event.id <= before or event.id in self._gaps or event.id in lane.holes:
+                continue
+            if not self._is_due(lane, event, skip):
+                continue
+            if not lane.accepts(now):
+                passed = event.id - 1
+                break
+            self._lanes.take(lane, event, now)
+            lane.late.discard(event.id)
+            lane.backlog = max(0, lane.backlog - 1)
+            self._offered(lane)
+        if passed > before:
+            lane.cursor = passed
+            lane.moved += 1
+        if lane.cursor >= self._head() and not lane.holes and not lane.cant_send(now):
+            lane.live = True
+            lane.backlog = 0
+            self._counters.caught_up += 1
+
+    def _is_due(self, lane: Lane, event: Event, skip: Sequence[int]) -> bool:
+        """Tell whether an event that was read again still has to be sent: valid, without an attempt row, and not in the lane's hands."""
+        if event.id in lane.hands or lane.id in skip or event.is_about(lane.id):
+            return False
+        return lane.is_for(event)
+
+    # ── retries ──
+
+    async def read_retries(self) -> bool:
+        while self._retrying and not self._lanes.memory.is_full:
+            lane = next(iter(self._retrying))
+            del self._retrying[lane]
+            room = 0 if lane.gone else lane.retry_room(self._clock.now())
+            if not room:
+                continue
+            in_hand = len(lane.retry_hands)
+            lane.next_retry_us = None  # what is noted from here on is younger than the page
+            moved = lane.moved
+            self._gate.begin()
+            try:
+                page = await self._store.due_retries(
+                    lane.id, room + in_hand, READ_BYTES_MAX, without_runs=lane.idle_runs()
+                )
+            except BaseException:
+                self.note_retry(lane, 0)  # it still wants them
+                raise
+            self._counters.retry_reads += 1
+            more = page.full
+            came = False
+            if lane.moved != moved and (lane.held or lane.stalled):
+                more = True
+            elif not lane.gone:
+                for retry in page.retries:
+                    key = (retry.event.id, retry.run)
+                    run = lane.runs.get(retry.run)
+                    if key in lane.retry_hands or (run is not None and not run.is_running):
+                        continue  # a run that was paused meanwhile looks again when it goes on
+                    if len(lane.retries) >= room:
+                        more = True
+                        break
+                    lane.retry_hands.add(key)
+                    lane.retries.append(retry)
+                    self._lanes.memory.hold(retry.event)
+                    came = True
+                if came:
+                    self._offered(lane)
+            if more:
+                self.note_retry(lane, 0)
+            elif page.next_due_us is not None:
+                self.note_retry(lane, page.next_due_us)
+            self._gate.applied()
+            return came
+        return False
+
+    # ── runs ──
+
+    async def read_runs(self) -> bool:
+        """Read a page of a resend or replay: the same look at a range of the log as a lagging lane's, for the queue of the lower class."""
+        while self._running and not self._lanes.memory.is_full:
+            lane = next(iter(self._running))
+            del self._running[lane]
+            now = self._clock.now()
+            room = 0 if lane.gone else lane.retry_room(now)
+            run = lane.next_run(now) if room else None
+            if run is None:
+                continue
+            moved, after = run.moved, run.cursor
+            self._gate.begin()
+            try:
+                page = await self._store.run_page(
+                    lane.id, lane.endpoint.account_id, run.spec, after, run.page_rows(room), READ_BYTES_MAX
+                )
+                self._counters.run_reads += 1
+                self._take_run_page(lane, run, page, moved)
+            finally:
+                self.look(lane)  # to the end of the line, if it wants more; also when the read failed
+            self._gate.applied()
+            return bool(page.events) or run.cursor > after
+        return False
+
+    def _take_run_page(self, lane: Lane, run: LaneRun, page: RunPage, moved: int) -> None:
+        if lane.gone or lane.held or lane.stalled or not run.is_running or run.moved != moved:
+            return
+        taken = 0
+        for event in page.events:
+            if event.id in run.hands:
+                continue
+            run.hands[event.id] = None
+            lane.retries.append(DueRetry(event, run.spec.id, 1, 0))
+            self._lanes.memory.hold(event)
+            taken += 1
+        run.cursor = page.passed
+        run.took(taken, self._clock.now())
+        if taken:
+            self._offered(lane)

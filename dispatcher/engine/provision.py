@@ -1,0 +1,162 @@
+"""Partitions ahead of the log: leaves enough for an hour at the highest rate seen, none far too wide; and what landed in the DEFAULT partition
+because there was no leaf becomes one.
+
+What to make is decided in domain/retention.py. Here: in which order, and how often to ask again. `attempt` gets the same leaves as `outbox`,
+and gets them first, so that an attempt always finds its own. Whatever needs the lock of a whole table is tried at most every 30 s, and more
+rarely while it isn't had: each try holds up every producer for as long as it waits, 20 ms.
+
+Needs no lanes: `dispatcher maintain` does this too, beside a running dispatcher or without one.
+"""
+
+from typing import Any
+
+import structlog
+
+from dispatcher.domain.endpoint import FOREVER
+from dispatcher.domain.retention import DAY_S, MARGIN_IDS, Pace, Span, adoption_end, cuts, next_leaf
+from dispatcher.engine.clock import Clock
+from dispatcher.engine.counters import Counters
+from dispatcher.ports import LogShape, Parent, Partitions, TableShape
+
+MEASURE_S = 600.0
+TRY_S, TRY_MAX_S = 30.0, 600.0  # between tries for the lock of a whole table
+
+
+class Patience:
+    """When something that was not to be had may be tried again: after `first_s`, then twice as long each time, `longest_s` at the most."""
+
+    __slots__ = ("_at", "_first_s", "_longest_s", "_wait_s")
+
+    def __init__(self, first_s: float, longest_s: float) -> None:
+        self._first_s, self._longest_s = first_s, longest_s
+        self._at, self._wait_s = float("-inf"), first_s
+
+    def is_over(self, now: float) -> bool:
+        return now >= self._at
+
+    def tried(self, now: float, *, had: bool) -> None:
+        self._at = float("-inf") if had else now + self._wait_s
+        self._wait_s = self._first_s if had else min(self._wait_s * 2, self._longest_s)
+
+
+class Provisioner:
+    def __init__(
+        self, partitions: Partitions, clock: Clock, counters: Counters, *, retention_days: float, log: Any = None
+    ) -> None:
+        self.pace = Pace()
+        self._partitions = partitions
+        self._clock = clock
+        self._counters = counters
+        self._retention_days = retention_days
+        self._log = log or structlog.get_logger(room="janitor")
+        self._measured_at = float("-inf")
+        self._adopting = {"outbox": Patience(TRY_S, TRY_MAX_S), "attempt": Patience(TRY_S, TRY_MAX_S)}
+        self._attaching = Patience(TRY_S, TRY_MAX_S)
+        self._cutting = Patience(TRY_S, TRY_MAX_S)
+
+    @property
+    def is_complete(self) -> bool:
+        """Tell whether nothing waits for a lock that was not to be had."""
+        now = self._clock.now()
+        return all(p.is_over(now) for p in (*self._adopting.values(), self._attaching, self._cutting))
+
+    async def turn(self, shape: LogShape) -> bool:
+        """Do the next thing that there is to do; return whether the shape is another now."""
+        now = self._clock.now()
+        self.pace.saw(shape.last_id, now)
+        if now - self._measured_at >= MEASURE_S:
+            await self._measure(shape)
+            self._measured_at = now
+        adopted = [await self._adopt(shape, "outbox"), await self._adopt(shape, "attempt")]
+        return any(adopted) or await self._extend(shape) or await self._cut(shape)
+
+    async def _measure(self, shape: LogShape) -> None:
+        """Learn from the events' times how many ids a day takes."""
+        last_id, day_ago_us = shape.last_id, shape.wall_us - DAY_S * 1_000_000
+        recent = await self._partitions.first_id_since(day_ago_us, 0, last_id)
+        if recent is None:
+            self.pace.measured(0, DAY_S)
+            return
+        first_id, first_us = recent
+        is_first = await self._partitions.first_id_since(0, 0, last_id) == recent
+        over_s = (shape.wall_us - first_us) / 1e6 if is_first else DAY_S
+        self.pace.measured(last_id - first_id + 1, over_s)
+
+    # ── the DEFAULT partition ──
+
+    async def _adopt(self, shape: LogShape, parent: Parent) -> bool:
+        leaf = self._adoptable(shape, parent)
+        patience = self._adopting[parent]
+        if leaf is None or not patience.is_over(self._clock.now()):
+            return False
+        step = await self._partitions.adopt(parent, leaf)
+        went_on = step in ("fenced", "validated", "adopted")
+        patience.tried(self._clock.now(), had=went_on)
+        if step == "adopted":
+            self._counters.partitions_made += 1
+        if step in ("unfenced", "below"):
+            self._log.warning("partition.not_adopted", table=parent, why=step, low=leaf.low, high=leaf.high)
+        elif step is not None:
+            self._log.info("partition.adopting", table=parent, step=step, low=leaf.low, high=leaf.high)
+        return went_on
+
+    def _adoptable(self, shape: LogShape, parent: Parent) -> Span | None:
+        """Return the leaf that the DEFAULT partition should become, if the log has outrun its leaves."""
+        table = shape.of(parent)
+        if table.fence is not None:
+            return table.fence
+        if parent == "attempt":  # it follows the log, also where it has no rows yet: they will come
+            twins = (leaf for leaf in _with_fence(shape.outbox) if leaf.low <= shape.last_id)
+            return next((leaf for leaf in twins if not any(map(leaf.overlaps, table.leaves))), None)
+        if not table.outside:
+            return None
+        last = table.outside[-1]
+        if last.high < FOREVER:
+            return last
+        return Span(last.low, adoption_end(shape.last_id, self.pace, self._retention_days))
+
+    # ── ahead ──
+
+    async def _extend(self, shape: LogShape) -> bool:
+        leaves = _with_fence(shape.outbox)
+        end = leaves[-1].high if leaves else 0
+        if shape.last_id >= end:
+            if shape.outbox.outside:
+                return False  # it has rows: they are adopted first
+            end = shape.last_id + 2 * MARGIN_IDS
+        ahead = sum(leaf.low > shape.last_id for leaf in leaves)
+        leaf = next_leaf(end, ahead, shape.last_id, self.pace, self._retention_days)
+        if leaf is None or not self._attaching.is_over(self._clock.now()):
+            return False
+        if not any(leaf.overlaps(other) for other in shape.attempt.leaves):
+            had = await self._partitions.attach("attempt", leaf)
+        else:
+            had = True
+        had = had and await self._partitions.attach("outbox", leaf)
+        self._attaching.tried(self._clock.now(), had=had)
+        if had:
+            self._counters.partitions_made += 1
+            self._log.info("partition.made", low=leaf.low, high=leaf.high, last_id=shape.last_id, pace=repr(self.pace))
+        return had
+
+    async def _cut(self, shape: LogShape) -> bool:
+        """Divide the next leaf if it is far too wide: else a slow log would keep events for months beyond their retention."""
+        found = cuts(shape.outbox.leaves, shape.last_id, self.pace, self._retention_days)
+        if found is None or not self._cutting.is_over(self._clock.now()):
+            return False
+        leaf, bounds = found
+        inside = [other for other in shape.attempt.leaves if leaf.low <= other.low and other.high <= leaf.high]
+        if len(inside) > 1:  # cut at an earlier try, which did not come to the outbox
+            bounds = [leaf.low, *(other.high for other in inside)]
+        had = leaf not in shape.attempt.leaves or await self._partitions.recut("attempt", leaf, bounds)
+        had = had and await self._partitions.recut("outbox", leaf, bounds)
+        self._cutting.tried(self._clock.now(), had=had)
+        if had:
+            self._counters.partitions_made += len(bounds) - 2
+            self._log.info("partition.cut", low=leaf.low, high=leaf.high, into=bounds, pace=repr(self.pace))
+        return had
+
+
+def _with_fence(table: TableShape) -> list[Span]:
+    """Return the leaves, and what is about to be one."""
+    return sorted([*table.leaves, *([] if table.fence is None else [table.fence])])

@@ -1,0 +1,337 @@
+-- Version 1 → 2: runs (resend and replay), states of dead letters, counted discards, statistics by the minute, erasure, who owns since when.
+--
+-- `dispatcher migrate` applies it in one transaction. Nothing here takes a lock that producers' inserts wait for.
+
+ALTER TABLE webhook.checkpoint ADD COLUMN owned_since timestamptz;
+
+ALTER TABLE webhook.config_change ADD COLUMN forget boolean NOT NULL DEFAULT false;
+
+CREATE INDEX retry_run ON webhook.retry (run) WHERE run <> 0;
+
+ALTER TABLE webhook.dead_letter
+    ALTER COLUMN payload DROP NOT NULL,
+    ADD COLUMN state text NOT NULL DEFAULT 'open',
+    ADD COLUMN state_changed_at timestamptz,
+    ADD COLUMN resent_run integer,
+    ADD CONSTRAINT dead_letter_state_known CHECK (state IN ('open', 'resent', 'discarded', 'erased')),
+    ADD CONSTRAINT dead_letter_keeps_payload CHECK (payload IS NOT NULL OR state IN ('discarded', 'erased')),
+    ADD CONSTRAINT dead_letter_resent_by_a_run CHECK (state <> 'resent' OR resent_run IS NOT NULL);
+CREATE INDEX dead_letter_open ON webhook.dead_letter (endpoint_id, id) WHERE state = 'open';
+CREATE INDEX dead_letter_resent ON webhook.dead_letter (resent_run, event_id) WHERE resent_run IS NOT NULL;
+CREATE INDEX dead_letter_account_id ON webhook.dead_letter (account_id, id);
+
+CREATE TABLE webhook.discard (
+    id          bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT discard_pkey PRIMARY KEY,
+    endpoint_id bigint      NOT NULL,
+    reason      text        NOT NULL,
+    after_id    bigint      NOT NULL,                                -- of ids in (after_id, upto_id]
+    upto_id     bigint      NOT NULL,
+    deliveries  bigint      NOT NULL,
+    at          timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT discard_reason_known CHECK (reason IN ('expired', 'skipped', 'deleted', 'erased')),
+    CONSTRAINT discard_range_ordered CHECK (after_id <= upto_id AND deliveries >= 0)
+);
+CREATE INDEX discard_endpoint_id ON webhook.discard (endpoint_id, id);
+
+CREATE TABLE webhook.run (
+    id          integer     GENERATED ALWAYS AS IDENTITY CONSTRAINT run_pkey PRIMARY KEY,
+    endpoint_id bigint      NOT NULL CONSTRAINT run_endpoint REFERENCES webhook.endpoint,
+    source      text        NOT NULL DEFAULT 'log',                  -- dead_letter: the dead letters with this resent_run
+    after_id    bigint      NOT NULL,
+    upto_id     bigint      NOT NULL,
+    patterns    text[]      NOT NULL DEFAULT '{*}',
+    only_failed boolean     NOT NULL DEFAULT false,                  -- with a failed attempt, none that succeeded, and no retry to come
+    rate_per_s  double precision,                                    -- NULL: as fast as the endpoint takes it
+    total       bigint      NOT NULL,
+    state       text        NOT NULL DEFAULT 'running',
+    note        text        NOT NULL DEFAULT '',
+    created_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT run_source_known CHECK (source IN ('log', 'dead_letter')),
+    CONSTRAINT run_state_known CHECK (state IN ('running', 'paused', 'canceled')),
+    CONSTRAINT run_range_ordered CHECK (0 <= after_id AND after_id <= upto_id),
+    CONSTRAINT run_patterns_some CHECK (cardinality(patterns) BETWEEN 1 AND 100),
+    CONSTRAINT run_rate_range CHECK (rate_per_s > 0 AND rate_per_s <= 100000)
+);
+CREATE INDEX run_endpoint_id ON webhook.run (endpoint_id, id);
+
+CREATE TABLE webhook.run_progress (
+    run_id      integer     NOT NULL CONSTRAINT run_progress_pkey PRIMARY KEY CONSTRAINT run_progress_run REFERENCES webhook.run,
+    settled     bigint      NOT NULL,
+    attempted   bigint      NOT NULL DEFAULT 0,                      -- deliveries, not attempts
+    delivered   bigint      NOT NULL DEFAULT 0,
+    dead        bigint      NOT NULL DEFAULT 0,
+    finished_at timestamptz,
+    CONSTRAINT run_progress_counts CHECK (settled >= 0 AND delivered >= 0 AND dead >= 0 AND delivered + dead <= attempted)
+);
+CREATE INDEX run_progress_open ON webhook.run_progress (run_id) WHERE finished_at IS NULL;
+
+CREATE TABLE webhook.endpoint_stat (
+    minute      timestamptz NOT NULL,                                -- when it began
+    endpoint_id bigint      NOT NULL,
+    epoch       bigint      NOT NULL,
+    delivered   integer     NOT NULL,                                -- attempts
+    failed      integer     NOT NULL,                                -- attempts
+    dead        integer     NOT NULL,                                -- deliveries given up
+    duration_ms bigint      NOT NULL,                                -- of all attempts together
+    durations   integer[]   NOT NULL,                                -- attempts that took < 1 ms, < 2, < 4, … the last: all longer ones
+    CONSTRAINT endpoint_stat_pkey PRIMARY KEY (minute, endpoint_id, epoch)
+);
+CREATE INDEX endpoint_stat_endpoint_id ON webhook.endpoint_stat (endpoint_id, minute);
+
+CREATE TABLE webhook.erasure (
+    id             bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT erasure_pkey PRIMARY KEY,
+    account_id     text        NOT NULL,
+    event_id       bigint,                                           -- NULL: the whole account
+    events         bigint      NOT NULL DEFAULT 0,
+    response_heads bigint      NOT NULL DEFAULT 0,
+    dead_letters   bigint      NOT NULL DEFAULT 0,
+    tests          bigint      NOT NULL DEFAULT 0,
+    endpoints      bigint      NOT NULL DEFAULT 0,
+    erased_by      text        NOT NULL DEFAULT session_user,
+    began_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
+    ended_at       timestamptz                                       -- NULL: it was interrupted; repeat it
+);
+
+CREATE OR REPLACE TRIGGER run_changed
+    AFTER INSERT OR DELETE OR UPDATE OF rate_per_s, state
+    ON webhook.run FOR EACH ROW EXECUTE FUNCTION webhook.note_config_change();
+
+CREATE OR REPLACE FUNCTION webhook.note_erasure(endpoint_ids bigint[]) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog
+    AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(9324665, 3);
+    INSERT INTO webhook.config_change (endpoint_id, forget) SELECT unnest(endpoint_ids), true;
+    PERFORM pg_notify('webhook_config', '');
+END
+$$;
+
+CREATE OR REPLACE FUNCTION webhook.tell_of_endpoint(about bigint, event_type text, why text, failed_since timestamptz) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog
+    AS $$
+DECLARE
+    since CONSTANT text := to_char(failed_since AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"');
+    told  bigint;
+BEGIN
+    INSERT INTO webhook.outbox (account_id, type, payload)
+    SELECT e.account_id, event_type,
+           CASE event_type
+               WHEN 'endpoint.disabled' THEN json_build_object(
+                   'endpoint', who, 'reason', why, 'failing_since', since, 'held_events',
+                   coalesce((SELECT l.backlog FROM webhook.lane AS l WHERE l.endpoint_id = about), 0))
+               ELSE json_build_object('endpoint', who, 'reason', why, 'failing_since', since)
+           END
+    FROM webhook.endpoint AS e
+    CROSS JOIN LATERAL json_build_object('id', e.id, 'name', e.name, 'url', e.url) AS who
+    WHERE e.id = about
+    RETURNING id INTO told;
+    WITH own AS (
+        UPDATE webhook.subscription SET until_id = told - 1
+        WHERE endpoint_id = about AND until_id IS NULL AND pattern IN ('*', 'endpoint.*', event_type)
+        RETURNING pattern
+    )
+    INSERT INTO webhook.subscription (endpoint_id, pattern, since_id) SELECT about, pattern, told FROM own;
+END
+$$;
+
+-- ─── Partitions ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+-- What a running dispatcher needs done to the partitions, whoever owns them. Each function sees for itself that what it is asked is safe.
+-- Behind one that waits for a table's exclusive lock everybody waits: so it waits for 20 ms and fails with lock_not_available, which means
+-- "not now". The leaves of outbox and attempt have the same bounds; each table is changed in a transaction of its own.
+
+-- The leaves, with bounds where they are numbers: not the DEFAULT partition's.
+CREATE OR REPLACE FUNCTION webhook.leaves(OUT parent text, OUT leaf regclass, OUT low bigint, OUT high bigint) RETURNS SETOF record
+    LANGUAGE sql STABLE SET search_path = pg_catalog
+    AS $$
+    SELECT p.relname::text, c.oid::regclass, b.found[1]::bigint, b.found[2]::bigint
+    FROM pg_inherits AS i
+    JOIN pg_class AS p ON p.oid = i.inhparent
+    JOIN pg_class AS c ON c.oid = i.inhrelid
+    CROSS JOIN LATERAL regexp_match(pg_get_expr(c.relpartbound, c.oid), '^FOR VALUES FROM \(''?(\d+)''?\) TO \(''?(\d+)''?\)$') AS b (found)
+    WHERE i.inhparent IN ('webhook.outbox'::regclass, 'webhook.attempt'::regclass)
+$$;
+
+-- Make an empty leaf for ids that have not been handed out. LIKE and ATTACH, because CREATE … PARTITION OF needs the parent exclusively; the
+-- DEFAULT partition is locked and, unless it is empty or fenced (adopt_default), read through.
+CREATE OR REPLACE FUNCTION webhook.attach_partition(parent text, low bigint, high bigint) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog SET lock_timeout = '20ms'
+    AS $$
+DECLARE
+    leaf CONSTANT text := parent || '_p' || low;
+BEGIN
+    IF parent NOT IN ('outbox', 'attempt') OR low >= high THEN
+        RAISE EXCEPTION 'no such partition: % from % to %', parent, low, high USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    -- A statement goes by the partitions that it saw when it began: if it came to an id of the new one, it would fail. So there must be
+    -- none, or it must be far off.
+    IF parent = 'outbox' AND low - webhook.last_id() < 100000 THEN
+        LOCK TABLE ONLY webhook.outbox IN ACCESS EXCLUSIVE MODE;
+    END IF;
+    IF low <= webhook.last_id() THEN
+        RAISE EXCEPTION 'ids from % on have been handed out', low USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    EXECUTE format('CREATE TABLE webhook.%I (LIKE webhook.%I INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING STORAGE INCLUDING INDEXES)', leaf, parent);
+    EXECUTE format('ALTER TABLE webhook.%I ATTACH PARTITION webhook.%I FOR VALUES FROM (%L) TO (%L)', parent, leaf, low, high);
+END
+$$;
+
+-- Replace an empty leaf by those between the cuts, if it lies above all ids handed out and is too wide; or, without cuts, by nothing, if it is
+-- settled. Attempts still come for events that are gone, of dead letters that are resent: their oldest leaf stays, and takes in the range of the
+-- one that goes. The parent's lock is needed: nobody may insert for a moment.
+CREATE OR REPLACE FUNCTION webhook.recut_partition(parent text, lowest bigint, cuts bigint[]) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog SET lock_timeout = '20ms'
+    AS $$
+DECLARE
+    old      record;
+    oldest   record;
+    is_empty boolean;
+    is_safe  boolean;
+BEGIN
+    IF parent NOT IN ('outbox', 'attempt') THEN
+        RAISE EXCEPTION 'no such table: %', parent USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    EXECUTE format('LOCK TABLE ONLY webhook.%I IN ACCESS EXCLUSIVE MODE', parent);
+    SELECT l.leaf, l.low, l.high INTO old FROM webhook.leaves() AS l WHERE l.parent = recut_partition.parent AND l.low = lowest;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'no partition of % begins at %', parent, lowest USING ERRCODE = 'undefined_object';
+    END IF;
+    EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', old.leaf);
+    EXECUTE format('SELECT NOT EXISTS (SELECT FROM %s)', old.leaf) INTO is_empty;
+    IF cardinality(cuts) = 0 THEN
+        SELECT is_empty AND old.high - 1 <= k.position AND NOT k.gaps && int8range(old.low, old.high) INTO is_safe FROM webhook.checkpoint AS k;
+        IF parent = 'attempt' THEN
+            SELECT l.leaf, l.low INTO oldest FROM webhook.leaves() AS l WHERE l.parent = 'attempt' AND l.high = old.low;
+            is_safe := FOUND AND is_safe AND NOT EXISTS (
+                SELECT FROM webhook.leaves() AS l WHERE l.parent = 'outbox' AND l.low < old.high AND l.high > oldest.low
+            );
+        END IF;
+    ELSE
+        is_safe := is_empty AND old.low > webhook.last_id() AND cuts[1] = old.low AND cuts[cardinality(cuts)] = old.high
+            AND cuts = ARRAY(SELECT DISTINCT c FROM unnest(cuts) AS c ORDER BY c);
+    END IF;
+    IF NOT is_safe THEN
+        RAISE EXCEPTION 'partition % is in use, or the cuts % don''t fit it', old.leaf, cuts USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    EXECUTE format('DROP TABLE %s', old.leaf);
+    IF oldest IS NOT NULL THEN
+        EXECUTE format('ALTER TABLE webhook.attempt DETACH PARTITION %s', oldest.leaf);
+        EXECUTE format('ALTER TABLE webhook.attempt ATTACH PARTITION %s FOR VALUES FROM (%L) TO (%L)', oldest.leaf, oldest.low, old.high);
+    END IF;
+    FOR n IN 1 .. cardinality(cuts) - 1 LOOP
+        PERFORM webhook.attach_partition(parent, cuts[n], cuts[n + 1]);
+    END LOOP;
+END
+$$;
+
+-- Empty a leaf of the log and the attempts of its events, for the dispatcher that rules: NULL if another does. What in it is not settled
+-- must have been counted in this transaction. Touches nothing but the two leaves, so nobody's open transaction on the log is in the way.
+-- The checkpoint's row is held, so that no other dispatcher can begin to read before this is committed. Returns the bytes that it freed.
+CREATE OR REPLACE FUNCTION webhook.expire_partition(low bigint, high bigint, ruling bigint) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog SET lock_timeout = '2s'
+    AS $$
+DECLARE
+    old    record;
+    tables text;
+    freed  bigint;
+    safe   boolean;
+BEGIN
+    SELECT l.leaf, l.low, l.high INTO old FROM webhook.leaves() AS l
+        WHERE l.parent = 'outbox' AND l.low = expire_partition.low AND l.high = expire_partition.high;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'no partition of outbox goes from % to %', low, high USING ERRCODE = 'undefined_object';
+    END IF;
+    SELECT old.high - 1 <= k.position AND NOT k.gaps && int8range(old.low, old.high) INTO safe
+        FROM webhook.checkpoint AS k WHERE k.epoch = ruling FOR SHARE;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    IF NOT safe THEN
+        RAISE EXCEPTION 'partition % is not settled', old.leaf USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    SELECT string_agg(l.leaf::text, ', ' ORDER BY l.parent DESC, l.low), sum(pg_total_relation_size(l.leaf)) INTO tables, freed
+        FROM webhook.leaves() AS l WHERE l.low >= old.low AND l.high <= old.high;
+    PERFORM set_config('lock_timeout', '20ms', true);
+    EXECUTE 'TRUNCATE ' || tables;
+    RETURN freed - (SELECT sum(pg_total_relation_size(l.leaf)) FROM webhook.leaves() AS l WHERE l.low >= old.low AND l.high <= old.high);
+END
+$$;
+
+-- The DEFAULT partition has got rows, because the log outran its leaves: make it the leaf from `low` to `upto`, where there is none, and put
+-- an empty one in its place. No row moves, so no reader can miss one. In steps, one a call:
+--   fenced     a CHECK with these bounds bars ids beyond them, of which none can come for a while
+--   validated  … and is known to hold for the rows that are there, which took reading them, but no lock that anybody waits for
+--   adopted    so the exchange is a matter of the catalogue: 4 ms under the parent's lock, for any number of rows
+-- Or `below`: there are rows below `low`; `unfenced`: there are others, or the ids have come too close to the fence.
+CREATE OR REPLACE FUNCTION webhook.adopt_default(parent text, low bigint, upto bigint) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog SET lock_timeout = '20ms'
+    AS $$
+DECLARE
+    spare   CONSTANT text := parent || '_default';
+    key     CONSTANT text := CASE parent WHEN 'outbox' THEN 'id' ELSE 'event_id' END;
+    fence   record;
+    leaf    text;
+    found   boolean;
+BEGIN
+    IF parent NOT IN ('outbox', 'attempt') THEN
+        RAISE EXCEPTION 'no such table: %', parent USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    SELECT k.conname, k.convalidated, split_part(k.conname, '_', 3)::bigint AS low, split_part(k.conname, '_', 4)::bigint AS upto INTO fence
+        FROM pg_constraint AS k WHERE k.conrelid = format('webhook.%I', spare)::regclass AND k.conname LIKE parent || '\_fence\_%';
+    IF fence.conname IS NULL THEN
+        EXECUTE format('SELECT EXISTS (SELECT FROM webhook.%I WHERE %I < $1)', spare, key) INTO found USING low;
+        IF found THEN
+            RETURN 'below';
+        END IF;
+        IF EXISTS (
+            SELECT FROM webhook.leaves() AS l WHERE l.parent = adopt_default.parent AND l.low < adopt_default.upto AND l.high > adopt_default.low
+        ) OR (upto - webhook.last_id() < 100000 AND NOT EXISTS (
+            SELECT FROM webhook.leaves() AS l WHERE l.parent = adopt_default.parent AND l.low = adopt_default.upto
+        )) THEN
+            RAISE EXCEPTION '% can''t reach from % to %', spare, low, upto USING ERRCODE = 'object_not_in_prerequisite_state';
+        END IF;
+        EXECUTE format('ALTER TABLE webhook.%I ADD CONSTRAINT %I CHECK (%I >= %L AND %I < %L) NOT VALID',
+                       spare, parent || '_fence_' || low || '_' || upto, key, low, key, upto);
+        RETURN 'fenced';
+    END IF;
+    IF fence.upto - webhook.last_id() < 100000 AND NOT EXISTS (
+        SELECT FROM webhook.leaves() AS l WHERE l.parent = adopt_default.parent AND l.low = fence.upto
+    ) THEN
+        EXECUTE format('ALTER TABLE webhook.%I DROP CONSTRAINT %I', spare, fence.conname);
+        RETURN 'unfenced';
+    END IF;
+    IF NOT fence.convalidated THEN
+        BEGIN
+            EXECUTE format('ALTER TABLE webhook.%I VALIDATE CONSTRAINT %I', spare, fence.conname);
+        EXCEPTION WHEN check_violation THEN
+            EXECUTE format('ALTER TABLE webhook.%I DROP CONSTRAINT %I', spare, fence.conname);
+            RETURN 'unfenced';
+        END;
+        RETURN 'validated';
+    END IF;
+    leaf := parent || '_p' || fence.low;
+    EXECUTE format('LOCK TABLE ONLY webhook.%I IN ACCESS EXCLUSIVE MODE', parent);
+    EXECUTE format('ALTER TABLE webhook.%I DETACH PARTITION webhook.%I', parent, spare);
+    EXECUTE format('ALTER TABLE webhook.%I ATTACH PARTITION webhook.%I FOR VALUES FROM (%L) TO (%L)', parent, spare, fence.low, fence.upto);
+    EXECUTE format('ALTER TABLE webhook.%I DROP CONSTRAINT %I', spare, fence.conname);
+    EXECUTE format('ALTER TABLE webhook.%I RENAME TO %I', spare, leaf);
+    EXECUTE format('CREATE TABLE webhook.%I (LIKE webhook.%I INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING STORAGE INCLUDING INDEXES)', spare, parent);
+    EXECUTE format('ALTER TABLE webhook.%I ATTACH PARTITION webhook.%I DEFAULT', parent, spare);
+    RETURN 'adopted';
+END
+$$;
+
+REVOKE ALL ON FUNCTION webhook.attach_partition(text, bigint, bigint), webhook.recut_partition(text, bigint, bigint[]),
+    webhook.expire_partition(bigint, bigint, bigint), webhook.adopt_default(text, bigint, bigint) FROM PUBLIC;
+
+DO $$
+BEGIN
+    IF EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = 'webhook_dispatcher') THEN
+        GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES IN SCHEMA webhook TO webhook_dispatcher;
+        GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA webhook TO webhook_dispatcher;
+        GRANT EXECUTE ON FUNCTION webhook.attach_partition(text, bigint, bigint), webhook.recut_partition(text, bigint, bigint[]),
+            webhook.expire_partition(bigint, bigint, bigint), webhook.adopt_default(text, bigint, bigint) TO webhook_dispatcher;
+    END IF;
+END
+$$;
+
+INSERT INTO webhook.schema_version (version) VALUES (2);

@@ -1,0 +1,99 @@
+"""Every released schema, brought up to date, is the schema of a fresh installation; and keeps its data."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from dispatcher import settings as settings_module
+from dispatcher.errors import DatabaseAwayError
+from dispatcher.store import embedded, migrate
+from tests.conftest import connected, dsn_of
+
+RELEASED = Path(__file__).parent.parent / "schemas"
+SETTINGS = settings_module.Settings()
+
+# What a schema is, but for the leaves of partitioned tables: they differ with age.
+STRUCTURE = """
+SELECT 'column', c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull::text, pg_get_expr(d.adbin, d.adrelid),
+       a.attidentity::text || a.attstorage::text
+FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
+WHERE c.relnamespace = 'webhook'::regnamespace AND c.relkind IN ('r', 'p') AND NOT c.relispartition
+UNION ALL
+SELECT 'constraint', c.relname, k.conname, pg_get_constraintdef(k.oid), '', '', '' FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid
+WHERE k.connamespace = 'webhook'::regnamespace AND NOT c.relispartition
+UNION ALL
+SELECT 'index', c.relname, i.relname, pg_get_indexdef(x.indexrelid), '', '', '' FROM pg_index x
+JOIN pg_class c ON c.oid = x.indrelid JOIN pg_class i ON i.oid = x.indexrelid
+WHERE c.relnamespace = 'webhook'::regnamespace AND NOT c.relispartition
+UNION ALL
+SELECT 'trigger', c.relname, t.tgname, pg_get_triggerdef(t.oid), '', '', '' FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
+WHERE c.relnamespace = 'webhook'::regnamespace AND NOT c.relispartition AND NOT t.tgisinternal
+UNION ALL
+SELECT 'function', p.proname, p.oid::regprocedure::text, regexp_replace(p.prosrc, '\\s+', ' ', 'g'), p.prosecdef::text, p.proconfig::text,
+       CASE WHEN p.proacl IS NULL THEN '' ELSE (SELECT string_agg(a.grantee::regrole::text || a.privilege_type, ',' ORDER BY 1)
+                                               FROM aclexplode(p.proacl) a WHERE a.grantee <> p.proowner) END
+FROM pg_proc p WHERE p.pronamespace = 'webhook'::regnamespace
+UNION ALL
+SELECT 'grant', c.relname, a.grantee::regrole::text, a.privilege_type, '', '', '' FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a
+WHERE c.relnamespace = 'webhook'::regnamespace AND NOT c.relispartition
+"""
+
+
+@pytest.fixture(params=sorted(RELEASED.glob("*.sql")), ids=lambda path: f"version {path.stem}")
+async def old(request: pytest.FixtureRequest, server: embedded.EmbeddedServer) -> AsyncIterator[str]:
+    """A database with a released schema and something in it."""
+    name = f"old_{request.param.stem}"
+    async with connected(server.dsn) as connection:
+        await connection.execute(f"CREATE DATABASE {name}")
+    dsn = dsn_of(server.dsn, name)
+    async with connected(dsn) as connection:
+        await connection.execute(request.param.read_text())
+        await connection.execute(
+            "INSERT INTO webhook.endpoint (account_id, url, state) VALUES ('acct', 'https://a.example/hook', 'live');"
+            "INSERT INTO webhook.outbox (account_id, type, payload) SELECT 'acct', 'a.b', '{}' FROM generate_series(1, 5);"
+            "INSERT INTO webhook.dead_letter"
+            " (endpoint_id, event_id, run, account_id, type, payload, created_at, attempts, first_attempt_at, reason, fault)"
+            " VALUES (1, 1, 0, 'acct', 'a.b', '{\"kept\": 1}', now(), 3, now(), 'the last', 'status')"
+        )
+    yield dsn
+    async with connected(server.dsn) as connection:
+        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+async def structure(connection: asyncpg.Connection) -> set[tuple[object, ...]]:
+    return {tuple(row) for row in await connection.fetch(STRUCTURE)}
+
+
+async def test_an_old_schema_becomes_todays(old: str, db: asyncpg.Connection) -> None:
+    async with connected(old) as connection:
+        before = await connection.fetchval("SELECT max(version) FROM webhook.schema_version")
+        migrated = await migrate.migrate(connection, SETTINGS)
+        assert len(migrated.done) == migrate.SCHEMA_VERSION - before
+        today, upgraded = await structure(db), await structure(connection)
+        assert today - upgraded == set(), "missing after the upgrade"
+        assert upgraded - today == set(), "more than a fresh installation has"
+        assert await migrate.check(connection, SETTINGS) == []
+        assert (await migrate.migrate(connection, SETTINGS)).done == (), "nothing is left to do"
+        row = await connection.fetchrow("SELECT state, payload::text AS payload FROM webhook.dead_letter")
+        assert (row["state"], row["payload"]) == ("open", '{"kept": 1}')
+        assert await connection.fetchval("SELECT count(*) FROM webhook.outbox") == 5
+
+
+async def test_schema_sql_refuses_to_pass_over_an_older_one(old: str) -> None:
+    async with connected(old) as connection:
+        with pytest.raises(asyncpg.RaiseError, match="older version"):
+            await connection.execute(migrate.schema_sql())
+
+
+async def test_an_upgrade_that_finds_a_lock_changes_nothing(old: str) -> None:
+    async with connected(old) as other, connected(old) as connection:
+        before = await structure(connection)
+        async with other.transaction():
+            await other.execute("LOCK TABLE webhook.dead_letter IN ACCESS SHARE MODE")
+            with pytest.raises(DatabaseAwayError, match="nothing was changed"):
+                await migrate.migrate(connection, SETTINGS)
+        assert await structure(connection) == before
+        await migrate.migrate(connection, SETTINGS)
