@@ -8,7 +8,9 @@ from typing import Any
 
 import asyncpg
 
+from dispatcher.engine.engine import Engine, State
 from dispatcher.sink import Behaviour
+from dispatcher.store.postgres import PgStore
 from tests.rig import Rig, rig, until
 
 QUICK = {"retry_schedule_s": (1, 1), "breaker_wait_s": 0.2, "breaker_wait_max_s": 0.4}
@@ -187,6 +189,29 @@ async def test_a_run_survives_a_server_that_lost_its_memory(dsn: str) -> None:
         assert r.engine.counters.starts == 2
         assert await delivered_in(r, run) == ids
         await holds(r)
+
+
+async def test_a_standby_goes_on_with_a_replay(dsn: str) -> None:
+    async with rig(dsn) as r:
+        endpoint = await r.endpoint(behaviour=Behaviour(delay_s=0.01))
+        ids = await r.emit(300)
+        await r.settled()
+        run = await start_run(r, endpoint, ids, rate_per_s=200.0)
+        await until(lambda: len(r.received) >= 350)
+        standby = Engine(PgStore(dsn, r.settings), r.transport, r.settings, owner="standby")
+        waiting = asyncio.create_task(standby.run())
+        await until(lambda: standby.state is State.STANDBY)
+        await r.kill()
+        await until(lambda: standby.state is State.OWNER)
+        await finished(r, run)
+        assert await delivered_in(r, run) == ids
+        row = await progress(r, run)
+        assert (row["attempted"], row["delivered"]) == (300, 300)
+        assert len(r.received) - 600 <= 100, "repeated is what was in flight at the most"
+        await holds(r)
+        standby.stop()
+        await waiting
+        await r.start()  # what the rig ends
 
 
 async def test_a_resend_beside_a_pending_retry(dsn: str) -> None:
