@@ -563,7 +563,7 @@ BEGIN
         is_safe := is_empty AND old.low > webhook.last_id() AND cuts[1] = old.low AND cuts[cardinality(cuts)] = old.high
             AND cuts = ARRAY(SELECT DISTINCT c FROM unnest(cuts) AS c ORDER BY c);
     END IF;
-    IF NOT is_safe THEN
+    IF is_safe IS NOT TRUE THEN
         RAISE EXCEPTION 'partition % is in use, or the cuts % don''t fit it', old.leaf, cuts USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
     EXECUTE format('DROP TABLE %s', old.leaf);
@@ -599,7 +599,7 @@ BEGIN
     IF NOT FOUND THEN
         RETURN NULL;
     END IF;
-    IF NOT safe THEN
+    IF safe IS NOT TRUE THEN
         RAISE EXCEPTION 'partition % is not settled', old.leaf USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
     SELECT string_agg(l.leaf::text, ', ' ORDER BY l.parent DESC, l.low), sum(pg_total_relation_size(l.leaf)) INTO tables, freed

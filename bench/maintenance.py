@@ -3,7 +3,7 @@
 Four phases a round, alternating: quiet, maintenance, and both again while a producer that has inserted holds its transaction
 open. Producers commit single rows at Poisson instants; a wait is counted from the instant at which the row was due (no
 coordinated omission). Maintenance is far denser than it ever is: in a phase up to 22 leaves of 10,000 events of 2 kB are
-emptied with their attempts, their shells dropped, eight pairs of leaves attached and three divided; the service does each of
+emptied with their attempts, their shells dropped, five pairs of leaves attached and three divided; the service does each of
 these about once a day. A dispatcher runs, reading the log. Misleading when: the disk's flushes, which most of a commit's
 time goes to, differ from phase to phase; several rounds show how much.
 """
@@ -30,7 +30,6 @@ EVENTS = 10_000  # in a leaf that is emptied
 WIDTH = 20_000
 FIRST = 100_000  # where the leaves that are emptied begin
 LEAVES_MAX = 44
-END = 40_000_000
 ATTACHED, DIVIDED = 5, 3  # in a phase; more would be so many leaves that their number is what is measured
 INSERT = "INSERT INTO webhook.outbox (account_id, type, payload) VALUES ($1, 'message.delivered', $2)"
 PARENTS: tuple[Parent, ...] = ("attempt", "outbox")
@@ -119,7 +118,7 @@ class _Work:
         self._expiries = expiries
         self._done = done
         self._shells: list[Span] = []
-        self._end = END
+        self._wide: list[Span] = []
         self._freed = 0
 
     async def run(self, seconds: float) -> int:
@@ -154,16 +153,20 @@ class _Work:
             self._shells.append(self._leaves.pop(0))
 
     async def _attach(self) -> None:
-        leaf = Span(self._end, self._end + 1_000)
+        end = (await self._partitions.shape()).outbox.leaves[-1].high  # the service adds its own
+        leaf = Span(end, end + 1_000)
         had = all([await self._partitions.attach(parent, leaf) for parent in PARENTS])
         self._note("attached", had=had)
-        self._end += 1_000
+        if had:
+            self._wide.append(leaf)
 
     async def _divide(self) -> None:
-        low = self._end - 1_000
-        had = low >= END and await self._partitions.recut("outbox", Span(low, self._end), [low, low + 500, self._end])
-        self._note("divided", had=had)
-        await self._attach()
+        if self._wide:
+            leaf = self._wide[0]
+            had = await self._partitions.recut("outbox", leaf, [leaf.low, leaf.low + 500, leaf.high])
+            self._note("divided", had=had)
+            if had:
+                self._wide.pop(0)
 
     async def _drop(self) -> None:
         try:
