@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from dispatcher.engine.engine import State
+from dispatcher.engine.engine import Engine, State
 from dispatcher.sink import Behaviour
 from dispatcher.store import status as status_module
+from dispatcher.store.postgres import PgStore
 from dispatcher.store.status import read_status
 from tests.process.support import Dispatcher, dispatching, frozen, standing_by
 from tests.rig import Rig, rig, until
@@ -91,11 +92,11 @@ async def test_an_owner_its_standby_and_what_becomes_of_them(dsn: str) -> None:
 
 async def test_what_an_engine_says_of_itself(dsn: str) -> None:
     async with rig(dsn) as first, rig(dsn, start=False) as second:
+        new = Engine(PgStore(dsn, second.settings), second.transport, second.settings, owner="new")
+        assert new.state is State.STARTING
         assert first.engine.state is State.OWNER
         starting = asyncio.create_task(second.start())
-        await until(lambda: second.task is not None)
-        assert second.engine.state is State.STARTING
-        await until(lambda: second.engine.state is State.STANDBY)
+        await until(lambda: second.task is not None and second.engine.state is State.STANDBY)
         await standing_by(first.db)
         await first.stop()
         assert first.engine.state is State.STOPPED
