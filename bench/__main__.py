@@ -40,7 +40,7 @@ LIMIT_SHARE = 0.9  # of one core: a sink that used more was the limit
 @click.option(
     "--only", type=click.Choice(["throughput", "latency", "replay", "transport", "maintenance"]), help="One scenario."
 )
-@click.option("--seconds", type=float, help="Length of a phase of maintenance; the transaction is held for two.")
+@click.option("--seconds", type=float, help="How long maintenance's transaction is held.")
 def main(quick: bool, sink_kind: str, rounds: int | None, out: Path, only: str | None, seconds: float | None) -> None:
     """Measure the dispatcher: CPU and rate of deliveries against the barest client, and commit → received latency."""
     console = Console(stderr=True)
@@ -63,7 +63,7 @@ def main(quick: bool, sink_kind: str, rounds: int | None, out: Path, only: str |
 
 
 def _scenarios(
-    quick: bool, rounds: int, kind: str, progress: Callable[[str], None], phase_s: float | None
+    quick: bool, rounds: int, kind: str, progress: Callable[[str], None], held_s: float | None
 ) -> list[tuple[str, Callable[[], Any]]]:
     events = 100_000 if quick else 300_000
     seconds = 8 if quick else 30
@@ -83,7 +83,7 @@ def _scenarios(
             for rate in ((100, 1_000) if quick else (1, 100, 1_000, 3_000))
         ),
         ("transport", lambda: transport.run(rounds=rounds, events=events // 10, endpoints=100, in_flight=1_000, kind=kind, progress=progress)),
-        ("maintenance", lambda: maintenance.run(seconds=phase_s or seconds, rounds=rounds, progress=progress)),
+        ("maintenance", lambda: maintenance.run(held_s=held_s or (30 if quick else 600), progress=progress)),
     ]  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """Maintenance: what producers notice while partitions are made, emptied and dropped, with and without a transaction of theirs open throughout.
 
-Four phases a round, alternating: quiet, maintenance, and both again while a producer that has inserted holds its transaction
-open. Producers commit single rows at Poisson instants; a wait is counted from the instant at which the row was due (no
-coordinated omission). Maintenance is far denser than it ever is: in a phase up to 22 leaves of 10,000 events of 2 kB are
-emptied with their attempts, their shells dropped, five pairs of leaves attached and three divided; the service does each of
-these about once a day. A dispatcher runs, reading the log. Misleading when: the disk's flushes, which most of a commit's
-time goes to, differ from phase to phase; several rounds show how much.
+Slices of 15 s, in turn without and with maintenance, so that both meet the same moods of the disk; then the same again
+while a producer that has inserted holds its transaction open from the first slice to the last. Producers commit single
+rows at Poisson instants; a wait is counted from the instant at which the row was due (no coordinated omission).
+Maintenance is far denser than it ever is: in each of its slices two leaves of 10,000 events of 2 kB are emptied with their
+attempts, four shells are dropped, a pair of leaves is attached and one is divided; the service does each of these about
+once a day. A dispatcher runs, reading the log. Misleading when: the disk's flushes, which most of a commit's time goes to,
+differ from slice to slice; the ratio is of all slices' waits together.
 """
 
 import asyncio
@@ -27,23 +28,29 @@ from dispatcher.store.partitions import PgPartitions
 PRODUCERS = 8
 RATE = 500.0
 EVENTS = 10_000  # in a leaf that is emptied
-WIDTH = 20_000
+WIDTH = 15_000
 FIRST = 100_000  # where the leaves that are emptied begin
-LEAVES_MAX = 44
-ATTACHED, DIVIDED = 5, 3  # in a phase; more would be so many leaves that their number is what is measured
+SLICE_S = 15.0
+EMPTIED = 2  # in a slice with maintenance
+SLICES_MAX = 24  # with maintenance; more would be so many leaves that their number is what is measured
 INSERT = "INSERT INTO webhook.outbox (account_id, type, payload) VALUES ($1, 'message.delivered', $2)"
 PARENTS: tuple[Parent, ...] = ("attempt", "outbox")
 
 
-async def run(*, seconds: float, rounds: int, progress: Any) -> dict[str, Any]:
-    """Return percentiles of an insert's time in ms by phase, and what maintenance did meanwhile."""
+async def run(*, held_s: float, progress: Any) -> dict[str, Any]:
+    """Return percentiles of an insert's time in ms by kind of slice, and what maintenance did meanwhile.
+
+    `held_s`: how long the transaction is held; without one it is a fifth of that.
+    """
+    pairs = {"quiet": max(1, round(held_s / SLICE_S / 10)), "held": max(1, round(held_s / SLICE_S / 2))}
+    if sum(pairs.values()) > SLICES_MAX:
+        raise ValueError(f"the transaction can be held for {SLICES_MAX * 2 * SLICE_S * 5 / 6:.0f} s at most")
     waits: defaultdict[str, list[float]] = defaultdict(list)
     done: Counter[str] = Counter()
     freed = {"quiet": 0, "held": 0}
     with rig.postgres() as (dsn, _):
         connection = await rig.install(dsn, endpoints=0, port=1, in_flight=1)
-        expiries = max(1, min(int(seconds / 3), LEAVES_MAX // (2 * rounds)))
-        leaves = [Span(FIRST + n * WIDTH, FIRST + (n + 1) * WIDTH) for n in range(expiries * 2 * rounds)]
+        leaves = [Span(FIRST + n * WIDTH, FIRST + (n + 1) * WIDTH) for n in range(EMPTIED * sum(pairs.values()))]
         progress(f"maintenance: filling {len(leaves)} leaves")
         await _fill(connection, dsn, leaves)
         async with rig.dispatcher(dsn, connection):
@@ -52,16 +59,14 @@ async def run(*, seconds: float, rounds: int, progress: Any) -> dict[str, Any]:
                 await asyncio.sleep(0.1)
             producers = [await asyncpg.connect(dsn) for _ in range(PRODUCERS)]
             await _produce(producers, 3.0)  # connections, caches
-            work = _Work(dsn, connection, leaves, expiries, done)
-            for n in range(rounds):
-                for held in ("quiet", "held"):
-                    async with _transaction(dsn, held=held == "held"):
+            work = _Work(dsn, connection, leaves, done)
+            for held, slices in pairs.items():
+                async with _transaction(dsn, held=held == "held"):
+                    for n in range(slices):
                         for phase in ("without", "with"):
-                            progress(
-                                f"maintenance: round {n + 1} of {rounds}, {phase}, a transaction held: {held == 'held'}"
-                            )
-                            doing = asyncio.create_task(work.run(seconds)) if phase == "with" else None
-                            waits[f"{held}_{phase}"] += await _produce(producers, seconds)
+                            progress(f"maintenance: {held}, {phase}, {n + 1} of {slices}")
+                            doing = asyncio.create_task(work.run(SLICE_S)) if phase == "with" else None
+                            waits[f"{held}_{phase}"] += await _produce(producers, SLICE_S)
                             if doing is not None:
                                 freed[held] += await doing
             await work.close()
@@ -76,8 +81,7 @@ async def run(*, seconds: float, rounds: int, progress: Any) -> dict[str, Any]:
     return {
         "scenario": "maintenance",
         "rate_per_s": RATE,
-        "seconds": seconds,
-        "rounds": rounds,
+        "held_s": pairs["held"] * 2 * SLICE_S,
         "inserts": sum(map(len, waits.values())),
         **figures,
         "ratio_p99": figures["quiet_with_p99_ms"] / figures["quiet_without_p99_ms"],
@@ -111,11 +115,10 @@ async def _fill(connection: Any, dsn: str, leaves: list[Span]) -> None:
 class _Work:
     """What the janitor does, without its patience."""
 
-    def __init__(self, dsn: str, connection: Any, leaves: list[Span], expiries: int, done: Counter[str]) -> None:
+    def __init__(self, dsn: str, connection: Any, leaves: list[Span], done: Counter[str]) -> None:
         self._partitions = PgPartitions(dsn, timeout_s=60)
         self._connection = connection
         self._leaves = leaves
-        self._expiries = expiries
         self._done = done
         self._shells: list[Span] = []
         self._wide: list[Span] = []
@@ -125,12 +128,7 @@ class _Work:
         """Work for so long, at even distances; return the bytes freed."""
         epoch = await self._connection.fetchval("SELECT epoch FROM webhook.checkpoint")
         self._freed = 0
-        steps = [
-            *["expire"] * self._expiries,
-            *["attach"] * ATTACHED,
-            *["divide"] * DIVIDED,
-            *["drop"] * 2 * self._expiries,
-        ]
+        steps = ["expire"] * EMPTIED + ["attach", "divide"] + ["drop"] * 2 * EMPTIED
         random.Random(2).shuffle(steps)
         began = time.perf_counter()
         for n, step in enumerate(steps):
