@@ -258,6 +258,11 @@ CREATE TABLE IF NOT EXISTS webhook.endpoint (
     rate_burst       integer,                                        -- NULL: one second's worth
     in_flight_max    integer,                                        -- NULL: the setting's
     retry_schedule_s integer[],                                      -- NULL: the setting's
+    signing          text        NOT NULL DEFAULT 'v1',              -- schemes, with commas
+    body_format      text        NOT NULL DEFAULT 'envelope',        -- or the payload alone
+    omit             text[]      NOT NULL DEFAULT '{}',              -- JSON pointers to what `data` is sent without
+    extra_signature  text,                                           -- one of the receiver's own kind besides: form, header, prefix
+    credentials      text,                                           -- headers, authentication, client key: JSON, or that sealed
     state            text        NOT NULL DEFAULT 'draft',
     state_reason     text,
     state_changed_at timestamptz NOT NULL DEFAULT now(),
@@ -277,19 +282,32 @@ CREATE TABLE IF NOT EXISTS webhook.endpoint (
     CONSTRAINT endpoint_retry_schedule_range CHECK (
         cardinality(retry_schedule_s) BETWEEN 1 AND 50 AND array_position(retry_schedule_s, NULL) IS NULL AND 0 < ALL (retry_schedule_s)
     ),
+    CONSTRAINT endpoint_signing_known CHECK (signing IN ('v1', 'v1a', 'v1,v1a')),
+    CONSTRAINT endpoint_body_format_known CHECK (body_format IN ('envelope', 'payload')),
+    CONSTRAINT endpoint_omit_form CHECK (cardinality(omit) <= 32 AND array_position(omit, NULL) IS NULL),
+    CONSTRAINT endpoint_extra_signature_form CHECK (extra_signature ~ '^(hex:[^:]+(:[!-~]+)?|timestamped:[^:]+)$'),
+    CONSTRAINT endpoint_credentials_form CHECK (credentials ~ '^(\{.*\}|sealed:[0-9a-f]{8}:[A-Za-z0-9+/]+={0,2})$'),
     CONSTRAINT endpoint_state_known CHECK (state IN ('draft', 'live', 'paused', 'disabled', 'deleted')),
     CONSTRAINT endpoint_paused_knows_where CHECK (state <> 'paused' OR paused_at_id IS NOT NULL)
 );
 CREATE INDEX IF NOT EXISTS endpoint_account_id ON webhook.endpoint (account_id);
 
--- Every secret that has not expired signs: that is rotation with overlap.
+-- Every secret of the endpoint's scheme that has not expired signs: that is rotation with overlap. With a key for encryption, `secret` is
+-- sealed (dispatcher/domain/sealing.py); the public key of an asymmetric one is for everybody to see.
 CREATE TABLE IF NOT EXISTS webhook.endpoint_secret (
     id          bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT endpoint_secret_pkey PRIMARY KEY,
     endpoint_id bigint      NOT NULL CONSTRAINT endpoint_secret_endpoint REFERENCES webhook.endpoint,
+    scheme      text        NOT NULL DEFAULT 'v1',
     secret      text        NOT NULL,
+    public_key  text,
     created_at  timestamptz NOT NULL DEFAULT now(),
     expires_at  timestamptz,
-    CONSTRAINT endpoint_secret_form CHECK (secret ~ '^whsec_[A-Za-z0-9+/]+={0,2}$')
+    CONSTRAINT endpoint_secret_scheme_known CHECK (scheme IN ('v1', 'v1a')),
+    CONSTRAINT endpoint_secret_form CHECK (
+        secret ~ CASE scheme WHEN 'v1' THEN '^whsec_[A-Za-z0-9+/]+={0,2}$' ELSE '^whsk_[A-Za-z0-9+/]+={0,2}$' END
+        OR secret ~ '^sealed:[0-9a-f]{8}:[A-Za-z0-9+/]+={0,2}$'
+    ),
+    CONSTRAINT endpoint_secret_public_key CHECK ((scheme = 'v1a') = (public_key IS NOT NULL) AND public_key ~ '^whpk_[A-Za-z0-9+/]+={0,2}$')
 );
 CREATE INDEX IF NOT EXISTS endpoint_secret_endpoint_id ON webhook.endpoint_secret (endpoint_id);
 
@@ -435,11 +453,14 @@ BEGIN
 END
 $$;
 
+-- Not of `credentials` or `secret` alone: to encrypt them under another key changes nothing. Who edits credentials writes `signing` as well.
 CREATE OR REPLACE TRIGGER endpoint_changed
-    AFTER INSERT OR DELETE OR UPDATE OF account_id, url, timeout_ms, rate_per_s, rate_burst, in_flight_max, retry_schedule_s, state
+    AFTER INSERT OR DELETE OR UPDATE OF account_id, url, timeout_ms, rate_per_s, rate_burst, in_flight_max, retry_schedule_s, state,
+        signing, body_format, omit, extra_signature
     ON webhook.endpoint FOR EACH ROW EXECUTE FUNCTION webhook.note_config_change();
 CREATE OR REPLACE TRIGGER endpoint_secret_changed
-    AFTER INSERT OR DELETE OR UPDATE ON webhook.endpoint_secret FOR EACH ROW EXECUTE FUNCTION webhook.note_config_change();
+    AFTER INSERT OR DELETE OR UPDATE OF endpoint_id, scheme, expires_at
+    ON webhook.endpoint_secret FOR EACH ROW EXECUTE FUNCTION webhook.note_config_change();
 CREATE OR REPLACE TRIGGER subscription_changed
     AFTER INSERT OR DELETE OR UPDATE OF pattern, since_id, until_id
     ON webhook.subscription FOR EACH ROW EXECUTE FUNCTION webhook.note_config_change();

@@ -41,6 +41,12 @@ class DatabaseRefusedError(DispatcherError):
     exit_code = 5
 
 
+class SealedError(DatabaseRefusedError):
+    """Something in the database is encrypted and can't be opened with the keys that are set."""
+
+    code = "sealed"
+
+
 class TakenOverError(DispatcherError):
     """Another dispatcher rules this database: this one has stopped. Started again, it waits as a standby."""
 

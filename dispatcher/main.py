@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 import ssl
+from functools import partial
 
 import structlog
 
@@ -16,7 +17,8 @@ from dispatcher.ports import Limits
 from dispatcher.settings import Settings
 from dispatcher.store.partitions import PgPartitions
 from dispatcher.store.postgres import PgStore
-from dispatcher.transport.pool import Pool, make_tls_context
+from dispatcher.transport.pool import Pool
+from dispatcher.transport.tls import make_tls_context
 
 _log = structlog.get_logger(room="main")
 
@@ -40,8 +42,9 @@ def make_transport(settings: Settings) -> Pool:
         head_kept_bytes=settings.response_head_kept_bytes,
         dns_ttl_s=settings.dns_ttl_s,
     )
+    ca_file = None if settings.ca_file is None else str(settings.ca_file)
     try:
-        tls = make_tls_context(None if settings.ca_file is None else str(settings.ca_file))
+        tls = make_tls_context(ca_file)
     except ssl.SSLError as exc:
         raise InputError(
             f"setting DISPATCHER_CA_FILE: {settings.ca_file} holds no certificate in PEM form ({exc.reason})"
@@ -51,7 +54,9 @@ def make_transport(settings: Settings) -> Pool:
         from dispatcher.transport.aiohttp_transport import AiohttpTransport  # importing it takes 0.2 s and 8 MB
 
         kind = AiohttpTransport
-    return kind(limits, settings.address_policy, tls=tls, proxy=settings.proxy)
+    return kind(
+        limits, settings.address_policy, tls=tls, tls_as=partial(make_tls_context, ca_file), proxy=settings.proxy
+    )
 
 
 def make_engine(settings: Settings, dsn: str, transport: Pool) -> Engine:

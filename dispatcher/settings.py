@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, FilePath, ValidationError, field_validator
+from pydantic import Field, FilePath, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -21,10 +21,11 @@ from pydantic_settings import (
 
 from dispatcher.domain.address import AddressPolicy, parse_networks
 from dispatcher.domain.proxy import Proxy, parse_proxy
+from dispatcher.domain.sealing import Keyring, parse_keys
 from dispatcher.errors import InputError
 
 ENV_PREFIX = "DISPATCHER_"
-SECRETS = ("database_url", "proxy_url")  # hold passwords: no message and no listing shows them
+SECRETS = ("database_url", "proxy_url", "encryption_keys")  # no message and no listing shows them
 
 
 def default_data_dir() -> Path:
@@ -57,6 +58,16 @@ class Settings(BaseSettings):
     )
     statement_timeout_s: float = Field(
         10, ge=0.5, le=300, description="A statement that takes longer counts as a database that is away."
+    )
+
+    # ── secrets ──
+    encryption_keys: str | None = Field(
+        None,
+        repr=False,
+        description="Keys for secrets at rest (base64 of 32 bytes, comma-separated): the first encrypts, all decrypt. Unset: plain text.",
+    )
+    encryption_keys_file: FilePath | None = Field(
+        None, description="File with the same, one key a line; instead of the other."
     )
 
     # ── delivering ──
@@ -211,6 +222,36 @@ class Settings(BaseSettings):
         except InputError as exc:
             raise ValueError(str(exc)) from exc
         return text
+
+    @field_validator("encryption_keys")
+    @classmethod
+    def _check_keys(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_keys(value)
+            except InputError as exc:
+                raise ValueError(str(exc)) from exc
+        return value
+
+    @field_validator("encryption_keys_file")
+    @classmethod
+    def _check_keys_file(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None:
+            if info.data.get("encryption_keys") is not None:
+                raise ValueError(f"{ENV_PREFIX}ENCRYPTION_KEYS is set too; give one of the two")
+            try:
+                parse_keys(value.read_text())
+            except (InputError, OSError, UnicodeDecodeError) as exc:
+                raise ValueError(str(exc)) from exc
+        return value
+
+    @property
+    def keyring(self) -> Keyring:
+        if self.encryption_keys is not None:
+            return Keyring(parse_keys(self.encryption_keys))
+        if self.encryption_keys_file is not None:
+            return Keyring(parse_keys(self.encryption_keys_file.read_text()))
+        return Keyring()
 
     @field_validator("proxy_url")
     @classmethod

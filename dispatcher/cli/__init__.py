@@ -15,6 +15,7 @@ from dispatcher.cli.erase import erase
 from dispatcher.cli.event import event, tail
 from dispatcher.cli.partitions import maintain, partitions
 from dispatcher.cli.replay import replay, resend
+from dispatcher.cli.rotate_key import rotate_key_command
 from dispatcher.cli.service import demo, migrate, run
 from dispatcher.cli.status import status
 from dispatcher.sink import sink_command
@@ -72,6 +73,7 @@ for command in (
     erase,
     partitions,
     maintain,
+    rotate_key_command,
     completion,
 ):
     cli.add_command(command)

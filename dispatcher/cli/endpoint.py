@@ -7,10 +7,13 @@ from typing import Any
 import click
 
 from dispatcher.cli.common import DURATION, Context, admin, as_json, print_json, print_rows, run_async, with_admin
+from dispatcher.cli.shape import described, shape_changes, shape_options, unset_options
 from dispatcher.demo.events import sample
+from dispatcher.domain.shape import make_shape
+from dispatcher.domain.signing import SCHEMES
 from dispatcher.domain.url import parse_url
 from dispatcher.engine.trial import TEST_TYPE, Trial, try_endpoint
-from dispatcher.errors import InputError
+from dispatcher.errors import InputError, SealedError
 from dispatcher.main import make_transport
 from dispatcher.settings import Settings
 from dispatcher.store.admin import CONFIG_FIELDS, Admin, Choice, EndpointDetails, EndpointView, Waiting, counted
@@ -64,7 +67,8 @@ def _config_options(command: Any) -> Any:
 
 def _config(given: dict[str, Any]) -> dict[str, Any]:
     """Turn options that were given into configuration."""
-    config = {key: value for key, value in given.items() if value not in (None, ())}
+    shape = shape_changes(given)
+    config = shape | {key: value for key, value in given.items() if value not in (None, ())}
     if "event_types" in config:
         config["event_types"] = list(config["event_types"])
     if "retry_schedule" in config:
@@ -80,7 +84,8 @@ def _config(given: dict[str, Any]) -> dict[str, Any]:
 @click.argument("account_id")
 @click.argument("url")
 @_config_options
-@click.option("--secret", help="Signing secret (whsec_…). [default: a new one]")
+@shape_options
+@click.option("--secret", help="Signing secret (whsec_…), or private key (whsk_…). [default: a new one]")
 @click.option("--live", is_flag=True, help="Live at once, without a test: for operators and scripts.")
 @as_json
 @click.pass_obj
@@ -95,16 +100,28 @@ def create(
     settings = context.settings()
     view = with_admin(settings, lambda a: a.create(account_id, _config(given) | {"url": url}, secret=secret, live=live))
     if json_out:
-        print_json(view.as_dict() | {"secret": view.secrets[0]})
+        print_json(view.as_dict() | _for_receiver(view))
         return
     click.echo(f"endpoint {view.id} ({view.state})")
-    click.echo(f"secret   {view.secrets[0]}")
+    for label, value in _for_receiver(view).items():
+        if value is not None:
+            click.echo(f"{label.replace('_', ' '):8} {value}")
     if live:
         click.echo("It gets events from now on.")
     else:
         click.echo("It gets nothing yet. Next:")
         click.echo(f"  dispatcher endpoint test {view.id}")
         click.echo(f"  dispatcher endpoint go-live {view.id}")
+
+
+def _for_receiver(view: EndpointView) -> dict[str, str | None]:
+    """Return what its receiver needs to check the newest signatures: shown now, and later when somebody asks for it."""
+    signing = view.to_test["signing"].split(",")
+    secret = next((s.secret for s in view.signing if s.scheme == "v1"), None) if "v1" in signing else None
+    public = view.public_keys[0] if "v1a" in signing and view.public_keys else None
+    given: dict[str, str | None] = {"secret": secret, "public_key": public}
+    key = view.to_test["extra_signature_key"]
+    return given | ({} if key is None else {"extra_signature_key": key})
 
 
 @endpoint.command()
@@ -155,6 +172,7 @@ async def _test(settings: Settings, endpoint_id: int, event_type: str) -> tuple[
                 user_agent=settings.user_agent,
                 event_type=event_type,
                 data=_sample(event_type, view),
+                shape=make_shape(view.to_test),
             )
         finally:
             await transport.close()
@@ -235,12 +253,14 @@ def list_endpoints(context: Context, account_id: str | None, state: str | None, 
 
 @endpoint.command()
 @click.argument("endpoint_id", type=int)
-@click.option("--secret", "show_secret", is_flag=True, help="Show the signing secrets too, and when they expire.")
+@click.option("--secret", "show_secret", is_flag=True, help="Reveal the signing secrets too, and when they expire.")
 @click.option("--subscriptions", is_flag=True, help="Show the ids of events for which each subscription is valid.")
 @as_json
 @click.pass_obj
 def show(context: Context, endpoint_id: int, show_secret: bool, subscriptions: bool, json_out: bool) -> None:
     """Show one endpoint: state, configuration, what waits for it and what it will never get.
+
+    Its public keys are shown, its secrets with --secret only. Values of headers, passwords, tokens and client keys never are.
 
     \b
     dispatcher endpoint show 7 --subscriptions
@@ -253,10 +273,12 @@ def show(context: Context, endpoint_id: int, show_secret: bool, subscriptions: b
     view, details = with_admin(context.settings(), work)
     if json_out:
         secrets = [
-            {"created_at": s.created_at, "expires_at": s.expires_at} | ({"secret": s.secret} if show_secret else {})
+            {"scheme": s.scheme, "public_key": s.public_key, "created_at": s.created_at, "expires_at": s.expires_at}
+            | ({"secret": s.secret} if show_secret else {})
             for s in view.signing
         ]
-        print_json(view.as_dict() | details.as_dict() | {"secrets": secrets})
+        revealed = {"extra_signature_key": view.credentials["extra_signature_key"]} if show_secret else {}
+        print_json(view.as_dict() | details.as_dict() | {"secrets": secrets} | revealed)
         return
     for label, value in _described(view, details, secret=show_secret, subscriptions=subscriptions):
         click.echo(f"{label:16} {value}".rstrip())
@@ -266,6 +288,8 @@ def show(context: Context, endpoint_id: int, show_secret: bool, subscriptions: b
 @click.argument("endpoint_id", type=int)
 @click.option("--url", help="Another URL.")
 @_config_options
+@shape_options
+@unset_options
 @click.option("--live", is_flag=True, help="In force at once, without a test: for operators and scripts.")
 @as_json
 @click.pass_obj
@@ -412,22 +436,34 @@ def _skipped(skipped: int) -> str:
     show_default=True,
     help="How long the old secret signs too: 30s, 90m, 24h, 2d; 0 ends it at once.",
 )
-@click.option("--secret", help="The new signing secret (whsec_…). [default: a new one]")
+@click.option(
+    "--scheme",
+    type=click.Choice(SCHEMES),
+    help="Of an endpoint that signs in both: v1's secret, or v1a's key. [default: the first it signs in]",
+)
+@click.option("--secret", help="The new signing secret (whsec_…) or private key (whsk_…). [default: a new one]")
 @as_json
 @click.pass_obj
-def rotate_secret(context: Context, endpoint_id: int, overlap_s: float, secret: str | None, json_out: bool) -> None:
-    """Give an endpoint a new signing secret. During the overlap both sign, so that its receiver can change over.
+def rotate_secret(
+    context: Context, endpoint_id: int, overlap_s: float, scheme: str | None, secret: str | None, json_out: bool
+) -> None:
+    """Give an endpoint a new signing secret, or key. During the overlap both sign, so that its receiver can change over.
 
     \b
     dispatcher endpoint rotate-secret 7 --overlap 2d
     """
-    view = with_admin(context.settings(), lambda a: a.rotate_secret(endpoint_id, overlap_s=overlap_s, secret=secret))
-    old = view.signing[1:]
+    view = with_admin(
+        context.settings(), lambda a: a.rotate_secret(endpoint_id, overlap_s=overlap_s, secret=secret, scheme=scheme)
+    )
+    new = view.signing[0]
+    old = [known for known in view.signing[1:] if known.scheme == new.scheme]
     until = max((s.expires_at for s in old if s.expires_at is not None), default=None)
+    given = {"secret": new.secret} if new.public_key is None else {"public_key": new.public_key}
     if json_out:
-        print_json(view.as_dict() | {"secret": view.secrets[0], "old_sign_until": until})
+        print_json(view.as_dict() | given | {"scheme": new.scheme, "old_sign_until": until})
         return
-    click.echo(f"secret   {view.secrets[0]}")
+    for label, value in given.items():
+        click.echo(f"{label.replace('_', ' '):8} {value}")
     if until is None:
         click.echo("The old one signs no more.")
     else:
@@ -490,11 +526,12 @@ def _described(
         yield "FAILING", f"no success since {view.failing_since:{_TIME}}"
     for field in CONFIG_FIELDS[1:]:
         yield field, _value(view.config[field])
-    for n, (field, (now, proposed)) in enumerate(view.changes.items()):
-        yield "" if n else "proposed edit", f"{field}: {_value(now)} → {_value(proposed)}"
-    what = "the edit" if view.changes else "this configuration"
-    passed = "has passed its test" if view.tested else f"has NOT passed a test: `dispatcher endpoint test {view.id}`"
-    yield "tested", f"{what} {passed}"
+    yield from described(view, reveal=secret)
+    for key in view.signing:
+        if key.public_key is not None:
+            until = "" if key.expires_at is None else f"  until {key.expires_at:{_TIME}}"
+            yield "public key", f"{key.public_key}{until}"
+    yield from _described_edit(view)
     waiting = details.waiting
     if waiting is None:
         yield "backlog", f"{view.backlog:,}"
@@ -520,7 +557,22 @@ def _described(
     yield "created", f"{view.created_at:{_TIME}}"
 
 
+def _described_edit(view: EndpointView) -> Iterator[tuple[str, Any]]:
+    try:
+        changes, tested = view.changes, view.tested
+    except SealedError as exc:
+        yield "tested", f"can't be told: {exc}"
+        return
+    for n, (field, (now, proposed)) in enumerate(changes.items()):
+        yield "" if n else "proposed edit", f"{field}: {_value(now)} → {_value(proposed)}"
+    what = "the edit" if changes else "this configuration"
+    passed = "has passed its test" if tested else f"has NOT passed a test: `dispatcher endpoint test {view.id}`"
+    yield "tested", f"{what} {passed}"
+
+
 def _value(value: Any) -> str:
     if value is None:
         return "–"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {hidden}" for name, hidden in value.items()) or "–"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value) or "–"

@@ -6,12 +6,14 @@ import structlog
 from dispatcher import log
 from dispatcher.cli.common import Context, as_json, connection_to, database, print_json, run_async
 from dispatcher.demo.run import run_demo
+from dispatcher.domain.sealing import new_encryption_key
 from dispatcher.errors import TakenOverError
 from dispatcher.main import serve
 from dispatcher.ports import FencedError
 from dispatcher.settings import Settings
 from dispatcher.store.migrate import check
 from dispatcher.store.migrate import migrate as migrate_schema
+from dispatcher.store.sealing import check_keys
 
 _log = structlog.get_logger(room="main")
 
@@ -42,7 +44,7 @@ def run(context: Context) -> None:
 async def _run(settings: Settings) -> None:
     async with database(settings) as dsn:
         async with connection_to(dsn, "check") as connection:
-            for warning in await check(connection, settings):
+            for warning in [*await check(connection, settings), *await check_keys(connection, settings.keyring)]:
                 _log.warning("database.check", warning=warning)
         await serve(settings, dsn)
 
@@ -92,7 +94,7 @@ def demo(context: Context, seconds: float | None, rate: float, plain: bool, json
     dispatcher demo --seconds 15 --rate 500
     """
     settings = context.settings(
-        database_url=None, proxy_url=None, allowed_networks="127.0.0.0/8", log_level="error",
+        database_url=None, encryption_keys=new_encryption_key(), encryption_keys_file=None, proxy_url=None, allowed_networks="127.0.0.0/8", log_level="error",
         retry_schedule_s=(1, 2, 3, 5, 8, 13, 21), breaker_wait_s=1.0, breaker_wait_max_s=4.0,
     )  # fmt: skip
     log.configure(settings)

@@ -15,6 +15,7 @@ from typing import NewType
 import orjson
 
 from dispatcher.domain.run import Run
+from dispatcher.domain.shape import PLAIN, Shape
 from dispatcher.domain.url import Target
 from dispatcher.errors import InputError
 
@@ -53,7 +54,7 @@ class Endpoint:
     account_id: str
     target: Target | None  # None: its saved URL can't be used under the present settings; its events are held
     state: EndpointState
-    secrets: tuple[str, ...]
+    secrets: tuple[str, ...]  # that sign
     subscriptions: tuple[Subscription, ...]
     timeout_s: float = 10.0
     rate_per_s: float | None = None
@@ -63,6 +64,7 @@ class Endpoint:
     failing_since_us: int | None = None
     state_reason: str | None = None
     runs: tuple[Run, ...] = ()  # that haven't finished
+    shape: Shape = PLAIN
     reload_at_us: int | None = None  # a secret expires then, with no change to tell of it
 
     def __repr__(self) -> str:

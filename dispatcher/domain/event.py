@@ -76,9 +76,13 @@ class Event:
     def envelope(self) -> bytes:
         """Return the body to POST: `{"id", "type", "timestamp", "account_id", "data"}`, built at the first call."""
         if self.body is None:
-            happened_us = self.created_us if self.occurred_us is None else self.occurred_us
-            self.body = envelope(self.public_id, self.type, happened_us, self.account_id, self.payload)
+            self.body = self.wrap(self.payload)
         return self.body
+
+    def wrap(self, data: bytes) -> bytes:
+        """Return the envelope around another `data`: the payload without what an endpoint is not to get."""
+        happened_us = self.created_us if self.occurred_us is None else self.occurred_us
+        return envelope(self.public_id, self.type, happened_us, self.account_id, data)
 
 
 def envelope(

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import idna
 
 from dispatcher.domain.address import Address, AddressPolicy
+from dispatcher.domain.client import ClientIdentity
 from dispatcher.errors import InputError
 
 URL_CHARS_MAX = 2048  # what common receivers and proxies take as a whole; the request head has its own bound
@@ -33,7 +34,7 @@ DEFAULT_PORTS = {"https": 443, "http": 80}
 
 
 class Origin(NamedTuple):
-    """What a connection is made to, and shared by. `host` is lower-case ASCII; an IPv6 address has no brackets here.
+    """What a connection is made to and as whom, and shared by. `host` is lower-case ASCII; an IPv6 address has no brackets here.
 
     A tuple, because it is looked up for each POST and a tuple hashes in C.
     """
@@ -41,6 +42,7 @@ class Origin(NamedTuple):
     scheme: str
     host: str
     port: int
+    identity: ClientIdentity | None = None  # the certificate that we show
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,7 @@ from dispatcher.domain.event import Event
 from dispatcher.domain.outcome import RetryPolicy
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.domain.run import RunState
-from dispatcher.domain.signing import Signer
-from dispatcher.engine.request import render_head
+from dispatcher.engine.request import Requests, make_requests
 from dispatcher.engine.runs import LaneRun
 from dispatcher.engine.stats import Stat
 from dispatcher.ports import DueRetry
@@ -72,9 +71,9 @@ class LaneLimits:
 class Lane:
     __slots__ = (
         "backlog", "blocked_until", "breaker", "bucket", "connecting", "cursor", "endpoint", "failing_since_us", "gone",
-        "hands", "has_row", "head_bytes", "held", "holes", "id", "in_flight", "in_flight_limit", "in_flight_max",
+        "hands", "has_row", "held", "holes", "id", "in_flight", "in_flight_limit", "in_flight_max",
         "in_ready", "last_success", "late", "latency_s", "limits", "live", "look_at", "low_in_flight", "moved",
-        "next_retry_us", "queue", "retries", "retry_hands", "retry_policy", "runs", "runs_done", "signer", "stalled",
+        "next_retry_us", "queue", "requests", "retries", "retry_hands", "retry_policy", "runs", "runs_done", "stalled",
         "stat", "timer_at", "turn", "untried",
     )  # fmt: skip
 
@@ -154,9 +153,10 @@ class Lane:
                 run.spec = spec
             elif spec.id not in self.runs_done:
                 self.runs[spec.id] = LaneRun(spec)
-        self.signer = Signer(endpoint.secrets)
         target = endpoint.target
-        self.head_bytes = b"" if target is None else render_head(target, self.limits.user_agent)
+        self.requests: Requests | None = None  # held then
+        if target is not None:
+            self.requests = make_requests(target, self.limits.user_agent, endpoint.secrets, endpoint.shape)
 
     def put_live_again(self) -> None:
         """Somebody resumed or enabled it: how it did before that says nothing, least of all for how long it has been failing."""

@@ -32,7 +32,6 @@ from dispatcher.engine.delivery import Delivery, Share
 from dispatcher.engine.lane import SLOW_S, Lane
 from dispatcher.engine.lanes import Lanes
 from dispatcher.engine.recorder import Recorder
-from dispatcher.engine.request import render
 from dispatcher.ports import Connection, Transport
 
 _log = structlog.get_logger(room="sender")
@@ -315,14 +314,14 @@ class Sender:
 
     def _request(self, delivery: Delivery) -> bytes:
         """Render the request; the timestamp is this attempt's."""
-        event, lane = delivery.event, delivery.lane
-        body = event.envelope()
+        requests = delivery.lane.requests
+        assert requests is not None, "a lane without a target is held"
         second = delivery.started_us // 1_000_000
         cached, timestamp = self._timestamp
         if cached != second:
             timestamp = b"%d" % second
             self._timestamp = (second, timestamp)
-        return render(lane.head_bytes, lane.signer, event.public_id, timestamp, delivery.number, body)
+        return requests.render(delivery.event, timestamp, delivery.number)
 
     def answered(self, delivery: Delivery, outcome: Outcome) -> None:
         """Take the outcome of a POST: free its slot, decide, hand the result to the recorder."""

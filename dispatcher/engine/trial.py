@@ -10,12 +10,13 @@ from typing import Any
 
 import orjson
 
-from dispatcher.domain.event import envelope
+from dispatcher.domain.event import Event, envelope
 from dispatcher.domain.outcome import Outcome
-from dispatcher.domain.signing import Signer
+from dispatcher.domain.shape import Shape, redacted
+from dispatcher.domain.signing import signing_in
 from dispatcher.domain.url import Target
 from dispatcher.domain.verdict import verdict
-from dispatcher.engine.request import render, render_head
+from dispatcher.engine.request import make_requests
 from dispatcher.ports import Connection, Transport
 
 TEST_TYPE = "endpoint.test"
@@ -23,7 +24,8 @@ TEST_TYPE = "endpoint.test"
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What was sent, what came back, and how long it took, connecting included."""
+    """What was sent, what came back, and how long it took, connecting included. `request` is without the values of the endpoint's own
+    headers: it is kept and shown."""
 
     outcome: Outcome
     request: bytes
@@ -48,15 +50,30 @@ async def try_endpoint(
     user_agent: str,
     event_type: str,
     data: dict[str, Any],
+    shape: Shape,
 ) -> Trial:
-    """POST one test event and wait for its outcome."""
-    public_id = b"evt_" + secrets.token_hex(16).encode()
+    """POST one test event, by the same path as every other, and wait for its outcome."""
     now = time.time()
-    body = envelope(public_id, event_type, int(now * 1e6), account_id, orjson.dumps(data), test=True)
-    request = render(render_head(target, user_agent), Signer(signing_secrets), public_id, b"%d" % int(now), 1, body)
+    event = TestEvent(account_id, event_type, orjson.dumps(data), int(now * 1e6))
+    requests = make_requests(target, user_agent, signing_in(signing_secrets, shape.signing), shape)
+    request = requests.render(event, b"%d" % int(now), 1)
     began = time.monotonic()
-    outcome = await _post(transport, target, request, timeout_s)
-    return Trial(outcome, request, int((time.monotonic() - began) * 1e6))
+    outcome = await _post(transport, shape.aimed(target), request, timeout_s)
+    return Trial(outcome, redacted(request, shape), int((time.monotonic() - began) * 1e6))
+
+
+class TestEvent(Event):
+    """An event that is in no log. Its envelope says so; a bare payload can't."""
+
+    __slots__ = ()
+    __test__ = False  # not one of pytest's
+
+    def __init__(self, account_id: str, event_type: str, payload: bytes, now_us: int) -> None:
+        public_id = b"evt_" + secrets.token_hex(16).encode()
+        super().__init__(0, account_id, event_type, payload, now_us, None, public_id)
+
+    def wrap(self, data: bytes) -> bytes:
+        return envelope(self.public_id, self.type, self.created_us, self.account_id, data, test=True)
 
 
 async def _post(transport: Transport, target: Target, request: bytes, timeout_s: float) -> Outcome:

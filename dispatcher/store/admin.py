@@ -1,6 +1,8 @@
 """What people do to endpoints and events, as transactions: the command line's verbs today, the API's tomorrow.
 
-An endpoint's *configuration* is a plain dict (`CONFIG_FIELDS`). A draft endpoint is edited in place; an edit of any
+An endpoint's *configuration* is a plain dict: `CONFIG_FIELDS`, and what shapes its requests (domain/shape.py), of which the
+credentials are sealed in the database and opened only where they are needed: without their key an endpoint can still be
+shown, paused and deleted. A draft endpoint is edited in place; an edit of any
 other is kept in `draft` beside the configuration in force until its own test has passed and it goes live. A passed test
 belongs to one exact configuration, by its hash, the newest secret included.
 
@@ -13,7 +15,7 @@ configuration is appended under a lock that every other one waits for.
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
@@ -22,10 +24,13 @@ import orjson
 
 from dispatcher.domain.endpoint import FORCED, FOREVER, check_patterns, config_hash
 from dispatcher.domain.event import PublicIds, check_event_type
-from dispatcher.domain.signing import new_secret, secret_key
+from dispatcher.domain.sealing import Keyring, credentials_place, draft_place, secret_place
+from dispatcher.domain.shape import CREDENTIALS, SHAPE, checked, merged, shown
+from dispatcher.domain.signing import SCHEMES, check_key, new_key, public_key, scheme_of, signing_in
 from dispatcher.domain.url import parse_url
-from dispatcher.errors import InputError, NotFoundError, StateError
+from dispatcher.errors import InputError, NotFoundError, SealedError, StateError
 from dispatcher.settings import Settings
+from dispatcher.store.credentials import open_credentials, seal_credentials
 from dispatcher.store.fates import deliveries
 from dispatcher.store.migrate import ADMIN
 from dispatcher.store.reference import event_reference
@@ -46,6 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "name": "", "event_types": ["*"], "timeout_ms": 10_000, "rate_per_s": None, "rate_burst": None, "in_flight_max": None,
     "retry_schedule_s": None,
 }  # fmt: skip
+_PLAIN_FIELDS = (*CONFIG_FIELDS, *SHAPE)
 _RANGES = {
     "timeout_ms": (100, 60_000, "milliseconds"),
     "rate_per_s": (0.001, 100_000, "POSTs a second"),
@@ -53,7 +59,7 @@ _RANGES = {
     "in_flight_max": (1, 4_000, "POSTs"),
 }
 COUNTED_MAX = 1_000_000  # what a person is told before deciding; a discard is counted to its end
-SECRETS_MAX = 5  # that sign at a time: each costs a signature and 48 bytes of header a POST
+SECRETS_MAX = 5  # of a scheme that sign at a time: each costs a signature and 48 bytes of header a POST
 OVERLAP_S = 86_400.0  # a day to bring a receiver to its new secret
 OVERLAP_MAX_S = 30 * 86_400.0
 STOPPED_S = 1.2  # no POST starts later than a second after a pause, and its result is recorded soon after it ended
@@ -64,16 +70,26 @@ Interval = tuple[str, int, int]  # pattern, since_id, until_id
 
 @dataclass(frozen=True, slots=True)
 class Secret:
-    """A secret that signs now; until `expires_at`, if it was rotated."""
+    """A secret, or private key, that signs now; until `expires_at`, if it was rotated."""
 
-    secret: str
+    keyring: Keyring
+    place: str
+    scheme: str
+    stored: str = field(repr=False)
+    public_key: str | None
     created_at: datetime
     expires_at: datetime | None
+
+    @property
+    def secret(self) -> str:
+        """Open it. Raises SealedError."""
+        return self.keyring.open(self.stored, self.place)
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointView:
-    """One endpoint as people see it. `config` is in force; `proposed` is an edit that waits for its test."""
+    """One endpoint as people see it. `config` is in force; `proposed` is an edit that waits for its test. Both without credentials, which
+    are opened when they are asked for; that, as all that needs them, raises SealedError without their key."""
 
     id: int
     account_id: str
@@ -90,6 +106,9 @@ class EndpointView:
     retries: int
     dead_letters: int
     created_at: datetime
+    keyring: Keyring = field(repr=False)
+    stored_credentials: str | None = field(repr=False)
+    stored_proposal: str | None = field(repr=False)  # its credentials
 
     @property
     def held_since_id(self) -> int | None:
@@ -101,35 +120,66 @@ class EndpointView:
         return tuple(secret.secret for secret in self.signing)
 
     @property
+    def public_keys(self) -> tuple[str, ...]:
+        """What receivers check asymmetric signatures with, the newest first."""
+        return tuple(secret.public_key for secret in self.signing if secret.public_key is not None)
+
+    @property
+    def credentials(self) -> dict[str, Any]:
+        return open_credentials(self.stored_credentials, credentials_place(self.id), self.keyring)
+
+    @property
+    def proposed_credentials(self) -> dict[str, Any]:
+        return open_credentials(self.stored_proposal, draft_place(self.id), self.keyring)
+
+    @property
     def to_test(self) -> dict[str, Any]:
-        """The configuration that a test is about."""
-        return self.proposed or self.config
+        """The configuration that a test is about, with its credentials."""
+        if self.proposed is None:
+            return self.config | self.credentials
+        return self.proposed | self.proposed_credentials
 
     @property
     def test_hash(self) -> str:
-        """With the newest secret only: that an older one expires takes nothing back."""
-        return config_hash(self.to_test | {"secrets": list(self.secrets[:1])})
+        """Of what decides what is sent where. Of the secrets the newest only: that an older one expires takes nothing back. Nobody who can
+        read the hash can try out passwords on it: the secrets are in it."""
+        config = self.to_test
+        usual = SHAPE | CREDENTIALS
+        given = {name: value for name, value in config.items() if name not in usual or value != usual[name]}
+        newest = [next(iter(signing_in(self.secrets, scheme)), None) for scheme in config["signing"].split(",")]
+        return config_hash(given | {"secrets": newest})
 
     @property
     def tested(self) -> bool:
-        return self.tested_hash == self.test_hash
+        return self.tested_hash is not None and self.tested_hash == self.test_hash
 
     @property
     def changes(self) -> dict[str, tuple[Any, Any]]:
-        """What the proposed edit changes: field → (in force, proposed)."""
-        return {
-            field: (self.config[field], value)
-            for field, value in (self.proposed or {}).items()
-            if value != self.config[field]
+        """What the proposed edit changes: field → (in force, proposed), as they may be shown."""
+        if self.proposed is None:
+            return {}
+        changed = {
+            name: (self.config[name], value) for name, value in self.proposed.items() if value != self.config[name]
         }
+        now, new = self.credentials, self.proposed_credentials
+        now_shown, new_shown = shown(now), shown(new)
+        return changed | {name: (now_shown[name], new_shown[name]) for name in CREDENTIALS if now[name] != new[name]}
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`: everything but the secrets."""
+        """For `--json`: everything but the secrets. Where they can't be opened, `sealed` says why, and what needs them is None."""
+        known: dict[str, Any] = dict.fromkeys((*CREDENTIALS, "changes", "tested"))
+        proposed, sealed = self.proposed, None
+        try:
+            known |= shown(self.credentials) | {"changes": self.changes, "tested": self.tested}
+            if proposed is not None:
+                proposed = proposed | shown(self.proposed_credentials)
+        except SealedError as exc:
+            sealed = str(exc)
         return {
             "id": self.id, "account_id": self.account_id, "state": self.state, "state_reason": self.state_reason,
-            "state_changed_at": self.state_changed_at, "paused_at_id": self.paused_at_id, **self.config, "proposed": self.proposed,
-            "changes": self.changes, "tested": self.tested, "failing_since": self.failing_since, "backlog": self.backlog,
-            "retries": self.retries, "dead_letters": self.dead_letters, "created_at": self.created_at,
+            "state_changed_at": self.state_changed_at, "paused_at_id": self.paused_at_id, **self.config, "proposed": proposed,
+            **known, "public_keys": self.public_keys, "failing_since": self.failing_since, "backlog": self.backlog,
+            "retries": self.retries, "dead_letters": self.dead_letters, "created_at": self.created_at, "sealed": sealed,
         }  # fmt: skip
 
 
@@ -166,6 +216,7 @@ class Admin:
     def __init__(self, connection: Connection, settings: Settings) -> None:
         self._db = connection
         self._settings = settings
+        self._keyring = settings.keyring
         self._key: bytes | None = None
 
     # ── endpoints: configuration and the gate before going live ──
@@ -176,14 +227,22 @@ class Admin:
         """Make a draft (or, with `live`, an endpoint that gets events from now on, without a test)."""
         if not account_id or len(account_id.encode()) > 255 or "\x00" in account_id:
             raise InputError("an account id has 1 to 255 bytes")
-        full = self._checked(DEFAULTS | config)
+        full = self._checked(merged(DEFAULTS | SHAPE | CREDENTIALS, config))
         if secret is not None:
-            secret_key(secret)
+            check_key(secret, scheme_of(secret))
+            if scheme_of(secret) not in full["signing"].split(","):
+                raise InputError(
+                    f"the secret is for scheme {scheme_of(secret)}, and this endpoint signs in {full['signing']}"
+                )
         async with self._db.transaction():
             endpoint_id = await self._db.fetchval(
                 ADMIN.insert_endpoint, account_id, *(full[field] for field in CONFIG_FIELDS)
             )
-            await self._db.execute(ADMIN.insert_secret, endpoint_id, secret or new_secret())
+            if any(full[name] != default for name, default in (SHAPE | CREDENTIALS).items()):
+                await self._put_shape(endpoint_id, full)
+            if secret is not None:
+                await self._put_secret(endpoint_id, secret)
+            await self._put_missing_keys(endpoint_id, full["signing"], () if secret is None else (scheme_of(secret),))
             if live:
                 await self._put_live(endpoint_id, full, "created live", await self._last_id())
         return await self.get(endpoint_id)
@@ -192,12 +251,16 @@ class Admin:
         row = await self._db.fetchrow(ADMIN.endpoint, endpoint_id)
         if row is None:
             raise NotFoundError(f"there is no endpoint {endpoint_id}; `dispatcher endpoint list` shows which there are")
+        draft: dict[str, Any] = {} if row["draft"] is None else orjson.loads(row["draft"])
+        stored_proposal = draft.pop("credentials", None)
+        place = secret_place(endpoint_id)
         return EndpointView(
             id=row["id"], account_id=row["account_id"], state=row["state"], state_reason=row["state_reason"],
-            state_changed_at=row["state_changed_at"], paused_at_id=row["paused_at_id"], config={field: row[field] for field in CONFIG_FIELDS},
-            proposed=None if row["draft"] is None else orjson.loads(row["draft"]), signing=tuple(Secret(*s) for s in row["secrets"]),
+            state_changed_at=row["state_changed_at"], paused_at_id=row["paused_at_id"], config={name: row[name] for name in _PLAIN_FIELDS},
+            proposed=SHAPE | draft if draft else None, signing=tuple(Secret(self._keyring, place, *s) for s in row["secrets"]),
             tested_hash=row["tested_hash"], failing_since=row["failing_since"], backlog=row["backlog"], retries=row["retries"],
-            dead_letters=row["dead_letters"], created_at=row["created_at"],
+            dead_letters=row["dead_letters"], created_at=row["created_at"], keyring=self._keyring,
+            stored_credentials=row["credentials"], stored_proposal=stored_proposal,
         )  # fmt: skip
 
     async def details(self, view: EndpointView) -> EndpointDetails:
@@ -221,14 +284,18 @@ class Admin:
         what is in force is withdrawn."""
         async with self._db.transaction():
             view = await self._locked(endpoint_id)
-            full = self._checked(view.to_test | changes)
+            full = self._checked(merged(view.to_test, changes))
+            await self._put_missing_keys(endpoint_id, full["signing"], [secret.scheme for secret in view.signing])
             if view.state == "draft":
-                await self._db.execute(ADMIN.put_config, endpoint_id, *(full[field] for field in CONFIG_FIELDS))
+                await self._put_config(endpoint_id, full)
             elif live:
                 await self._apply(view, full, "edited live")
+            elif full == view.config | view.credentials:
+                await self._db.execute(ADMIN.put_draft, endpoint_id, None)
             else:
-                draft = None if full == view.config else orjson.dumps(full).decode()
-                await self._db.execute(ADMIN.put_draft, endpoint_id, draft)
+                draft = {name: full[name] for name in _PLAIN_FIELDS}
+                draft["credentials"] = seal_credentials(full, draft_place(endpoint_id), self._keyring)
+                await self._db.execute(ADMIN.put_draft, endpoint_id, orjson.dumps(draft).decode())
         return await self.get(endpoint_id)
 
     async def go_live(self, endpoint_id: int, *, force: bool = False) -> EndpointView:
@@ -271,24 +338,30 @@ class Admin:
                 await self._db.execute(ADMIN.put_tested, view.id, view.test_hash)
 
     async def rotate_secret(
-        self, endpoint_id: int, *, overlap_s: float = OVERLAP_S, secret: str | None = None
+        self, endpoint_id: int, *, overlap_s: float = OVERLAP_S, secret: str | None = None, scheme: str | None = None
     ) -> EndpointView:
-        """Give an endpoint a new secret. The old ones sign too for `overlap_s` from now, or until they expire if that is sooner."""
+        """Give an endpoint a new secret, or key, for `scheme` (that of `secret`, else the first it signs in). The old ones sign too for
+        `overlap_s` from now, or until they expire if that is sooner."""
         if not 0 <= overlap_s <= OVERLAP_MAX_S:
             raise InputError(f"the overlap is {overlap_s:g} s; it must be 0 to {OVERLAP_MAX_S / 86_400:g} days")
+        if scheme not in (None, *SCHEMES):
+            raise InputError(f"{scheme!r} is not a signature scheme; use {' or '.join(SCHEMES)}")
         if secret is not None:
-            secret_key(secret)
+            scheme = scheme or scheme_of(secret)
+            check_key(secret, scheme)
         async with self._db.transaction():
             view = await self._locked(endpoint_id)
-            if secret in view.secrets:
+            scheme = scheme or view.config["signing"].split(",")[0]
+            signing = [known for known in view.signing if known.scheme == scheme]
+            if secret is not None and secret in [known.secret for known in signing]:
                 raise InputError(f"endpoint {endpoint_id} has this secret already; leave out --secret for a new one")
-            if overlap_s and len(view.signing) >= SECRETS_MAX:
+            if overlap_s and len(signing) >= SECRETS_MAX:
                 raise StateError(
-                    f"endpoint {endpoint_id} has {len(view.signing)} secrets that sign, which is the most; wait until one of them expires "
+                    f"endpoint {endpoint_id} has {len(signing)} secrets that sign, which is the most; wait until one of them expires "
                     "(`endpoint show --secret` tells when), or end them all at once with --overlap 0"
                 )
-            await self._db.execute(ADMIN.expire_secrets, endpoint_id, overlap_s)
-            await self._db.execute(ADMIN.insert_secret, endpoint_id, secret or new_secret())
+            await self._db.execute(ADMIN.expire_secrets, endpoint_id, overlap_s, scheme)
+            await self._put_secret(endpoint_id, secret or new_key(scheme))
             await self._db.execute(ADMIN.forget_expired_secrets, endpoint_id)
         return await self.get(endpoint_id)
 
@@ -386,6 +459,7 @@ class Admin:
             await self._db.execute(ADMIN.cancel_runs, endpoint_id)
             await self._db.execute(ADMIN.delete_subscriptions, endpoint_id)
             await self._db.execute(ADMIN.delete_secrets, endpoint_id)
+            await self._db.execute(ADMIN.forget_credentials, endpoint_id)
             discarded: int = waiting + retries["deliveries"]
             lowest = min((i for i in (first_id, retries["first_id"]) if i is not None), default=at)
             await self._discard(view, "deleted", lowest - 1, at, discarded)
@@ -463,7 +537,7 @@ class Admin:
         """Put an edit in force. A state other than live keeps its reason, with this one behind it."""
         at = await self._last_id()
         skipping = _is_skipping(view, await self._intervals(view.id))
-        await self._db.execute(ADMIN.put_config, view.id, *(config[field] for field in CONFIG_FIELDS))
+        await self._put_config(view.id, config)
         if view.state == "live":
             await self._db.execute(ADMIN.put_reason, view.id, reason)
         elif reason is not None:
@@ -471,6 +545,26 @@ class Admin:
         await self._db.execute(ADMIN.close_subscriptions, view.id, config["event_types"], at)
         if not skipping:
             await self._db.execute(ADMIN.open_subscriptions, view.id, config["event_types"], at)
+
+    async def _put_config(self, endpoint_id: int, config: dict[str, Any]) -> None:
+        await self._db.execute(ADMIN.put_config, endpoint_id, *(config[name] for name in CONFIG_FIELDS))
+        await self._put_shape(endpoint_id, config)
+
+    async def _put_shape(self, endpoint_id: int, config: dict[str, Any]) -> None:
+        credentials = seal_credentials(config, credentials_place(endpoint_id), self._keyring)
+        await self._db.execute(ADMIN.put_shape, endpoint_id, *(config[name] for name in SHAPE), credentials)
+
+    async def _put_secret(self, endpoint_id: int, secret: str) -> None:
+        scheme = scheme_of(secret)
+        sealed = self._keyring.seal(secret, secret_place(endpoint_id))
+        public = public_key(secret) if scheme == "v1a" else None
+        await self._db.execute(ADMIN.insert_secret, endpoint_id, scheme, sealed, public)
+
+    async def _put_missing_keys(self, endpoint_id: int, signing: str, has: Sequence[str]) -> None:
+        """Give the endpoint a key for each scheme that it is to sign in and has none for: its receiver needs it before it goes live."""
+        for scheme in signing.split(","):
+            if scheme not in has:
+                await self._put_secret(endpoint_id, new_key(scheme))
 
     def _checked(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the configuration in its one form, or refuse it with a sentence."""
@@ -481,16 +575,16 @@ class Admin:
         config["event_types"] = list(check_patterns(config["event_types"]))
         if len(config["name"]) > 200 or not config["name"].isprintable():
             raise InputError("an endpoint's name has at most 200 printable characters")
-        for field, (low, high, unit) in _RANGES.items():
-            value = config[field]
+        for name, (low, high, unit) in _RANGES.items():
+            value = config[name]
             if value is not None and not low <= value <= high:
-                raise InputError(f"{field} is {value}; it must be {low:g} to {high:g} {unit}")
+                raise InputError(f"{name} is {value}; it must be {low:g} to {high:g} {unit}")
         if config["rate_burst"] is not None and config["rate_per_s"] is None:
             raise InputError("rate_burst means nothing without rate_per_s; give both")
         schedule = config["retry_schedule_s"]
         if schedule is not None and not (1 <= len(schedule) <= 50 and all(1 <= wait <= 2_592_000 for wait in schedule)):
             raise InputError("a retry schedule has 1 to 50 waits of 1 second to 30 days, such as 5,30,120")
-        return config
+        return config | checked(config)
 
     # ── events ──
 

@@ -28,14 +28,15 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
 RETURNING id;
 
 -- name: insert_secret
-INSERT INTO webhook.endpoint_secret (endpoint_id, secret) VALUES ($1, $2);
+INSERT INTO webhook.endpoint_secret (endpoint_id, scheme, secret, public_key) VALUES ($1, $2, $3, $4);
 
 -- name: endpoint
 -- One endpoint with what people ask about it. FOR UPDATE is added where a verb goes on to change it.
 SELECT e.id, e.account_id, e.name, e.url, e.event_types, e.timeout_ms, e.rate_per_s, e.rate_burst, e.in_flight_max, e.retry_schedule_s,
+       e.signing, e.body_format, e.omit, e.extra_signature, e.credentials,
        e.state, e.state_reason, e.state_changed_at, e.paused_at_id, e.draft, e.tested_hash, e.failing_since, e.created_at,
        ARRAY(
-           SELECT (s.secret, s.created_at, s.expires_at) FROM webhook.endpoint_secret AS s
+           SELECT (s.scheme, s.secret, s.public_key, s.created_at, s.expires_at) FROM webhook.endpoint_secret AS s
            WHERE s.endpoint_id = e.id AND (s.expires_at IS NULL OR s.expires_at > clock_timestamp()) ORDER BY s.id DESC
        ) AS secrets,
        coalesce(l.backlog, 0) AS backlog,
@@ -62,6 +63,10 @@ UPDATE webhook.endpoint
 SET name = $2, url = $3, event_types = $4, timeout_ms = $5, rate_per_s = $6, rate_burst = $7, in_flight_max = $8, retry_schedule_s = $9,
     draft = NULL
 WHERE id = $1;
+
+-- name: put_shape
+-- Apart from put_config, because credentials are sealed for the endpoint's id, which a new one has only now.
+UPDATE webhook.endpoint SET signing = $2, body_format = $3, omit = $4, extra_signature = $5, credentials = $6 WHERE id = $1;
 
 -- name: put_draft
 UPDATE webhook.endpoint SET draft = $2::text::jsonb WHERE id = $1;
@@ -164,15 +169,18 @@ WHERE r.endpoint_id = $1 AND r.state <> 'canceled'
   AND NOT EXISTS (SELECT FROM webhook.run_progress AS p WHERE p.run_id = r.id AND p.finished_at IS NOT NULL);
 
 -- name: expire_secrets
--- $2 seconds from now. One that expires earlier keeps its time.
+-- Those of scheme $3, $2 seconds from now. One that expires earlier keeps its time.
 UPDATE webhook.endpoint_secret SET expires_at = clock_timestamp() + $2::double precision * interval '1 second'
-WHERE endpoint_id = $1 AND (expires_at IS NULL OR expires_at > clock_timestamp() + $2::double precision * interval '1 second');
+WHERE endpoint_id = $1 AND scheme = $3 AND (expires_at IS NULL OR expires_at > clock_timestamp() + $2::double precision * interval '1 second');
 
 -- name: forget_expired_secrets
 DELETE FROM webhook.endpoint_secret WHERE endpoint_id = $1 AND expires_at <= clock_timestamp();
 
 -- name: delete_subscriptions
 DELETE FROM webhook.subscription WHERE endpoint_id = $1;
+
+-- name: forget_credentials
+UPDATE webhook.endpoint SET credentials = NULL, draft = NULL WHERE id = $1;
 
 -- name: delete_secrets
 DELETE FROM webhook.endpoint_secret WHERE endpoint_id = $1;

@@ -63,7 +63,8 @@ SELECT webhook.note_erasure($1::bigint[]);
 -- ═══ an account ═══
 
 -- name: scrub_endpoint
-UPDATE webhook.endpoint SET url = 'https://erased.invalid/', name = '', draft = NULL, tested_hash = NULL, state_reason = 'erased' WHERE id = $1;
+UPDATE webhook.endpoint SET url = 'https://erased.invalid/', name = '', draft = NULL, credentials = NULL, extra_signature = NULL, omit = '{}',
+    tested_hash = NULL, state_reason = 'erased' WHERE id = $1;
 
 -- name: delete_secrets
 DELETE FROM webhook.endpoint_secret WHERE endpoint_id = $1;

@@ -38,6 +38,8 @@ from dispatcher.domain.outcome import Fault
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.domain.retention import Span
 from dispatcher.domain.run import Run, RunSource, RunState
+from dispatcher.domain.shape import PLAIN, Shape
+from dispatcher.domain.signing import signing_in
 from dispatcher.domain.url import parse_url
 from dispatcher.errors import InputError
 from dispatcher.ports import (
@@ -141,6 +143,7 @@ class EndpointRow:
     in_flight_max: int | None = None
     retry_schedule_s: tuple[int, ...] | None = None
     failing_since_us: int | None = None
+    shape: Shape = PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -1394,7 +1397,7 @@ def _endpoint(
     row: EndpointRow, subscriptions: Sequence[Subscription], runs: Sequence[Run], policy: AddressPolicy
 ) -> Endpoint:
     try:
-        target = parse_url(row.url, policy)
+        target = row.shape.aimed(parse_url(row.url, policy))
     except InputError:
         target = None
     return Endpoint(
@@ -1402,7 +1405,7 @@ def _endpoint(
         account_id=row.account_id,
         target=target,
         state=row.state,
-        secrets=row.secrets,
+        secrets=signing_in(row.secrets, row.shape.signing),
         subscriptions=tuple(subscriptions),
         timeout_s=row.timeout_ms / 1000,
         rate_per_s=row.rate_per_s,
@@ -1412,4 +1415,5 @@ def _endpoint(
         failing_since_us=row.failing_since_us,
         state_reason=row.state_reason,
         runs=tuple(runs),
+        shape=row.shape,
     )

@@ -22,8 +22,10 @@ from dispatcher.domain.endpoint import FOREVER, Endpoint, EndpointId, EndpointSt
 from dispatcher.domain.event import Event, PublicIds
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.domain.run import Run, RunSource, RunState
+from dispatcher.domain.sealing import Keyring, secret_place
+from dispatcher.domain.shape import PLAIN
 from dispatcher.domain.url import parse_url
-from dispatcher.errors import DatabaseRefusedError, InputError
+from dispatcher.errors import DatabaseRefusedError, DispatcherError, InputError
 from dispatcher.ports import (
     AttemptRow,
     Batch,
@@ -45,6 +47,7 @@ from dispatcher.ports import (
 )
 from dispatcher.settings import Settings
 from dispatcher.store import standby
+from dispatcher.store.credentials import shape_of
 from dispatcher.store.session import Connection, Session, is_away
 from dispatcher.store.sql import SQL
 from dispatcher.store.standby import Look, Watch, session_name
@@ -87,6 +90,7 @@ class PgStore:
     def __init__(self, dsn: str, settings: Settings) -> None:
         timeout_s = settings.statement_timeout_s
         self._settings = settings
+        self._keyring = settings.keyring
         # Whatever the server's default: an epoch that a crash could take back would fence nobody.
         # The lock timeout is for raise_epoch, see there.
         self._owner = Session(
@@ -502,7 +506,7 @@ class PgStore:
         runs: defaultdict[int, list[Run]] = defaultdict(list)
         for row in run_rows:
             runs[row["endpoint_id"]].append(_run(row))
-        return [_endpoint(row, tuple(runs.get(row["id"], ())), self._settings) for row in rows]
+        return [_endpoint(row, tuple(runs.get(row["id"], ())), self._settings, self._keyring) for row in rows]
 
 
 # ── COPY, by hand ──
@@ -675,12 +679,21 @@ def _run(row: Any) -> Run:
     )
 
 
-def _endpoint(row: Any, runs: tuple[Run, ...], settings: Settings) -> Endpoint:
+def _endpoint(row: Any, runs: tuple[Run, ...], settings: Settings, keyring: Keyring) -> Endpoint:
     schedule = row["retry_schedule_s"]
+    shape, signing = PLAIN, tuple[str, ...]()
     try:
-        target = parse_url(row["url"], settings.address_policy)
-    except InputError as exc:
-        # Saved by hand, or under other settings. An endpoint that is left out would count as deleted, and its events as settled.
+        place = secret_place(row["id"])
+        signing = tuple(keyring.open(secret, place) for secret in row["secrets"])
+        shape = shape_of(row, keyring)
+        if not signing:
+            raise InputError(
+                f"it has no secret to sign with in scheme {shape.signing}; give it one: `dispatcher endpoint rotate-secret`"
+            )
+        target = shape.aimed(parse_url(row["url"], settings.address_policy))
+    except DispatcherError as exc:
+        # Saved by hand, under other settings, or with a key that we don't have. An endpoint that is left out would count as deleted, and its
+        # events as settled.
         _log.error("endpoint.unusable", endpoint_id=row["id"], error=str(exc))
         target = None
     return Endpoint(
@@ -688,7 +701,7 @@ def _endpoint(row: Any, runs: tuple[Run, ...], settings: Settings) -> Endpoint:
         account_id=row["account_id"],
         target=target,
         state=EndpointState(row["state"]),
-        secrets=tuple(row["secrets"]),
+        secrets=signing,
         subscriptions=tuple(
             Subscription(s[0], s[1], s[2], FOREVER if s[3] is None else s[3], s[4]) for s in row["subscriptions"]
         ),
@@ -701,6 +714,7 @@ def _endpoint(row: Any, runs: tuple[Run, ...], settings: Settings) -> Endpoint:
         state_reason=row["state_reason"],
         reload_at_us=None if row["reload_at"] is None else _us(row["reload_at"]),
         runs=runs,
+        shape=shape,
     )
 
 

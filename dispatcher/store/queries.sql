@@ -447,10 +447,12 @@ ORDER BY c.seq;
 -- name: endpoints
 -- Everything the engine needs of each endpoint ($1 NULL: of all that are not deleted).
 SELECT e.id, e.account_id, e.url, e.state, e.timeout_ms, e.rate_per_s, e.rate_burst, e.in_flight_max, e.retry_schedule_s, e.failing_since,
-       e.state_reason,
+       e.state_reason, e.signing, e.body_format, e.omit, e.extra_signature, e.credentials,
        ARRAY(
            SELECT s.secret FROM webhook.endpoint_secret AS s
-           WHERE s.endpoint_id = e.id AND (s.expires_at IS NULL OR s.expires_at > clock_timestamp()) ORDER BY s.id DESC
+           WHERE s.endpoint_id = e.id AND (s.expires_at IS NULL OR s.expires_at > clock_timestamp())
+             AND s.scheme = ANY (string_to_array(e.signing, ','))
+           ORDER BY s.id DESC
        ) AS secrets,
        (
            SELECT min(s.expires_at) FROM webhook.endpoint_secret AS s

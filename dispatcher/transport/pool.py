@@ -8,6 +8,7 @@ import asyncio
 import os
 import socket
 import ssl
+from functools import partial
 from typing import Any
 
 from dispatcher.domain.address import AddressPolicy
@@ -20,6 +21,7 @@ from dispatcher.transport.proxy import ProxyError, Tunnels
 from dispatcher.transport.resolver import Resolver, UnresolvedError
 from dispatcher.transport.room import Kept, Room
 from dispatcher.transport.tcp import connect_tcp
+from dispatcher.transport.tls import Contexts, MakeContext, make_tls_context
 
 _LATE = {
     Fault.DNS: "the name was not resolved",
@@ -29,7 +31,9 @@ _LATE = {
 
 
 class Pool(Room):
-    """The `Transport` port on sockets. `guard` judges addresses; `tls` verifies peers; with `proxy` all goes through it."""
+    """The `Transport` port on sockets. `guard` judges addresses; `tls` verifies peers; with `proxy` all goes through it.
+
+    `tls_as` makes what takes the place of `tls` for an origin with a client identity."""
 
     def __init__(
         self,
@@ -37,12 +41,14 @@ class Pool(Room):
         guard: AddressPolicy,
         *,
         tls: ssl.SSLContext | None = None,
+        tls_as: MakeContext | None = None,
         resolver: Resolver | None = None,
         proxy: Proxy | None = None,
     ) -> None:
         super().__init__(limits)
         self._guard = guard
         self._tls = tls or make_tls_context(None)
+        self._contexts = Contexts(tls_as or partial(make_tls_context, None))
         self._resolver = resolver or Resolver(limits.dns_ttl_s)
         self._tunnels = Tunnels(proxy, self._resolver, limits.connect_s) if proxy is not None else None
 
@@ -57,6 +63,13 @@ class Pool(Room):
 
     async def _establish(self, origin: Origin) -> Kept | Outcome:
         limits = self._limits
+        tls = self._tls
+        if origin.identity is not None:
+            try:
+                tls = await self._contexts.of(origin.identity)
+            except ssl.SSLError as exc:
+                reason = exc.reason or type(exc).__name__
+                return Outcome(Fault.TLS, detail=f"the endpoint's client certificate can't be used: {reason}")
         stage = Fault.DNS
         try:
             async with asyncio.timeout(limits.connect_s):
@@ -72,7 +85,7 @@ class Pool(Room):
                     sock = await self._tunnels.reach(allowed, origin.port)
                 if origin.scheme == "https":
                     stage = Fault.TLS
-                return await self._join(sock, origin)
+                return await self._join(sock, origin, tls)
         except TimeoutError:
             by = "by the proxy " if self._tunnels is not None and stage is Fault.CONNECT else ""
             return Outcome(stage, detail=f"{_LATE[stage]} {by}within {limits.connect_s:g} s")
@@ -85,14 +98,14 @@ class Pool(Room):
         except OSError as exc:
             return Outcome(stage, detail=os.strerror(exc.errno) if exc.errno else str(exc) or type(exc).__name__)
 
-    async def _join(self, sock: socket.socket, origin: Origin) -> Kept | Outcome:
+    async def _join(self, sock: socket.socket, origin: Origin, tls: ssl.SSLContext) -> Kept | Outcome:
         """Make a connection of a connected socket, if its peer may be talked to."""
         loop = asyncio.get_running_loop()
         connection, protocol = self._make(origin)
         options: dict[str, Any] = {}
         if origin.scheme == "https":
             options = {
-                "ssl": self._tls,
+                "ssl": tls,
                 "server_hostname": origin.host,
                 "ssl_handshake_timeout": self._limits.connect_s,
             }
@@ -115,14 +128,6 @@ class Pool(Room):
             # Closing it here, or when it is collected, would close whatever has got the same number since.
             sock.detach()
         return connection
-
-
-def make_tls_context(ca_file: str | None) -> ssl.SSLContext:
-    """Verify peers against the system's authorities, or those of `ca_file` alone."""
-    context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=ca_file)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    return context
 
 
 def _tls_reason(exc: ssl.SSLError) -> str:

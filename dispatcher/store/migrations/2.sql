@@ -1,8 +1,40 @@
--- Version 1 → 2: runs (resend and replay), states of dead letters, counted discards, statistics by the minute, erasure, who owns since when.
+-- Version 1 → 2: runs (resend and replay), states of dead letters, counted discards, statistics by the minute, erasure, who owns since when,
+-- the shape of an endpoint's requests, secrets encrypted at rest.
 --
 -- `dispatcher migrate` applies it in one transaction. Nothing here takes a lock that producers' inserts wait for.
 
 ALTER TABLE webhook.checkpoint ADD COLUMN owned_since timestamptz;
+
+-- What is particular about an endpoint's requests, and secrets encrypted at rest.
+ALTER TABLE webhook.endpoint
+    ADD COLUMN signing text NOT NULL DEFAULT 'v1',
+    ADD COLUMN body_format text NOT NULL DEFAULT 'envelope',
+    ADD COLUMN omit text[] NOT NULL DEFAULT '{}',
+    ADD COLUMN extra_signature text,
+    ADD COLUMN credentials text,
+    ADD CONSTRAINT endpoint_signing_known CHECK (signing IN ('v1', 'v1a', 'v1,v1a')),
+    ADD CONSTRAINT endpoint_body_format_known CHECK (body_format IN ('envelope', 'payload')),
+    ADD CONSTRAINT endpoint_omit_form CHECK (cardinality(omit) <= 32 AND array_position(omit, NULL) IS NULL),
+    ADD CONSTRAINT endpoint_extra_signature_form CHECK (extra_signature ~ '^(hex:[^:]+(:[!-~]+)?|timestamped:[^:]+)$'),
+    ADD CONSTRAINT endpoint_credentials_form CHECK (credentials ~ '^(\{.*\}|sealed:[0-9a-f]{8}:[A-Za-z0-9+/]+={0,2})$');
+ALTER TABLE webhook.endpoint_secret
+    ADD COLUMN scheme text NOT NULL DEFAULT 'v1',
+    ADD COLUMN public_key text,
+    DROP CONSTRAINT endpoint_secret_form;
+ALTER TABLE webhook.endpoint_secret
+    ADD CONSTRAINT endpoint_secret_scheme_known CHECK (scheme IN ('v1', 'v1a')),
+    ADD CONSTRAINT endpoint_secret_form CHECK (
+        secret ~ CASE scheme WHEN 'v1' THEN '^whsec_[A-Za-z0-9+/]+={0,2}$' ELSE '^whsk_[A-Za-z0-9+/]+={0,2}$' END
+        OR secret ~ '^sealed:[0-9a-f]{8}:[A-Za-z0-9+/]+={0,2}$'
+    ),
+    ADD CONSTRAINT endpoint_secret_public_key CHECK ((scheme = 'v1a') = (public_key IS NOT NULL) AND public_key ~ '^whpk_[A-Za-z0-9+/]+={0,2}$');
+CREATE OR REPLACE TRIGGER endpoint_changed
+    AFTER INSERT OR DELETE OR UPDATE OF account_id, url, timeout_ms, rate_per_s, rate_burst, in_flight_max, retry_schedule_s, state,
+        signing, body_format, omit, extra_signature
+    ON webhook.endpoint FOR EACH ROW EXECUTE FUNCTION webhook.note_config_change();
+CREATE OR REPLACE TRIGGER endpoint_secret_changed
+    AFTER INSERT OR DELETE OR UPDATE OF endpoint_id, scheme, expires_at
+    ON webhook.endpoint_secret FOR EACH ROW EXECUTE FUNCTION webhook.note_config_change();
 
 ALTER TABLE webhook.config_change ADD COLUMN forget boolean NOT NULL DEFAULT false;
 
