@@ -34,6 +34,8 @@ import click
 import httptools
 import orjson
 import uvloop
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from dispatcher.errors import InputError
 
@@ -59,6 +61,7 @@ MAX_HEAD_BYTES = 1 << 16  # what nginx and Apache refuse by default is smaller s
 MAX_OWED = 1_000  # pipelined requests that wait for their answers on one connection; beyond it the peer is cut off
 # An id is remembered for at least so many more ids, and for at most twice as many: two million of them took 193 MB.
 MAX_IDS = 1_000_000
+Key = bytes | Ed25519PublicKey
 TOLERANCE_S = 300  # Standard Webhooks leaves it open; its official libraries use five minutes
 HANDSHAKE_TIMEOUT_S = 5.0
 LINGER_S = 1.0  # closing on unread bytes sends a reset, which can overtake the refusal that explains it
@@ -121,7 +124,7 @@ class Received:
 class Sink:
     """Receive webhooks on one address; each URL path may behave in its own way.
 
-    `secrets` is one `whsec_…` for every path, or one by path. `on_event` is called in the loop for each request: it
+    `secrets` is one `whsec_…` or `whpk_…` for every path, or one by path. `on_event` is called in the loop for each request: it
     must be quick. The last `keep` requests stay in `kept`. The counts are plain attributes. `duplicates` are requests
     whose webhook-id came before on the same path, whatever the answer was then, so retries after our own failures are
     among them; ids are remembered as `max_ids` says (see MAX_IDS).
@@ -148,9 +151,9 @@ class Sink:
         self._scheme = "http"
         self._on_event = on_event
         self._rng = rng or random.Random()  # noqa: S311 — dice for failures and jitter, no secret
-        self._one_key = decode_secret(secrets) if isinstance(secrets, str) else None
+        self._one_key = read_key(secrets) if isinstance(secrets, str) else None
         by_path = secrets if isinstance(secrets, Mapping) else {}
-        self._keys = {path.encode(): decode_secret(secret) for path, secret in by_path.items()}
+        self._keys = {path.encode(): read_key(secret) for path, secret in by_path.items()}
         self._wants_body = bool(on_event or keep or secrets)
         self._default = _plan(behaviour or Behaviour())
         self._plans: dict[bytes, _Plan] = {}
@@ -290,17 +293,38 @@ def decode_secret(secret: str) -> bytes:
     return key
 
 
-def verify(key: bytes, webhook_id: bytes, timestamp: bytes, signatures: bytes, body: bytes, now: float) -> bool:
-    """Check one request by Standard Webhooks v1.
+def read_key(secret: str) -> Key:
+    """Give the secret behind `whsec_…`, or the public key behind `whpk_…`."""
+    if not secret.startswith("whpk_"):
+        return decode_secret(secret)
+    try:
+        return Ed25519PublicKey.from_public_bytes(base64.b64decode(secret.removeprefix("whpk_"), validate=True))
+    except (binascii.Error, ValueError) as exc:
+        raise InputError("the public key is not base64 of 32 bytes; copy it whole, as in whpk_1SiA4o9hyqTC…") from exc
+
+
+def verify(key: Key, webhook_id: bytes, timestamp: bytes, signatures: bytes, body: bytes, now: float) -> bool:
+    """Check one request by Standard Webhooks: v1 with a secret, v1a with a public key.
 
     One of the space-delimited signatures must match, and the timestamp be within TOLERANCE_S of `now`.
     """
     sent_at = _number(timestamp)
     if not webhook_id or sent_at is None or abs(now - sent_at) > TOLERANCE_S:
         return False
-    digest = hmac.digest(key, b"%b.%b.%b" % (webhook_id, timestamp, body), "sha256")
+    signed = b"%b.%b.%b" % (webhook_id, timestamp, body)
+    if isinstance(key, Ed25519PublicKey):
+        return any(_verify_v1a(key, signature, signed) for signature in signatures.split(b" "))
+    digest = hmac.digest(key, signed, "sha256")
     expected = b"v1," + binascii.b2a_base64(digest, newline=False)
     return any(hmac.compare_digest(expected, signature) for signature in signatures.split(b" "))
+
+
+def _verify_v1a(key: Ed25519PublicKey, signature: bytes, signed: bytes) -> bool:
+    try:
+        key.verify(binascii.a2b_base64(signature.removeprefix(b"v1a,"), strict_mode=True), signed)
+    except (InvalidSignature, binascii.Error):
+        return False
+    return signature.startswith(b"v1a,")
 
 
 def _number(digits: bytes) -> int | None:
@@ -549,11 +573,19 @@ class _Connection(asyncio.Protocol):
         self._owe(_Reply(status, _render(status, "connection: close\r\n", b""), last=True))
 
 
+def _ask_for_client(tls: ssl.SSLContext, ca_file: str) -> None:
+    try:
+        tls.load_verify_locations(ca_file)
+    except ssl.SSLError as exc:
+        raise InputError(f"{ca_file} holds no certificate in PEM form") from exc
+    tls.verify_mode = ssl.CERT_REQUIRED
+
+
 @click.command("sink")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option("--path", help="Answer on this path only; others get 404. Without it, any path does.")
-@click.option("--secret", envvar="WEBHOOK_SECRET", show_envvar=True, help="whsec_…; checks each signature.")
+@click.option("--secret", envvar="WEBHOOK_SECRET", show_envvar=True, help="whsec_… or whpk_…; checks each signature.")
 @click.option("--status", default=204, show_default=True, help="What to answer.")
 @click.option("--delay", default=0.0, show_default=True, help="Seconds before the answer.")
 @click.option("--fail-rate", default=0.0, show_default=True, help="Share of the requests answered 500 instead, 0 to 1.")
@@ -561,6 +593,9 @@ class _Connection(asyncio.Protocol):
 @click.option("--mode", default="answer", show_default=True, type=click.Choice(get_args(Mode)), help="Misbehave.")
 @click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False), help="PEM chain; serves HTTPS.")
 @click.option("--tls-key", type=click.Path(exists=True, dir_okay=False), help="PEM key, unless it is in --tls-cert.")
+@click.option(
+    "--tls-client-ca", type=click.Path(exists=True, dir_okay=False), help="PEM; asks for a client certificate of it."
+)
 @click.option("--seconds", type=click.FloatRange(min=0), help="Stop after so long. Without it, on Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @click.option("--quiet", is_flag=True, help="Print no line per event.")
@@ -576,6 +611,7 @@ def sink_command(
     mode: Mode,
     tls_cert: str | None,
     tls_key: str | None,
+    tls_client_ca: str | None,
     seconds: float | None,
     as_json: bool,
     quiet: bool,
@@ -597,8 +633,10 @@ def sink_command(
             tls.load_cert_chain(tls_cert, tls_key)
         except ssl.SSLError as exc:
             raise InputError(f"{tls_cert} holds no usable certificate and key; give PEM files that match") from exc
-    elif tls_key is not None:
-        raise InputError("--tls-key needs --tls-cert")
+        if tls_client_ca is not None:
+            _ask_for_client(tls, tls_client_ca)
+    elif tls_key is not None or tls_client_ca is not None:
+        raise InputError("--tls-key and --tls-client-ca need --tls-cert")
     behaviour = Behaviour(delay_s=delay, fail_rate=fail_rate, status=status, retry_after=retry_after, mode=mode)
     stop = asyncio.Event()
 

@@ -15,7 +15,7 @@ from dispatcher.domain.shape import BODY_FORMATS, SHAPE, SIGNINGS, shown
 from dispatcher.errors import InputError, SealedError
 from dispatcher.store.admin import EndpointView
 
-_SECRET = " @FILE or @- reads it."
+_FROM_FILE = " @FILE or @- reads it."
 _PEM = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 
 UNSET: dict[str, dict[str, Any]] = {  # what `--unset` takes out → the fields, at their defaults
@@ -45,17 +45,20 @@ def shape_options(command: Any) -> Any:
                 "--omit", multiple=True, help="JSON pointer to a field of data to leave out: /message/text. Repeat it."
             ),
             click.option(
-                "--header", "headers", multiple=True, help="'Name: value' of a header of its own. Repeat it." + _SECRET
+                "--header",
+                "headers",
+                multiple=True,
+                help="'Name: value' of a header of its own. Repeat it." + _FROM_FILE,
             ),
-            click.option("--basic", help="Basic authentication, user:password." + _SECRET),
-            click.option("--bearer", help="Bearer token." + _SECRET),
+            click.option("--basic", help="Basic authentication, user:password." + _FROM_FILE),
+            click.option("--bearer", help="Bearer token." + _FROM_FILE),
             click.option("--client-cert", type=_PEM, help="PEM chain of a client certificate (mTLS), ours first."),
             click.option("--client-key", type=_PEM, help="PEM key of the client certificate, without a passphrase."),
             click.option(
                 "--extra-signature",
                 help="A signature that the receiver knows already: hex:HEADER, hex:HEADER:PREFIX or timestamped:HEADER.",
             ),
-            click.option("--extra-signature-key", help="Its key, as it stands. [default: a new one]" + _SECRET),
+            click.option("--extra-signature-key", help="Its key, as it stands. [default: a new one]" + _FROM_FILE),
         )
     ):
         command = option(command)

@@ -15,7 +15,7 @@ CHAIN_MAX = 10
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClientIdentity:
-    """A certificate chain, ours first, and its key; both PEM. It is part of an `Origin`, so that a connection is used by its own identity only."""
+    """A certificate chain, ours first, and its key; both PEM. Part of an `Origin`, so that a connection is used by its own identity only."""
 
     certificate: str = field(repr=False)
     key: str = field(repr=False)

@@ -563,10 +563,10 @@ def test_saving_an_endpoint_again_gives_no_new_tokens():
 
 
 def test_the_request_head_is_rendered_once():
-    assert make_lane().head_bytes == (
+    assert make_lane().requests._head == (
         b"POST /hook?x=1 HTTP/1.1\r\nhost: a.example\r\nuser-agent: tests\r\ncontent-type: application/json\r\nwebhook-id: "
     )
-    assert make_lane(target=None).head_bytes == b""
+    assert make_lane(target=None).requests is None
 
 
 def test_limits_come_from_the_settings():

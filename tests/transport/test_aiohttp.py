@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from dispatcher.domain.address import AddressPolicy
+from dispatcher.domain.event import Event
 from dispatcher.domain.outcome import Fault, Outcome
 from dispatcher.domain.signing import Signer
 from dispatcher.domain.url import Origin, parse_url
-from dispatcher.engine.request import render, render_head
+from dispatcher.engine.request import Requests, render_head
 from dispatcher.main import make_transport
 from dispatcher.settings import load
 from dispatcher.sink import Behaviour
@@ -36,7 +37,9 @@ SIGNER = Signer(("whsec_" + base64.b64encode(b"k" * 24).decode(),))
 
 def request(url: str, body: bytes = b'{"n":1}', user_agent: str = "dispatcher/1 (webhooks)") -> bytes:
     head = render_head(parse_url(url, AddressPolicy(allow_http=True)), user_agent)
-    return render(head, SIGNER, b"evt_0", b"1700000000", 1, body)
+    event = Event(0, "acct", "a.b", b"{}", 0, None, b"evt_0")
+    event.body = body
+    return Requests(head, SIGNER).render(event, b"1700000000", 1)
 
 
 @pytest.mark.parametrize(

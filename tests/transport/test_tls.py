@@ -12,7 +12,7 @@ import trustme
 from dispatcher.domain.outcome import Fault, Outcome
 from dispatcher.domain.url import Origin
 from dispatcher.ports import Limits
-from dispatcher.transport.pool import make_tls_context
+from dispatcher.transport.tls import make_tls_context
 from tests.transport.peers import OK, Names, connected, make_peer, make_pool, new_pool, post, sockets, start, until
 
 pytestmark = pytest.mark.usefixtures("each_transport")
