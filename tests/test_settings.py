@@ -259,6 +259,44 @@ def test_no_listing_shows_the_proxy(monkeypatch):
     assert "hunter2" not in refusal()
 
 
+KEY, OTHER = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=", "AQIDBAUGBwgJCgsMDQ4PEBESExQVFhcYGRobHB0eHyA="
+
+
+def test_encryption_keys_from_a_variable_or_a_file(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text(f"# first\n{KEY}\n{OTHER}\n")
+    assert load().keyring.first_id is None
+    given, read = load(encryption_keys=f"{KEY},{OTHER}"), load(encryption_keys_file=str(file))
+    assert repr(given.keyring) == repr(read.keyring)
+    assert given.keyring.first_id == load(encryption_keys=KEY).keyring.first_id
+    for text in (repr(given), str(given), repr(given.keyring)):
+        assert KEY not in text
+
+
+@pytest.mark.parametrize("value", ["", "hunter2", "aHVudGVyMg==", f"{KEY},{KEY}", ["hunter2"]])
+def test_bad_encryption_keys(value, tmp_path):
+    text = refusal(encryption_keys=value)
+    assert text.startswith("setting DISPATCHER_ENCRYPTION_KEYS: ")
+    assert "hunter2" not in text
+    assert KEY not in text
+    if isinstance(value, str):
+        file = tmp_path / "keys"
+        file.write_text(value)
+        text = refusal(encryption_keys_file=str(file))
+        assert text.startswith("setting DISPATCHER_ENCRYPTION_KEYS_FILE: ")
+        assert "hunter2" not in text
+        assert KEY not in text
+
+
+def test_encryption_keys_are_given_once(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text(KEY)
+    assert "give one of the two" in refusal(encryption_keys=KEY, encryption_keys_file=str(file))
+    assert refusal(encryption_keys_file=str(tmp_path / "none")).startswith("setting DISPATCHER_ENCRYPTION_KEYS_FILE: ")
+    file.write_bytes(b"\xff\xfe")
+    assert refusal(encryption_keys_file=str(file)).startswith("setting DISPATCHER_ENCRYPTION_KEYS_FILE: ")
+
+
 def test_a_bound_of_the_logs_size_is_optional(monkeypatch):
     assert load().retention_bytes_max is None
     monkeypatch.setenv("DISPATCHER_RETENTION_BYTES_MAX", "16777216")
@@ -291,6 +329,8 @@ def test_every_setting_is_tried_here():
         "retry_schedule_s",
         "allowed_networks",
         "retention_bytes_max",
+        "encryption_keys",
+        "encryption_keys_file",
     }
     assert set(FIELDS) == tried | {"data_dir", "ca_file", "database_url"}
 

@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from dispatcher import sink as sink_module
+from dispatcher.domain.signing import make_signer, new_private_key, public_key
 from dispatcher.errors import InputError
-from dispatcher.sink import MAX_BODY_BYTES, Behaviour, Received, Sink, decode_secret, sink_command, verify
+from dispatcher.sink import MAX_BODY_BYTES, Behaviour, Received, Sink, decode_secret, read_key, sink_command, verify
 
 SECRET = "whsec_" + base64.b64encode(bytes(range(24))).decode()
 OTHER = "whsec_" + base64.b64encode(bytes(range(24, 48))).decode()
@@ -736,6 +737,7 @@ def test_the_command_ends_by_itself_and_may_be_quiet() -> None:
         (["--fail-rate", "2"], "give 0 to 1"),
         (["--secret", "whsec_!"], "copy it whole"),
         (["--tls-key", __file__], "--tls-cert"),
+        (["--tls-client-ca", __file__], "--tls-cert"),
         (["--tls-cert", __file__], "PEM"),
         (["--host", "192.0.2.1"], "can't listen on 192.0.2.1"),
     ],
@@ -749,3 +751,24 @@ def test_the_command_refuses_with_a_remedy(arguments: list[str], says: str) -> N
 def test_help_teaches_with_examples() -> None:
     text = CliRunner().invoke(sink_command, ["--help"]).output
     assert text.count("  dispatcher sink --") == 2
+
+
+# v1a
+
+
+def test_asymmetric_signatures_are_checked_with_the_public_key():
+    private, other = new_private_key(), new_private_key()
+    signature = make_signer([other, private]).sign(b"msg_1", b"1000", BODY)
+    key = read_key(public_key(private))
+    assert verify(key, b"msg_1", b"1000", signature, BODY, 1000.0)
+    assert not verify(key, b"msg_1", b"1000", signature, BODY + b" ", 1000.0)
+    assert not verify(key, b"msg_1", b"1000", make_signer([other]).sign(b"msg_1", b"1000", BODY), BODY, 1000.0)
+    assert not verify(key, b"msg_1", b"1000", signature.replace(b"v1a,", b"v1b,"), BODY, 1000.0)
+    for junk in (b"", b"v1a,", b"v1a,????", b"v1a," + b"A" * 88, b"v1," + b"A" * 44):
+        assert not verify(key, b"msg_1", b"1000", junk, BODY, 1000.0)
+
+
+@pytest.mark.parametrize("text", ["whpk_", "whpk_????", "whpk_QUJD"])
+def test_what_is_no_public_key(text):
+    with pytest.raises(InputError, match="32 bytes"):
+        read_key(text)
