@@ -127,6 +127,11 @@ def test_an_edit_adds_and_takes_out(run: Cli) -> None:
         "timestamped:x-sig",
     )
     assert (edited["headers"], edited["basic"], edited["extra_signature_key"]) == ({}, None, HIDDEN)
+    key = run.json("endpoint", "show", endpoint, "--secret")["extra_signature_key"]
+    assert len(key) == 64
+    assert key in run.ok("endpoint", "update", endpoint, "--extra-signature", "hex:x-sig"), (
+        "told before the edit is in force"
+    )
     edited = run.json("endpoint", "update", endpoint, "--live", "--unset", "extra-signature")
     assert (edited["extra_signature"], edited["extra_signature_key"]) == (None, None)
 
@@ -222,9 +227,11 @@ def test_encryption_is_turned_on_and_its_key_rotated(run: Cli, tmp_path: Path) -
         assert "can't be told" in run.ok("endpoint", "show", endpoint, env=env), "the rest is shown without"
         assert run.json("endpoint", "show", endpoint, env=env)["sealed"]
         assert run.json("rotate-key", "--check", env=env)[0]["role"] == "missing"
-    assert json.loads(
-        run.ok("endpoint", "disable", str(run.json("endpoint", "create", "a", URL, "--live")["id"]), "--json")
-    )
+    for command in (
+        ("endpoint", "create", "a", URL), ("endpoint", "rotate-secret", endpoint), ("endpoint", "update", endpoint, "--bearer", "x"),
+    ):  # fmt: skip
+        assert "DISPATCHER_ENCRYPTION_KEYS" in run.refused(*command), "no plain text beside what is encrypted"
+    assert run.json("endpoint", "delete", endpoint, "--yes")["state"] == "deleted"
 
 
 def test_run_refuses_to_start_without_the_key(run: Cli) -> None:

@@ -277,7 +277,7 @@ def show(context: Context, endpoint_id: int, show_secret: bool, subscriptions: b
             | ({"secret": s.secret} if show_secret else {})
             for s in view.signing
         ]
-        revealed = {"extra_signature_key": view.credentials["extra_signature_key"]} if show_secret else {}
+        revealed = {"extra_signature_key": view.to_test["extra_signature_key"]} if show_secret else {}
         print_json(view.as_dict() | details.as_dict() | {"secrets": secrets} | revealed)
         return
     for label, value in _described(view, details, secret=show_secret, subscriptions=subscriptions):
@@ -303,6 +303,8 @@ def update(context: Context, /, endpoint_id: int, live: bool, json_out: bool, **
     if not changes:
         raise InputError("nothing to change was given; see --help")
     view = with_admin(context.settings(), lambda a: a.update(endpoint_id, changes, live=live))
+    if changes.get("extra_signature") and not json_out:
+        click.echo(f"extra signature key {view.to_test['extra_signature_key']}")
     if view.state == "draft" or live:
         _report(view, json_out, f"endpoint {endpoint_id} changed")
     elif view.proposed is None:

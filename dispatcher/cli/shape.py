@@ -115,8 +115,8 @@ def described(view: EndpointView, *, reveal: bool) -> Iterator[tuple[str, str]]:
     visible = shown(credentials)
     for name, value in visible.pop("headers").items():
         yield "header", f"{name}: {value}"
-    if reveal and credentials["extra_signature_key"] is not None:
-        visible["extra_signature_key"] = credentials["extra_signature_key"]
+    if reveal:
+        visible["extra_signature_key"] = view.to_test["extra_signature_key"]
     for name, value in visible.items():
         if value is not None:
             yield name, value

@@ -294,7 +294,7 @@ class Admin:
                 await self._db.execute(ADMIN.put_draft, endpoint_id, None)
             else:
                 draft = {name: full[name] for name in _PLAIN_FIELDS}
-                draft["credentials"] = seal_credentials(full, draft_place(endpoint_id), self._keyring)
+                draft["credentials"] = await self._sealed_credentials(full, draft_place(endpoint_id))
                 await self._db.execute(ADMIN.put_draft, endpoint_id, orjson.dumps(draft).decode())
         return await self.get(endpoint_id)
 
@@ -551,14 +551,29 @@ class Admin:
         await self._put_shape(endpoint_id, config)
 
     async def _put_shape(self, endpoint_id: int, config: dict[str, Any]) -> None:
-        credentials = seal_credentials(config, credentials_place(endpoint_id), self._keyring)
+        credentials = await self._sealed_credentials(config, credentials_place(endpoint_id))
         await self._db.execute(ADMIN.put_shape, endpoint_id, *(config[name] for name in SHAPE), credentials)
 
     async def _put_secret(self, endpoint_id: int, secret: str) -> None:
         scheme = scheme_of(secret)
+        await self._check_may_store()
         sealed = self._keyring.seal(secret, secret_place(endpoint_id))
         public = public_key(secret) if scheme == "v1a" else None
         await self._db.execute(ADMIN.insert_secret, endpoint_id, scheme, sealed, public)
+
+    async def _sealed_credentials(self, config: dict[str, Any], place: str) -> str | None:
+        stored = seal_credentials(config, place, self._keyring)
+        if stored is not None:
+            await self._check_may_store()
+        return stored
+
+    async def _check_may_store(self) -> None:
+        """Refuse to put plain text beside what is encrypted: this process has not been given the key."""
+        if self._keyring.first_id is None and await self._db.fetchval(ADMIN.has_sealed):
+            raise SealedError(
+                "the secrets in this database are encrypted, and this command has no key: set DISPATCHER_ENCRYPTION_KEYS or "
+                "DISPATCHER_ENCRYPTION_KEYS_FILE as the dispatcher has it"
+            )
 
     async def _put_missing_keys(self, endpoint_id: int, signing: str, has: Sequence[str]) -> None:
         """Give the endpoint a key for each scheme that it is to sign in and has none for: its receiver needs it before it goes live."""

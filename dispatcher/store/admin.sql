@@ -64,6 +64,10 @@ SET name = $2, url = $3, event_types = $4, timeout_ms = $5, rate_per_s = $6, rat
     draft = NULL
 WHERE id = $1;
 
+-- name: has_sealed
+SELECT EXISTS (SELECT FROM webhook.endpoint_secret WHERE starts_with(secret, 'sealed:'))
+    OR EXISTS (SELECT FROM webhook.endpoint WHERE starts_with(credentials, 'sealed:'));
+
 -- name: put_shape
 -- Apart from put_config, because credentials are sealed for the endpoint's id, which a new one has only now.
 UPDATE webhook.endpoint SET signing = $2, body_format = $3, omit = $4, extra_signature = $5, credentials = $6 WHERE id = $1;
