@@ -401,7 +401,7 @@ async def tried(r: Rig, endpoint_id: int) -> bool:
     view = await admin(r).get(endpoint_id)
     trial = await try_endpoint(
         r.transport, parse_url(view.to_test["url"], r.settings.address_policy), view.secrets, view.account_id, timeout_s=5,
-        user_agent="test", event_type=TEST_TYPE, data={}, shape=make_shape(view.to_test),
+        user_agent=r.settings.user_agent, event_type=TEST_TYPE, data={}, shape=make_shape(view.to_test),
     )  # fmt: skip
     await admin(r).record_test(
         view, passed=trial.passed, duration_us=trial.duration_us, status=trial.outcome.status, fault=None, verdict=trial.verdict,

@@ -98,8 +98,8 @@ async def test_it_goes_on_where_it_was_interrupted(db: asyncpg.Connection, monke
 
 
 async def test_a_missing_key_stops_it_before_anything_is_changed(db: asyncpg.Connection) -> None:
-    await endpoints(db, 2, OLD)
     await endpoints(db, 1)
+    await endpoints(db, 2, OLD)
     before = await db.fetch("SELECT secret FROM webhook.endpoint_secret ORDER BY id")
     for keys in ((), (NEW,)):
         with pytest.raises(SealedError, match=name(OLD)):
@@ -110,6 +110,20 @@ async def test_a_missing_key_stops_it_before_anything_is_changed(db: asyncpg.Con
         await rotate_key(db, keyring(), quietly)
     assert await db.fetch("SELECT secret FROM webhook.endpoint_secret ORDER BY id") == before
     assert KeyUse(name(OLD), "missing", 6) in await keys_in_use(db, keyring(NEW))
+
+
+async def test_no_plain_text_is_put_beside_what_is_encrypted(db: asyncpg.Connection) -> None:
+    [endpoint] = await endpoints(db, 1, OLD)
+    keyless = admin(db)
+    for work in (
+        keyless.create("acct", {"url": "https://a.example/"}),
+        keyless.rotate_secret(endpoint),
+        keyless.update(endpoint, {"signing": "v1,v1a"}),
+    ):
+        with pytest.raises(SealedError, match="DISPATCHER_ENCRYPTION_KEYS"):
+            await work
+    assert None not in await uses(db, OLD)
+    assert await db.fetchval("SELECT count(*) FROM webhook.endpoint") == 1
 
 
 async def test_what_does_not_open_is_told_and_left(db: asyncpg.Connection) -> None:
