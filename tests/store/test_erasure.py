@@ -24,7 +24,9 @@ UNION ALL SELECT 'dead_letter', payload::text FROM webhook.dead_letter WHERE pay
 UNION ALL SELECT 'attempt', encode(response_head, 'escape') FROM webhook.attempt WHERE response_head IS NOT NULL
 UNION ALL SELECT 'test', encode(request, 'escape') FROM webhook.test_attempt
 UNION ALL SELECT 'secret', secret FROM webhook.endpoint_secret
-UNION ALL SELECT 'endpoint', url || name || coalesce(draft::text, '') FROM webhook.endpoint WHERE url <> 'https://erased.invalid/' OR name <> ''
+UNION ALL SELECT 'endpoint', url || name || coalesce(draft::text, '') || coalesce(credentials, '') || omit::text FROM webhook.endpoint
+WHERE url <> 'https://erased.invalid/' OR name <> '' OR draft IS NOT NULL
+   OR credentials IS NOT NULL OR extra_signature IS NOT NULL OR omit <> '{}'
 UNION ALL SELECT 'note', note FROM webhook.run WHERE note <> ''
 UNION ALL SELECT 'retry', reason FROM webhook.retry
 """
@@ -37,8 +39,11 @@ async def said(db: asyncpg.Connection) -> dict[str, int]:
     return counts
 
 
+SHAPED: dict[str, Any] = {"credentials": '{"bearer": "said"}', "extra_signature": "hex:x-said", "omit": ["/said"]}
+
+
 async def full_endpoint(db: asyncpg.Connection, account: str = "acct", **columns: Any) -> int:
-    endpoint_id = await endpoint(db, account, name="Ann's", draft='{"url": "https://new.test/"}', **columns)
+    endpoint_id = await endpoint(db, account, name="Ann's", draft='{"url": "https://new.test/"}', **SHAPED, **columns)
     await db.execute(
         "INSERT INTO webhook.endpoint_secret (endpoint_id, secret) VALUES ($1, 'whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw')",
         endpoint_id,
