@@ -577,4 +577,5 @@ def _value(value: Any) -> str:
         return "–"
     if isinstance(value, dict):
         return ", ".join(f"{name}: {hidden}" for name, hidden in value.items()) or "–"
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value) or "–"
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text or "–"
