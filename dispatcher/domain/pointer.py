@@ -17,7 +17,7 @@ POINTERS_MAX, POINTER_CHARS_MAX, DEPTH_MAX = 32, 256, 16
 Tree = dict[str, "Tree | None"]  # None: leave it out
 
 _POINTER = re.compile(r"(?:/(?:[^~/]|~[01])*)+")
-_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'  # possessive: half the time, and nothing to go back for
 _SPACE = rb"[ \t\n\r]*"
 _SPACES = re.compile(_SPACE)
 _NAME = re.compile(rb"(" + _STRING + rb")" + _SPACE + rb":" + _SPACE)

@@ -38,7 +38,8 @@ from dispatcher.domain.outcome import Fault
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.domain.retention import Span
 from dispatcher.domain.run import Run, RunSource, RunState
-from dispatcher.domain.shape import PLAIN, Shape
+from dispatcher.domain.sealing import Keyring
+from dispatcher.domain.shape import SHAPE
 from dispatcher.domain.signing import signing_in
 from dispatcher.domain.url import parse_url
 from dispatcher.errors import InputError
@@ -63,6 +64,7 @@ from dispatcher.ports import (
     StoreAwayError,
 )
 from dispatcher.store import standby
+from dispatcher.store.credentials import shape_of
 from dispatcher.store.standby import Look, Watch
 
 T = TypeVar("T")
@@ -143,7 +145,11 @@ class EndpointRow:
     in_flight_max: int | None = None
     retry_schedule_s: tuple[int, ...] | None = None
     failing_since_us: int | None = None
-    shape: Shape = PLAIN
+    signing: str = "v1"
+    body_format: str = "envelope"
+    omit: tuple[str, ...] = ()
+    extra_signature: str | None = None
+    credentials: str | None = None  # never sealed here
 
 
 @dataclass(frozen=True, slots=True)
@@ -1396,8 +1402,10 @@ def _subscription(row: SubscriptionRow) -> Subscription:
 def _endpoint(
     row: EndpointRow, subscriptions: Sequence[Subscription], runs: Sequence[Run], policy: AddressPolicy
 ) -> Endpoint:
+    columns = {name: getattr(row, name) for name in (*SHAPE, "id", "credentials")} | {"omit": list(row.omit)}
+    shape = shape_of(columns, Keyring())
     try:
-        target = row.shape.aimed(parse_url(row.url, policy))
+        target = shape.aimed(parse_url(row.url, policy))
     except InputError:
         target = None
     return Endpoint(
@@ -1405,7 +1413,7 @@ def _endpoint(
         account_id=row.account_id,
         target=target,
         state=row.state,
-        secrets=signing_in(row.secrets, row.shape.signing),
+        secrets=signing_in(row.secrets, shape.signing),
         subscriptions=tuple(subscriptions),
         timeout_s=row.timeout_ms / 1000,
         rate_per_s=row.rate_per_s,
@@ -1415,5 +1423,5 @@ def _endpoint(
         failing_since_us=row.failing_since_us,
         state_reason=row.state_reason,
         runs=tuple(runs),
-        shape=row.shape,
+        shape=shape,
     )

@@ -11,6 +11,7 @@ import pytest
 from dispatcher.domain.endpoint import EndpointState
 from dispatcher.domain.outcome import Fault
 from dispatcher.domain.ranges import IdRanges
+from dispatcher.domain.shape import PLAIN, ExtraSignature
 from dispatcher.ports import (
     AttemptRow,
     Batch,
@@ -605,6 +606,27 @@ async def test_a_change_is_seen_when_it_commits_with_the_bounds_of_when_it_was_m
         ("*", 0, False),
         ("late.*", 0, False),
     ]
+
+
+async def test_configuration_says_what_requests_are_made_of(world: World, store: Store) -> None:
+    plain = await world.add_endpoint()
+    shaped = await world.add_endpoint(
+        body_format="payload", omit=["/a", "/b/c"], extra_signature="hex:x-sig:sha256=",
+        credentials='{"bearer": "t", "headers": {"x-a": "1"}, "extra_signature_key": "hunter22"}',
+    )  # fmt: skip
+    changes = await store.config_changes(0, 1)
+    by_id = {endpoint.id: endpoint for endpoint in changes.endpoints}
+    assert by_id[plain].shape is PLAIN
+    shape = by_id[shaped].shape
+    assert (shape.bare, shape.pointers) == (True, ("/a", "/b/c"))
+    assert shape.headers == (("x-a", "1"), ("authorization", "Bearer t"))
+    assert shape.extra_signature == ExtraSignature("hex", "x-sig", "sha256=", "hunter22")
+    await world.update_endpoint(plain, omit=["/a"])
+    changes = await store.config_changes(changes.seq, 1)
+    assert [(endpoint.id, endpoint.shape.pointers) for endpoint in changes.endpoints] == [(plain, ("/a",))]
+    await world.update_endpoint(plain, omit=[], credentials='{"basic": "a:b"}')
+    changes = await store.config_changes(changes.seq, 1)
+    assert [endpoint.shape.headers for endpoint in changes.endpoints] == [(("authorization", "Basic YTpi"),)]
 
 
 async def test_configuration_tells_that_another_rules(world: World, store: Store) -> None:
