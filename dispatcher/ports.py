@@ -116,6 +116,7 @@ class RetryRow:
     first_attempt_us: int
     due_us: int
     reason: str
+    ordering_key: str | None = None  # which it holds back
 
 
 @dataclass(slots=True)
@@ -162,6 +163,7 @@ class StatRow:
     delivered: int
     failed: int
     dead: int
+    expired: int
     duration_ms: int
     durations: list[int]
 
@@ -257,6 +259,17 @@ class Store(Protocol):
     async def holes(
         self, account_id: str, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int
     ) -> list[Page]: ...
+
+    async def urgent(self, account_id: str, after: int, upto: int, limit: int, bytes_max: int) -> Page:
+        """Read as `account` does, events with priority only."""
+
+    async def keys(
+        self, account_id: str, keys: Sequence[tuple[str, int]], upto: int, limit: int, bytes_max: int
+    ) -> list[Page]:
+        """Read the first `limit` events of each (ordering key, lowest id); a page beyond the byte bound comes back empty and full."""
+
+    async def held_keys(self, endpoint_id: int) -> list[tuple[str, int]]:
+        """Read the (ordering key, event id) of the endpoint's retries that hold back a key."""
 
     async def due_retries(
         self, endpoint_id: int, limit: int, bytes_max: int, *, without_runs: Sequence[int] = ()

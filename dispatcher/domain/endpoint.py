@@ -14,6 +14,7 @@ from typing import NewType
 
 import orjson
 
+from dispatcher.domain.ordering import Ordering
 from dispatcher.domain.run import Run
 from dispatcher.domain.url import Target
 from dispatcher.errors import InputError
@@ -64,6 +65,7 @@ class Endpoint:
     state_reason: str | None = None
     runs: tuple[Run, ...] = ()  # that haven't finished
     reload_at_us: int | None = None  # a secret expires then, with no change to tell of it
+    ordering: Ordering | None = None  # None: off
 
     def __repr__(self) -> str:
         return f"Endpoint({self.id} {self.state.value} {self.target.url if self.target else 'unusable'})"

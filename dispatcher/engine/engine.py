@@ -231,6 +231,7 @@ class Incarnation:
         self.recorder.gaps = self.reader.gaps
         self.recorder.after_read = gate.after
         self.recorder.note_retry = self.reader.catch_up.note_retry
+        self.recorder.look = self.reader.catch_up.look
         self.recorder.piled_up = self._piled_up
         store.on_owner_lost(self._lost_ownership)
         self._restore(started)
@@ -248,7 +249,7 @@ class Incarnation:
             else:
                 lane = self.lanes.add(endpoint, now, live=False, cursor=min(row.settled, started.position))
                 lane.holes = row.holes.copy()
-                lane.holes.clip(started.position)
+                lane.holes.clip(lane.cursor)
                 lane.has_row = True
                 lane.backlog = row.backlog
                 self.lanes.unsettled[lane] = None

@@ -23,6 +23,7 @@ from functools import partial
 
 import structlog
 
+from dispatcher.domain.event import Event
 from dispatcher.domain.outcome import DELIVER, Decision, Fault, Outcome, Verdict, decide, describe
 from dispatcher.domain.run import ORIGINAL
 from dispatcher.domain.url import Origin
@@ -38,6 +39,7 @@ from dispatcher.ports import Connection, Transport
 _log = structlog.get_logger(room="sender")
 
 TURN_POSTS = 4  # a lane's POSTs per turn
+_EXPIRED, _SETTLE_EXPIRED = Outcome(Fault.EXPIRED), Decision(Verdict.EXPIRED)
 
 
 class Sender:
@@ -147,6 +149,7 @@ class Sender:
     def _serve(self, lane: Lane, now: float) -> None:
         """Give a lane its turn; it goes back into the line, into another, or nowhere if it has nothing to send."""
         for _ in range(TURN_POSTS):
+            self._settle_stale(lane)
             if lane.gone or lane.work() <= lane.connecting or lane.in_flight + lane.connecting >= lane.limit():
                 return  # whatever ends next offers the lane again
             at = lane.ready_at(now)
@@ -232,6 +235,8 @@ class Sender:
             if not isinstance(result, Outcome):
                 self._transport.release(result)
             return
+        if not self.held_by:
+            self._settle_stale(lane)
         if isinstance(result, Outcome):
             # The delivery that asked for it has failed, if it is still there and still due.
             if (
@@ -267,10 +272,44 @@ class Sender:
             retry = lane.retries.popleft()
             delivery = Delivery(self.answered, lane, retry.event, retry.run, retry.number, retry.first_attempt_us)
         else:
-            delivery = Delivery(self.answered, lane, lane.queue.popleft(), ORIGINAL, 1, 0)
-        if not lane.live or lane.next_retry_us is not None or lane.runs:
+            delivery = Delivery(self.answered, lane, lane.next_fresh(), ORIGINAL, 1, 0)
+        if not lane.live or lane.next_retry_us is not None or lane.runs or lane.keys is not None:
             self._look(lane)
         return delivery
+
+    def _settle_stale(self, lane: Lane) -> None:
+        """Settle, unsent, what is about to be sent and has expired. Looks at what stands first only: the rest comes there. Before a token is
+        taken; and a delivery that waits for a retry is looked at when that is due, or when it expires."""
+        while lane.queue and lane.queue[0].expires_us is not None and self._is_stale(lane.queue[0]):
+            self._settle_unsent(Delivery(self.answered, lane, lane.queue.popleft(), ORIGINAL, 1, 0))
+        while lane.urgent and lane.urgent[0][2].expires_us is not None and self._is_stale(lane.urgent[0][2]):
+            self._settle_unsent(Delivery(self.answered, lane, heapq.heappop(lane.urgent)[2], ORIGINAL, 1, 0))
+        while lane.retries and lane.retries[0].event.expires_us is not None:
+            retry = lane.retries[0]
+            if retry.run != ORIGINAL or not self._is_stale(retry.event):  # who asks for a resend wants it now
+                break
+            lane.retries.popleft()
+            self._settle_unsent(
+                Delivery(self.answered, lane, retry.event, retry.run, retry.number, retry.first_attempt_us)
+            )
+
+    def _is_stale(self, event: Event) -> bool:
+        return not self.held_by and event.expires_us is not None and event.expires_us <= self._clock.wall_us()
+
+    def _settle_unsent(self, delivery: Delivery) -> None:
+        delivery.started_us = self._clock.wall_us()
+        delivery.outcome, delivery.decision, delivery.duration_us = _EXPIRED, _SETTLE_EXPIRED, 0
+        self._counters.expired += 1
+        _log.debug(
+            "delivery.expired",
+            endpoint_id=delivery.lane.id,
+            event_id=delivery.event.public_id.decode(),
+            id=delivery.event.id,
+            attempts=delivery.number - 1,
+        )
+        self._lanes.memory.let_go(delivery.event)
+        self._recorder.add(delivery)
+        self._look(delivery.lane)
 
     def _start(self, lane: Lane, connection: Connection, now: float) -> None:
         if lane.bucket is not None:
@@ -345,14 +384,15 @@ class Sender:
                 self._failing_changed(lane, was_us)
         else:
             age_s = (delivery.started_us - delivery.first_attempt_us) / 1e6
-            decision = decide(outcome, delivery.number, age_s, lane.retry_policy, self._clock.wall(), self._rng)
+            policy = lane.key_policy if delivery.holds_key else lane.retry_policy
+            decision = decide(outcome, delivery.number, age_s, policy, self._clock.wall(), self._rng)
             delivery.decision = decision
             self._failed(delivery, outcome, decision, now, latency_s)
         self._lanes.memory.let_go(delivery.event)
         self._recorder.add(delivery)
-        if not lane.live or lane.next_retry_us is not None or lane.runs:
+        if not lane.live or lane.next_retry_us is not None or lane.runs or lane.keys is not None:
             self._look(lane)
-        if lane.queue or lane.retries:
+        if lane.queue or lane.retries or lane.urgent:
             self.offer(lane)
 
     def _failed(self, delivery: Delivery, outcome: Outcome, decision: Decision, now: float, latency_s: float) -> None:
@@ -437,7 +477,7 @@ class Sender:
         if lane.gone:
             self._lanes.memory.let_go(event)
         elif delivery.is_first:
-            lane.queue.appendleft(event)
+            lane.put_back(event)
             if lane.held:
                 self._let_queue_go(lane)
             self.offer(lane)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.simulation.night import run_seeds
-from tests.simulation.plan import KINDS, draw
+from tests.simulation.plan import KINDS, OPTIONS, draw
 from tests.simulation.world import simulate
 
 SEEDS = int(os.environ.get("SIMULATION_SEEDS", "200"))
@@ -56,6 +56,6 @@ def test_the_log_does_not_change_the_run():
 
 def test_swarms_differ():
     plans = [draw(seed) for seed in range(200)]
-    for kind in KINDS:
+    for kind in (*KINDS, *OPTIONS):
         share = sum(plan.has(kind) for plan in plans) / len(plans)
         assert 0.1 < share < 0.9, kind
