@@ -8,7 +8,7 @@ What a store call may raise: `StoreAwayError` (not reachable now: nothing is kno
 dispatcher rules: stop).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -163,9 +163,9 @@ class StatRow:
     delivered: int
     failed: int
     dead: int
-    expired: int
     duration_ms: int
     durations: list[int]
+    expired: int = 0
 
 
 @dataclass(slots=True)
@@ -455,8 +455,16 @@ class Transport(Protocol):
     def release(self, connection: Connection) -> None:
         """Give back a connection that was acquired and not used."""
 
-    def connect(self, origin: Origin, on_ready: Callable[[Connection | Outcome], None], *, fresh: bool = False) -> None:
+    def connect(
+        self,
+        origin: Origin,
+        on_ready: Callable[[Connection | Outcome], None],
+        *,
+        fresh: bool = False,
+        turn_of: Hashable = None,
+    ) -> None:
         """Ask for a connection; wait for room, name and handshake hold no slot of the engine's. `on_ready` is called once, later, with a
-        connection that must be used or released, or with the outcome that says why there is none. `fresh`: not a kept-alive one."""
+        connection that must be used or released, or with the outcome that says why there is none. `fresh`: not a kept-alive one. Where
+        an origin has no room, those who wait for it (`turn_of`: an endpoint) take turns, however many POSTs each waits with."""
 
     async def close(self) -> None: ...

@@ -147,6 +147,16 @@ class Engine:
             return started
         return None
 
+    def lane_health(self, endpoint_id: int | None = None) -> list[dict[str, Any]]:
+        """Return how the lanes (or one endpoint's) stand at this moment: limits, breaker, pace, keys. Empty unless it owns the database."""
+        if self.incarnation is None or self.state is not State.OWNER:
+            return []
+        now, lanes = self._clock.now(), self.incarnation.lanes
+        if endpoint_id is None:
+            return [lane.health(now) for lane in lanes]
+        lane = lanes.get(endpoint_id)
+        return [] if lane is None else [lane.health(now)]
+
     def _standing_by(self) -> None:
         self.state = State.STANDBY
 

@@ -16,7 +16,8 @@ are of a higher class, the highest first: they get four turns in five while othe
 them ahead of its cursor. An id above the cursor that is in hand, or has an attempt, is skipped when the cursor comes.
 
 **Towards the endpoint.** Token bucket, breaker, adaptive limit of POSTs in flight (starts at 2, +1 a success, halved by
-a failure, 1 after the breaker closes), and the turn between fresh events and retries.
+a failure, 1 after the breaker closes), and the turn between fresh events and retries. A receiver that asks for less is
+met with a pace as well (domain/pace.py), and while there is one, POSTs in flight grow by one a round, not one a success.
 
 Every method is atomic (no await). One instance per endpoint lives at a time, owned by `Lanes`.
 """
@@ -25,12 +26,14 @@ from collections import deque
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from typing import Any
 
 from dispatcher.domain.breaker import CLOSED, BreakerLimits, BreakerState, CircuitBreaker
 from dispatcher.domain.bucket import TokenBucket
 from dispatcher.domain.endpoint import Endpoint, EndpointState
 from dispatcher.domain.event import Event
 from dispatcher.domain.outcome import RetryPolicy
+from dispatcher.domain.pace import Pace
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.domain.run import RunState
 from dispatcher.domain.signing import Signer
@@ -83,9 +86,9 @@ class Lane:
         "backlog", "blocked_until", "breaker", "bucket", "connecting", "cursor", "endpoint", "failing_since_us",
         "gone", "hands", "has_row", "head_bytes", "held", "holes", "id", "in_flight", "in_flight_limit",
         "in_flight_max", "in_ready", "key_policy", "keys", "last_success", "late", "latency_s", "limits", "live",
-        "look_at", "low_in_flight", "moved", "next_retry_us", "queue", "retries", "retry_hands", "retry_policy",
-        "runs", "runs_done", "signer", "stalled", "stat", "timer_at", "turn", "untried", "urgent", "urgent_after",
-        "urgent_turns",
+        "look_at", "low_in_flight", "moved", "next_retry_us", "pace", "paced_successes", "queue", "retries", "retry_hands",
+        "retry_policy", "runs", "runs_done", "signer", "stalled", "stat", "timer_at", "turn", "untried", "urgent",
+        "urgent_after", "urgent_turns",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, limits: LaneLimits, now: float, *, live: bool, cursor: int) -> None:
@@ -119,6 +122,8 @@ class Lane:
         # towards the endpoint
         self.breaker = CircuitBreaker(limits.breaker)
         self.bucket: TokenBucket | None = None
+        self.pace: Pace | None = None  # None: it has not asked for less
+        self.paced_successes = 0
         self.in_flight = 0
         self.low_in_flight = 0  # of those, retries and runs
         self.connecting = 0
@@ -418,7 +423,41 @@ class Lane:
             at = self.breaker.until
         if self.bucket is not None and at == now:
             at = self.bucket.ready_at(now)
+        if self.pace is not None:
+            at = max(at, self.pace.ready_at(now))
         return at
+
+    def take_token(self, now: float) -> None:
+        """A POST starts; `ready_at` said that it may."""
+        if self.bucket is not None:
+            taken = self.bucket.try_take(now)
+            assert taken, "ready_at() said there is a token"
+        if self.pace is not None:
+            self.pace.take(now)
+
+    def throttled(self, started: float, now: float, latency_s: float) -> None:
+        """The receiver asked for less, in its answer to a POST that began at `started`."""
+        if self.pace is not None:
+            cut = self.pace.throttled(started, now)
+        else:
+            # What it was sent, by Little's law: this POST is no longer counted among those in flight.
+            rate_per_s = (self.in_flight + 1) / max(self.latency_s, latency_s, 0.001)
+            if self.endpoint.rate_per_s is not None:
+                rate_per_s = min(rate_per_s, self.endpoint.rate_per_s)
+            self.pace, cut = Pace(rate_per_s, now), True
+        if cut:
+            self.in_flight_limit = max(1, self.in_flight_limit // 2)
+
+    def health(self, now: float) -> dict[str, Any]:
+        """Return how it stands towards its endpoint, for people."""
+        return {
+            "endpoint_id": self.id, "live": self.live, "queued": self.queued(), "in_flight": self.in_flight,
+            "in_flight_limit": self.limit(), "breaker": self.breaker.state.value,
+            "pace_per_s": None if self.pace is None or self.pace.is_over(now) else round(self.pace.rate_at(now), 2),
+            "waits_s": round(max(0.0, self.blocked_until - now), 3), "latency_s": round(self.latency_s, 4),
+            "keys_held": 0 if self.keys is None else len(self.keys),
+            "held_back_ids": 0 if self.keys is None else self.keys.held_back.count(),
+        }  # fmt: skip
 
     def limit(self) -> int:
         return self.in_flight_limit if self.breaker.state is CLOSED else 1
@@ -479,12 +518,25 @@ class Lane:
         self.latency_s += 0.2 * (latency_s - self.latency_s)
         if self.breaker.succeeded(now, probe):
             self.in_flight_limit = 1
+        elif self.pace is not None:
+            self._grow_paced(now)
         elif self.in_flight_limit < self.in_flight_max:
             self.in_flight_limit += 1
 
-    def failed(self, now: float, latency_s: float, probe: bool) -> bool:
-        """Note a failure that counts; return whether it opened the breaker."""
+    def _grow_paced(self, now: float) -> None:
+        """One more in flight for as many successes as may be in flight: one a round."""
+        assert self.pace is not None
+        self.paced_successes += 1
+        if self.paced_successes >= self.in_flight_limit:
+            self.paced_successes = 0
+            self.in_flight_limit = min(self.in_flight_limit + 1, self.in_flight_max)
+        if self.pace.is_over(now):
+            self.pace = None
+
+    def failed(self, now: float, latency_s: float, probe: bool, *, throttled: bool = False) -> bool:
+        """Note a failure that counts; return whether it opened the breaker. `throttled`: its rate and POSTs in flight were cut for it."""
         self.untried = False
         self.latency_s += 0.2 * (latency_s - self.latency_s)
-        self.in_flight_limit = max(1, self.in_flight_limit // 2)
+        if not throttled:
+            self.in_flight_limit = max(1, self.in_flight_limit // 2)
         return self.breaker.failed(now, probe)

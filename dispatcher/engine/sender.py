@@ -25,6 +25,7 @@ import structlog
 
 from dispatcher.domain.event import Event
 from dispatcher.domain.outcome import DELIVER, Decision, Fault, Outcome, Verdict, decide, describe
+from dispatcher.domain.pace import THROTTLING
 from dispatcher.domain.run import ORIGINAL
 from dispatcher.domain.url import Origin
 from dispatcher.engine.clock import Clock
@@ -171,7 +172,7 @@ class Sender:
             if connection is None:
                 lane.connecting += 1
                 origin = lane.endpoint.target.origin
-                self._transport.connect(origin, partial(self._connected, lane, origin))
+                self._transport.connect(origin, partial(self._connected, lane, origin), turn_of=lane.id)
             else:
                 self._start(lane, connection, now)
         self.offer(lane)
@@ -312,9 +313,7 @@ class Sender:
         self._look(delivery.lane)
 
     def _start(self, lane: Lane, connection: Connection, now: float) -> None:
-        if lane.bucket is not None:
-            taken = lane.bucket.try_take(now)
-            assert taken, "ready_at() said there is a token"
+        lane.take_token(now)
         delivery = self._next(lane)
         self._occupy(delivery)
         self._post(delivery, connection)
@@ -398,8 +397,12 @@ class Sender:
     def _failed(self, delivery: Delivery, outcome: Outcome, decision: Decision, now: float, latency_s: float) -> None:
         lane = delivery.lane
         self._counters.failed += 1
+        throttled = outcome.status in THROTTLING
+        if throttled:
+            self._counters.throttled += 1
+            lane.throttled(delivery.started, now, latency_s)
         if decision.counts:
-            opened = lane.failed(now, latency_s, delivery.probe)
+            opened = lane.failed(now, latency_s, delivery.probe, throttled=throttled)
             if lane.failing_since_us is None:
                 lane.failing_since_us = delivery.started_us
                 self._failing_changed(lane, None)
@@ -450,7 +453,8 @@ class Sender:
             self._put_back(delivery)
             return
         delivery.again = True
-        self._transport.connect(target.origin, partial(self._again_connected, delivery, target.origin), fresh=True)
+        again = partial(self._again_connected, delivery, target.origin)
+        self._transport.connect(target.origin, again, fresh=True, turn_of=delivery.lane.id)
 
     def _again_connected(self, delivery: Delivery, origin: Origin, result: Connection | Outcome) -> None:
         if isinstance(result, Outcome):

@@ -27,7 +27,7 @@ class Stat:
             self.delivered,
             self.failed,
             self.dead,
-            self.expired,
             self.duration_us // 1000,
             self.durations,
+            self.expired,
         )
