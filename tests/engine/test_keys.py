@@ -149,7 +149,7 @@ def test_without_ordering_a_key_means_nothing():
 
 def test_a_lane_takes_nothing_before_it_knows_its_keys_nor_when_they_are_too_many(monkeypatch):
     monkeypatch.setattr(keys_module, "KEYS_MAX", 2)
-    lanes, lane = make_ordered(live=False)
+    _, lane = make_ordered(live=False)
     lane.keys.are_known = False
     assert (lane.takes(0.0), lane.room(0.0), lane.urgent_room(0.0), lane.keys_room(0.0)) == (False, 0, 0, 0)
     lane.keys.know([("a", 1), ("b", 2)], [])
