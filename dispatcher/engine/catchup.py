@@ -25,6 +25,7 @@ from dispatcher.ports import DueRetry, Page, RunPage, Store
 
 PAGE_ROWS = 200  # a page must not hold up the head
 READ_BYTES_MAX = 4 << 20
+RELOOK_US = 20_000
 KEY_ROWS = 2  # the next event of a key, and whether there is another
 SCAN_IDS_MAX = 200_000  # how many ids one page of a lagging lane may pass over
 
@@ -407,10 +408,12 @@ class CatchUp:
                     came = True
                 if came:
                     self._offered(lane)
+            # A page may be cut by its bytes with all of it in hand, or the server's clock may have been put back: then not at once again.
+            now_us = self._clock.wall_us()
             if more:
-                self.note_retry(lane, 0)
+                self.note_retry(lane, 0 if came else now_us + RELOOK_US)
             elif page.next_due_us is not None:
-                self.note_retry(lane, page.next_due_us)
+                self.note_retry(lane, page.next_due_us if page.next_due_us > now_us else now_us + RELOOK_US)
             self._gate.applied()
             return came
         return False

@@ -20,6 +20,7 @@ FOUND = {
     21: "a connection to the old host was used after the endpoint's URL had changed",
     41: "a lane whose timer was set for a token was not woken at the end of Retry-After",
     72: "a run whose next page was due in the same microsecond never got one",
+    199: "while the server's clock was behind ours, a retry that was due by ours only was asked for again and again",
     88: "results piled up beyond unrecorded_max when that is less than a fifth of record_rows_max",
 }
 

@@ -28,7 +28,8 @@ PARTITION = "CREATE TABLE webhook.{0}_p{1} PARTITION OF webhook.{0} FOR VALUES F
 FILL = f"""
 SET session_replication_role = replica;
 INSERT INTO webhook.outbox (id, account_id, type, payload, ordering_key, priority) OVERRIDING SYSTEM VALUE
-SELECT p * {WIDTH}::bigint + n, 'a' || n % {ACCOUNTS}, 't.x', '{{}}', CASE WHEN n % 10 = 5 THEN 'k' || n % 20 END, CASE WHEN n % 20 = 5 THEN 1 END
+SELECT p * {WIDTH}::bigint + n, 'a' || n % {ACCOUNTS}, 't.x', '{{}}', CASE WHEN n % 10 = 5 THEN 'k' || n % 20 END,
+       CASE WHEN n % 20 = 5 THEN 1 END
 FROM generate_series(0, {PARTITIONS - 1}) AS p, generate_series(1, {ROWS}) AS n;
 INSERT INTO webhook.attempt SELECT id, 1, now(), 0, 1, 1, 200 FROM webhook.outbox;
 INSERT INTO webhook.attempt SELECT id, 2, now(), 0, 1, 1, NULL, 'timeout' FROM webhook.outbox;
@@ -65,7 +66,15 @@ STATEMENTS: dict[str, tuple[str, str, int]] = {
     "run_page_failed": (RUN, f"'a5', {HEAD - 300}, {HEAD}, '{{%}}', {LIMIT}, 2, 7, {BYTES}", 1),
     "run_page_dead": (RUN, f"'a5', 0, {HEAD}, '{{%}}', {LIMIT}, 2, 7, {BYTES}", 0),
 }  # fmt: skip
-RETURNED = {"probe": 12, "holes": 2, "account": 30, "urgent": 15, "keys": 6, "next_retry": 1, "run_page": 30}  # of full tables; else LIMIT
+RETURNED = {
+    "probe": 12,
+    "holes": 2,
+    "account": 30,
+    "urgent": 15,
+    "keys": 6,
+    "next_retry": 1,
+    "run_page": 30,
+}  # of full tables; else LIMIT
 
 
 @pytest.fixture(scope="module")
