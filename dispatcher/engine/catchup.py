@@ -404,6 +404,7 @@ class CatchUp:
                         break
                     lane.retry_hands.add(key)
                     lane.retries.append(retry)
+                    lane.may_expire = lane.may_expire or retry.event.expires_us is not None
                     self._lanes.memory.hold(retry.event)
                     came = True
                 if came:

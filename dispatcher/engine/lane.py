@@ -86,9 +86,9 @@ class Lane:
         "backlog", "blocked_until", "breaker", "bucket", "connecting", "cursor", "endpoint", "failing_since_us",
         "gone", "hands", "has_row", "head_bytes", "held", "holes", "id", "in_flight", "in_flight_limit",
         "in_flight_max", "in_ready", "key_policy", "keys", "last_success", "late", "latency_s", "limits", "live",
-        "look_at", "low_in_flight", "moved", "next_retry_us", "pace", "paced_successes", "queue", "retries", "retry_hands",
-        "retry_policy", "runs", "runs_done", "signer", "stalled", "stat", "timer_at", "turn", "untried", "urgent",
-        "urgent_after", "urgent_turns",
+        "look_at", "low_in_flight", "may_expire", "moved", "next_retry_us", "pace", "paced_successes", "queue",
+        "retries", "retry_hands", "retry_policy", "runs", "runs_done", "signer", "stalled", "stat", "timer_at",
+        "turn", "untried", "urgent", "urgent_after", "urgent_turns",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, limits: LaneLimits, now: float, *, live: bool, cursor: int) -> None:
@@ -101,6 +101,7 @@ class Lane:
         self.urgent: list[tuple[int, int, Event]] = []  # a heap of those with priority: (-priority, id, event)
         self.urgent_after: int | None = None if live else cursor  # more of them may lie above; None: none does
         self.urgent_turns = 0
+        self.may_expire = False  # it has had an event that expires: from then on it is looked for
         self.hands: dict[int, float] = {}
         self.late: set[int] = set()
         self.holes = IdRanges()
@@ -233,6 +234,8 @@ class Lane:
             heappush(self.urgent, (-event.priority, event.id, event))
         else:
             self.queue.append(event)
+        if event.expires_us is not None:
+            self.may_expire = True
         self.hands[event.id] = now
 
     def put_back(self, event: Event) -> None:

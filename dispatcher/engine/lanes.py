@@ -204,7 +204,9 @@ class Lanes:
                 self.unsettled[lane] = None
                 return False
             lane.keys.hold(event)
-        self.take_held(lane, event, now)
+        self.unsettled[lane] = None  # take_held, without a call for each delivery
+        self.memory.hold(event)
+        lane.take(event, now)
         return True
 
     def take_held(self, lane: Lane, event: Event, now: float) -> None:

@@ -150,7 +150,8 @@ class Sender:
     def _serve(self, lane: Lane, now: float) -> None:
         """Give a lane its turn; it goes back into the line, into another, or nowhere if it has nothing to send."""
         for _ in range(TURN_POSTS):
-            self._settle_stale(lane)
+            if lane.may_expire:
+                self._settle_stale(lane)
             if lane.gone or lane.work() <= lane.connecting or lane.in_flight + lane.connecting >= lane.limit():
                 return  # whatever ends next offers the lane again
             at = lane.ready_at(now)
@@ -236,7 +237,7 @@ class Sender:
             if not isinstance(result, Outcome):
                 self._transport.release(result)
             return
-        if not self.held_by:
+        if lane.may_expire:
             self._settle_stale(lane)
         if isinstance(result, Outcome):
             # The delivery that asked for it has failed, if it is still there and still due.
@@ -273,7 +274,8 @@ class Sender:
             retry = lane.retries.popleft()
             delivery = Delivery(self.answered, lane, retry.event, retry.run, retry.number, retry.first_attempt_us)
         else:
-            delivery = Delivery(self.answered, lane, lane.next_fresh(), ORIGINAL, 1, 0)
+            event = lane.next_fresh() if lane.urgent else lane.queue.popleft()
+            delivery = Delivery(self.answered, lane, event, ORIGINAL, 1, 0)
         if not lane.live or lane.next_retry_us is not None or lane.runs or lane.keys is not None:
             self._look(lane)
         return delivery
@@ -313,7 +315,8 @@ class Sender:
         self._look(delivery.lane)
 
     def _start(self, lane: Lane, connection: Connection, now: float) -> None:
-        lane.take_token(now)
+        if lane.bucket is not None or lane.pace is not None:
+            lane.take_token(now)
         delivery = self._next(lane)
         self._occupy(delivery)
         self._post(delivery, connection)

@@ -178,6 +178,7 @@ async def test_a_retry_is_due_when_its_event_expires_at_the_latest_and_then_ends
     [row] = bench.recorder._build(bench.recorder._results, checkpoint=False).retries
     assert row.due_us == expires_us, "the schedule says ten seconds"
     bench.recorder._results.clear()
+    assert bench.lane.may_expire
     await asyncio.sleep(2)
     for run in (0, 9):
         bench.lane.retries.append(DueRetry(make_event(1, expires_us=expires_us), run, 2, row.first_attempt_us))
