@@ -1,7 +1,7 @@
 -- Version 1 → 2: runs (resend and replay), states of dead letters, counted discards, statistics by the minute, erasure, who owns since when.
 --
 -- `dispatcher migrate` applies it in one transaction. The first block takes locks that producers' inserts wait for, as long as it takes to read
--- the log through (two partial indexes that are empty, and a check): about a second for a million events. Nothing else does.
+-- the log through (two partial indexes that are empty, and a check): three seconds for a million events. Nothing else does.
 
 CREATE INDEX outbox_ordering_key ON webhook.outbox (account_id, ordering_key, id) WHERE ordering_key IS NOT NULL;
 CREATE INDEX outbox_urgent ON webhook.outbox (account_id, id) WHERE priority > 0;
