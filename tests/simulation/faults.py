@@ -264,7 +264,7 @@ FAULTS = [
         [(Barrier, "note", _note_without_prepared)],
         "neither",
         needs=frozenset({"prepared", "restart", "long transactions"}),
-        seed=493,
+        seed=49,
     ),
     Fault("close a gap by a probe that was cut", [(Gaps, "probed", _probed_full_is_the_end)], "neither", seed=2),
     Fault(
