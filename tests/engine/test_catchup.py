@@ -39,7 +39,7 @@ def test_a_run_that_is_looked_at_in_the_microsecond_of_its_time_is_looked_at_aga
     ids=["due by our clock only", "in hand"],
 )
 async def test_retries_that_a_look_did_not_bring_are_not_asked_for_again_at_once(page):
-    """The server's clock may be behind ours, or a page be cut by its bytes with all of it in hand: asked for again and again until that ended."""
+    """The server's clock may be behind ours, or a page be cut by its bytes with all of it in hand: that spun."""
     lanes = Lanes(LIMITS, Memory(100, 10_000))
     lane = lanes.add(make_endpoint(), 0.0, live=True, cursor=0)
     lane.retry_hands.add((5, 0))
