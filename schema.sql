@@ -78,14 +78,15 @@ CREATE TABLE IF NOT EXISTS webhook.outbox (
     payload      json        NOT NULL,
     occurred_at  timestamptz,                                       -- when it happened, if the producer knows better than created_at
     created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
-    -- These wait for their features and cost nothing while they are NULL.
-    ordering_key text,
-    expires_at   timestamptz,
-    priority     smallint,
+    -- These cost nothing while they are NULL; traceparent waits for its feature.
+    ordering_key text,                                              -- endpoints that ask for it get the events of one key one by one
+    expires_at   timestamptz,                                       -- worth nothing to a receiver afterwards: settled unsent
+    priority     smallint,                                          -- above 0: goes first where an endpoint is behind
     traceparent  text,
     CONSTRAINT outbox_pkey PRIMARY KEY (id),
     CONSTRAINT outbox_account_id_length CHECK (octet_length(account_id) BETWEEN 1 AND 255),
     CONSTRAINT outbox_type_form CHECK (type ~ '^[a-z0-9_]+(\.[a-z0-9_]+)+$' AND octet_length(type) <= 128),
+    CONSTRAINT outbox_ordering_key_length CHECK (octet_length(ordering_key) BETWEEN 1 AND 255),
     -- `dispatcher migrate` replaces this bound when DISPATCHER_PAYLOAD_BYTES_MAX differs. The text's length, not pg_column_size():
     -- a value that comes compressed out of another table would read as a fraction of its size.
     CONSTRAINT outbox_payload_size CHECK (octet_length(payload::text) <= 262144)
@@ -97,8 +98,12 @@ ALTER TABLE webhook.outbox ALTER COLUMN payload SET STORAGE EXTERNAL;
 -- A lane that catches up, and "what happened to this account", read by account.
 CREATE INDEX IF NOT EXISTS outbox_account_id_id ON webhook.outbox (account_id, id);
 
+-- What is next of a key that was held back, and what goes first of a long backlog. No row without them is in these.
+CREATE INDEX IF NOT EXISTS outbox_ordering_key ON webhook.outbox (account_id, ordering_key, id) WHERE ordering_key IS NOT NULL;
+CREATE INDEX IF NOT EXISTS outbox_urgent ON webhook.outbox (account_id, id) WHERE priority > 0;
+
 -- One row an attempt (one POST) of a delivery (event × endpoint) in a run (0 = the original, others = resends and replays).
--- number 0 = settled without a POST. fault IS NULL means delivered; response_head is kept for failures only.
+-- number 0 = settled without a POST (expired). fault IS NULL means delivered; response_head is kept for failures only.
 CREATE TABLE IF NOT EXISTS webhook.attempt (
     event_id      bigint      NOT NULL,
     endpoint_id   bigint      NOT NULL,
@@ -147,11 +152,13 @@ CREATE TABLE IF NOT EXISTS webhook.retry (
     first_attempt_at timestamptz NOT NULL,                           -- the age limit counts from here
     due_at           timestamptz NOT NULL,
     reason           text        NOT NULL,
+    ordering_key     text,                                           -- it holds back this key of its endpoint; NULL: none
     CONSTRAINT retry_pkey PRIMARY KEY (endpoint_id, event_id, run),
     CONSTRAINT retry_number_follows CHECK (number >= 2)
 );
 CREATE INDEX IF NOT EXISTS retry_endpoint_id_due_at ON webhook.retry (endpoint_id, due_at);
 CREATE INDEX IF NOT EXISTS retry_run ON webhook.retry (run) WHERE run <> 0;  -- a run has ended when none is left
+CREATE INDEX IF NOT EXISTS retry_ordering_key ON webhook.retry (endpoint_id) WHERE ordering_key IS NOT NULL;
 
 -- A delivery that was given up. It keeps its own copy of the event, so that it outlives the outbox's retention. open → resent (by the run
 -- `resent_run`, which reads these copies), discarded or erased; only the last two give up the payload.
@@ -263,6 +270,7 @@ CREATE TABLE IF NOT EXISTS webhook.endpoint (
     omit             text[]      NOT NULL DEFAULT '{}',              -- JSON pointers to what `data` is sent without
     extra_signature  text,                                           -- one of the receiver's own kind besides: form, header, prefix
     credentials      text,                                           -- headers, authentication, client key: JSON, or that sealed
+    ordering         text        NOT NULL DEFAULT 'off',             -- of events with a key: off, block, or 'give_up_after N' attempts
     state            text        NOT NULL DEFAULT 'draft',
     state_reason     text,
     state_changed_at timestamptz NOT NULL DEFAULT now(),
@@ -287,6 +295,7 @@ CREATE TABLE IF NOT EXISTS webhook.endpoint (
     CONSTRAINT endpoint_omit_form CHECK (cardinality(omit) <= 32 AND array_position(omit, NULL) IS NULL),
     CONSTRAINT endpoint_extra_signature_form CHECK (extra_signature ~ '^(hex:[^:]+(:[!-~]+)?|timestamped:[^:]+)$'),
     CONSTRAINT endpoint_credentials_form CHECK (credentials ~ '^(\{.*\}|sealed:[0-9a-f]{8}:[A-Za-z0-9+/]+={0,2})$'),
+    CONSTRAINT endpoint_ordering_known CHECK (ordering ~ '^(off|block|give_up_after [1-9][0-9]?)$'),
     CONSTRAINT endpoint_state_known CHECK (state IN ('draft', 'live', 'paused', 'disabled', 'deleted')),
     CONSTRAINT endpoint_paused_knows_where CHECK (state <> 'paused' OR paused_at_id IS NOT NULL)
 );
@@ -368,6 +377,7 @@ CREATE TABLE IF NOT EXISTS webhook.endpoint_stat (
     delivered   integer     NOT NULL,                                -- attempts
     failed      integer     NOT NULL,                                -- attempts
     dead        integer     NOT NULL,                                -- deliveries given up
+    expired     integer     NOT NULL DEFAULT 0,                      -- deliveries whose events' expires_at had passed
     duration_ms bigint      NOT NULL,                                -- of all attempts together
     durations   integer[]   NOT NULL,                                -- attempts that took < 1 ms, < 2, < 4, … the last: all longer ones
     CONSTRAINT endpoint_stat_pkey PRIMARY KEY (minute, endpoint_id, epoch)
@@ -455,7 +465,7 @@ $$;
 
 -- Not of `credentials` or `secret` alone: to encrypt them under another key changes nothing. Who edits credentials writes `signing` as well.
 CREATE OR REPLACE TRIGGER endpoint_changed
-    AFTER INSERT OR DELETE OR UPDATE OF account_id, url, timeout_ms, rate_per_s, rate_burst, in_flight_max, retry_schedule_s, state,
+    AFTER INSERT OR DELETE OR UPDATE OF account_id, url, timeout_ms, rate_per_s, rate_burst, in_flight_max, retry_schedule_s, ordering, state,
         signing, body_format, omit, extra_signature
     ON webhook.endpoint FOR EACH ROW EXECUTE FUNCTION webhook.note_config_change();
 CREATE OR REPLACE TRIGGER endpoint_secret_changed

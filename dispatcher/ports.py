@@ -8,7 +8,7 @@ What a store call may raise: `StoreAwayError` (not reachable now: nothing is kno
 dispatcher rules: stop).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -116,6 +116,7 @@ class RetryRow:
     first_attempt_us: int
     due_us: int
     reason: str
+    ordering_key: str | None = None  # which it holds back
 
 
 @dataclass(slots=True)
@@ -164,6 +165,7 @@ class StatRow:
     dead: int
     duration_ms: int
     durations: list[int]
+    expired: int = 0
 
 
 @dataclass(slots=True)
@@ -257,6 +259,17 @@ class Store(Protocol):
     async def holes(
         self, account_id: str, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int
     ) -> list[Page]: ...
+
+    async def urgent(self, account_id: str, after: int, upto: int, limit: int, bytes_max: int) -> Page:
+        """Read as `account` does, events with priority only."""
+
+    async def keys(
+        self, account_id: str, keys: Sequence[tuple[str, int]], upto: int, limit: int, bytes_max: int
+    ) -> list[Page]:
+        """Read the first `limit` events of each (ordering key, lowest id); a page beyond the byte bound comes back empty and full."""
+
+    async def held_keys(self, endpoint_id: int) -> list[tuple[str, int]]:
+        """Read the (ordering key, event id) of the endpoint's retries that hold back a key."""
 
     async def due_retries(
         self, endpoint_id: int, limit: int, bytes_max: int, *, without_runs: Sequence[int] = ()
@@ -442,8 +455,16 @@ class Transport(Protocol):
     def release(self, connection: Connection) -> None:
         """Give back a connection that was acquired and not used."""
 
-    def connect(self, origin: Origin, on_ready: Callable[[Connection | Outcome], None], *, fresh: bool = False) -> None:
+    def connect(
+        self,
+        origin: Origin,
+        on_ready: Callable[[Connection | Outcome], None],
+        *,
+        fresh: bool = False,
+        turn_of: Hashable = None,
+    ) -> None:
         """Ask for a connection; wait for room, name and handshake hold no slot of the engine's. `on_ready` is called once, later, with a
-        connection that must be used or released, or with the outcome that says why there is none. `fresh`: not a kept-alive one."""
+        connection that must be used or released, or with the outcome that says why there is none. `fresh`: not a kept-alive one. Where
+        an origin has no room, those who wait for it (`turn_of`: an endpoint) take turns, however many POSTs each waits with."""
 
     async def close(self) -> None: ...

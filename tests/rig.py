@@ -120,13 +120,15 @@ class Rig:
         return lane is not None and lane.live
 
     async def emit(
-        self, count: int = 1, *, account: str = "acct", type: str = "message.sent", payload: str = '{"n": 1}'
-    ) -> list[int]:
-        """Insert events in one statement and return their ids."""
+        self, count: int = 1, *, account: str = "acct", type: str = "message.sent", payload: str = '{"n": 1}', key: str | None = None,
+        expires_s: float | None = None, priority: int | None = None,
+    ) -> list[int]:  # fmt: skip
+        """Insert events in one statement and return their ids. `key`: to order by; `expires_s`: from now."""
         rows = await self.db.fetch(
-            "INSERT INTO webhook.outbox (account_id, type, payload) SELECT $1, $2, $3::text::json "
+            "INSERT INTO webhook.outbox (account_id, type, payload, ordering_key, expires_at, priority) "
+            "SELECT $1, $2, $3::text::json, $5, clock_timestamp() + $6::double precision * interval '1 second', $7 "
             "FROM generate_series(1, $4::integer) RETURNING id",
-            account, type, payload, count,
+            account, type, payload, count, key, expires_s, priority,
         )  # fmt: skip
         return [row["id"] for row in rows]
 

@@ -171,6 +171,25 @@ def test_event_send_and_show(run: Cli) -> None:
     assert "is not an event id" in run.refused("event", "show", "nonsense")
 
 
+def test_an_event_with_a_key_an_expiry_and_a_priority(run: Cli) -> None:
+    endpoint = str(run.json("endpoint", "create", "a", "https://example.com/", "--live", "--ordering", "block")["id"])
+    options = ("--ordering-key", "m_1", "--expires-at", "2020-01-02T03:04:05+00:00", "--priority", "5")
+    sent = run.json("event", "send", "a", "message.sent", "{}", *options)
+    shown = run.json("event", "show", str(sent["id"]))
+    assert (shown["ordering_key"], shown["expires_at"], shown["priority"]) == ("m_1", "2020-01-02T03:04:05+00:00", 5)
+    assert "ordering key m_1, expires at 2020-01-02 03:04:05+00:00, priority 5" in run.ok(
+        "event", "show", str(sent["id"])
+    )
+    assert "1 to 255 bytes" in run.refused("event", "send", "a", "message.sent", "{}", "--ordering-key", "x" * 256)
+
+    view = run.json("endpoint", "show", endpoint)
+    assert (view["ordering"], view["expired_24h"]) == ("block", 0)
+    run.ok("endpoint", "update", endpoint, "--ordering", "give_up_after 3", "--live")
+    shown_lines = run.ok("endpoint", "show", endpoint).splitlines()
+    assert [line.split(maxsplit=1)[1] for line in shown_lines if line.startswith("ordering")] == ["give_up_after 3"]
+    assert "give_up_after N" in run.refused("endpoint", "update", endpoint, "--ordering", "sometimes")
+
+
 BAD_URLS = [
     ("notaurl", "URL"),
     ("ftp://example.com/", "ftp"),

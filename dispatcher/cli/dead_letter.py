@@ -18,7 +18,9 @@ from dispatcher.store import dead_letters
 from dispatcher.store.dead_letters import STATES, Filter, Total
 from dispatcher.store.runs import RunView
 
-FAULTS = [fault.value for fault in Fault if fault is not Fault.STALE]  # that one is never recorded
+FAULTS = [
+    fault.value for fault in Fault if fault not in (Fault.STALE, Fault.EXPIRED)
+]  # those are never a dead letter's
 
 
 @click.group("dead-letter")

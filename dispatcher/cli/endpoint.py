@@ -59,6 +59,11 @@ def _config_options(command: Any) -> Any:
                 "--retry-schedule",
                 help="Waits between attempts in seconds: 5,30,120. [default: DISPATCHER_RETRY_SCHEDULE_S]",
             ),
+            click.option(
+                "--ordering",
+                help="Of events with an ordering key: off, block (one that fails holds back its key), or 'give_up_after N' attempts. "
+                "[default: off]",
+            ),
         )
     ):
         command = option(command)
@@ -542,6 +547,7 @@ def _described(
         yield "held", f"{held}; from before: {counted(waiting.before)}"
     yield "retries", f"{view.retries:,}"
     yield "dead letters", f"{view.dead_letters:,}"
+    yield "expired", f"{view.expired:,} in 24 h, unsent at their events' expires_at"
     yield "never sent", ", ".join(f"{count:,} {reason}" for reason, count in details.discards.items()) or "0"
     for run in details.runs:
         yield (

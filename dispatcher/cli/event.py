@@ -28,11 +28,19 @@ def event() -> None:
 @click.option(
     "--occurred-at", type=click.DateTime(["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S.%f%z"]), help="When it happened."
 )
+@click.option("--ordering-key", help="Endpoints that order by key get the events of one key one by one.")
+@click.option(
+    "--expires-at", type=click.DateTime(["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S.%f%z"]),
+    help="Worth nothing afterwards: what is still to be sent then is settled unsent.",
+)  # fmt: skip
+@click.option(
+    "--priority", type=click.IntRange(-32_768, 32_767), help="Above 0: sent first where an endpoint is behind."
+)
 @as_json
 @click.pass_obj
 def send(
-    context: Context, /, account_id: str, event_type: str, payload: str, occurred_at: datetime | None, json_out: bool
-) -> None:
+    context: Context, /, account_id: str, event_type: str, payload: str, occurred_at: datetime | None, json_out: bool, **options: Any
+) -> None:  # fmt: skip
     """Append one event, as a producer's INSERT would. PAYLOAD is JSON; - reads it from standard input.
 
     \b
@@ -43,7 +51,9 @@ def send(
             payload = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as exc:
             raise InputError(f"the payload on standard input is not valid UTF-8: {exc}") from exc
-    event_id, public_id = with_admin(context.settings(), lambda a: a.send(account_id, event_type, payload, occurred_at))
+    event_id, public_id = with_admin(
+        context.settings(), lambda a: a.send(account_id, event_type, payload, occurred_at, **options)
+    )
     if json_out:
         print_json({"id": event_id, "event_id": public_id})
     else:
@@ -71,6 +81,9 @@ def show(context: Context, reference: str, json_out: bool) -> None:
     click.echo(
         f"{shown['id']}  {shown['event_id']}  {shown['type']}  account {shown['account_id']}  {shown['created_at']:%Y-%m-%d %H:%M:%S.%f} UTC"
     )
+    options = [f"{label} {shown[name]}" for name, label in _OPTIONS.items() if shown[name] is not None]
+    if options:
+        click.echo("  " + ", ".join(options))
     if not shown["in_log"]:
         click.echo("Retention has taken it from the outbox; this is what its dead letters and attempts tell.")
     if not shown["deliveries"]:
@@ -84,7 +97,12 @@ def show(context: Context, reference: str, json_out: bool) -> None:
             click.echo(attempt_line(attempt))
 
 
+_OPTIONS = {"ordering_key": "ordering key", "expires_at": "expires at", "priority": "priority"}
+
+
 def attempt_line(attempt: dict[str, Any]) -> str:
+    if attempt["number"] == 0:
+        return f"  no attempt  {attempt['started_at']:%H:%M:%S.%f}  {attempt['fault']}"
     answer = attempt["status"] if attempt["fault"] in (None, "status") else attempt["fault"]
     run = f"run {attempt['run']} " if attempt["run"] else ""
     return f"  {run}attempt {attempt['number']}  {attempt['started_at']:%H:%M:%S.%f}  {attempt['duration_us'] / 1000:8.1f} ms  {answer}"

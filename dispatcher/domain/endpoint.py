@@ -14,6 +14,7 @@ from typing import NewType
 
 import orjson
 
+from dispatcher.domain.ordering import Ordering
 from dispatcher.domain.run import Run
 from dispatcher.domain.shape import PLAIN, Shape
 from dispatcher.domain.url import Target
@@ -66,6 +67,7 @@ class Endpoint:
     runs: tuple[Run, ...] = ()  # that haven't finished
     shape: Shape = PLAIN
     reload_at_us: int | None = None  # a secret expires then, with no change to tell of it
+    ordering: Ordering | None = None  # None: off
 
     def __repr__(self) -> str:
         return f"Endpoint({self.id} {self.state.value} {self.target.url if self.target else 'unusable'})"

@@ -38,7 +38,10 @@ class Event:
     `holders` is how many lanes still have it in hand; the engine's memory account is paid back when it falls to 0.
     """
 
-    __slots__ = ("account_id", "body", "created_us", "holders", "id", "occurred_us", "payload", "public_id", "type")
+    __slots__ = (
+        "account_id", "body", "created_us", "expires_us", "holders", "id", "occurred_us", "ordering_key", "payload", "priority",
+        "public_id", "type",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -49,6 +52,9 @@ class Event:
         created_us: int,
         occurred_us: int | None,
         public_id: bytes,
+        ordering_key: str | None = None,
+        expires_us: int | None = None,
+        priority: int | None = None,
     ) -> None:
         self.id = id
         self.account_id = account_id
@@ -57,6 +63,9 @@ class Event:
         self.created_us = created_us  # µs since 1970, UTC
         self.occurred_us = occurred_us
         self.public_id = public_id
+        self.ordering_key = ordering_key
+        self.expires_us = expires_us  # worth nothing to a receiver from then on
+        self.priority = priority
         self.body: bytes | None = None
         self.holders = 0
 

@@ -23,6 +23,7 @@ class Fault(Enum):
     PROTOCOL = "protocol"  # not HTTP, or beyond our bounds on heads
     RESET = "reset"  # closed before the answer was whole
     BLOCKED = "blocked"  # the address guard refused it
+    EXPIRED = "expired"  # no attempt at all: the event's expires_at had passed
     STALE = "stale"  # a kept-alive connection that turned out to be closed; sent again at once, never recorded
 
 
@@ -57,6 +58,7 @@ class Verdict(Enum):
     DELIVERED = "delivered"
     RETRY = "retry"
     DEAD = "dead"  # dead letter
+    EXPIRED = "expired"  # settled, unsent
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +75,11 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """schedule_s[n-1] is the wait after attempt n. age_max_s counts from the first attempt."""
+    """schedule_s[n-1] is the wait after attempt n. age_max_s counts from the first attempt. `last`: what the last attempt was the last of."""
 
     schedule_s: tuple[int, ...] = (5, 30, 120, 600, 1_800, 3_600, 10_800, 21_600, 43_200, 86_400)
     age_max_s: int = 259_200
+    last: str = "of the schedule"
 
 
 RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S = 1.0, 3_600.0
@@ -105,7 +108,7 @@ def decide(
             Verdict.DEAD,
             lane_wait_s=asked or 0.0,
             counts=not polite,
-            reason=f"attempt {number} was the last of the schedule",
+            reason=f"attempt {number} was the last {policy.last}",
         )
     if asked is not None:
         wait_s = asked

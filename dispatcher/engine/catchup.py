@@ -1,7 +1,8 @@
 """Catching up: what lanes have to read for themselves, one page a turn of the reader.
 
-A lagging lane reads its holes, then its account's events after its cursor, until it meets the head; an endpoint's due
-retries come from their table; a run (a resend or a replay) reads its range once more. Each is bounded in rows, bytes and
+A lagging lane reads its holes, then its account's events after its cursor, until it meets the head; before them, those
+with priority, wherever they are. A lane that orders by key reads what is next of the keys that are free again. An
+endpoint's due retries come from their table; a run (a resend or a replay) reads its range once more. Each is bounded in rows, bytes and
 ids passed, each kind has a line in which lanes wait for their page, and whoever wants another goes to its end.
 
 What a page found is applied without an await, and thrown away if its lane or run has moved meanwhile.
@@ -10,17 +11,22 @@ What a page found is applied without an await, and thrown away if its lane or ru
 import heapq
 from collections.abc import Callable, Sequence
 
+from dispatcher.domain.breaker import CLOSED
 from dispatcher.domain.event import Event
+from dispatcher.domain.run import ORIGINAL
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.gaps import Gaps
+from dispatcher.engine.keys import NEVER
 from dispatcher.engine.lane import Lane
 from dispatcher.engine.lanes import Lanes
 from dispatcher.engine.runs import LaneRun
-from dispatcher.ports import DueRetry, RunPage, Store
+from dispatcher.ports import DueRetry, Page, RunPage, Store
 
 PAGE_ROWS = 200  # a page must not hold up the head
 READ_BYTES_MAX = 4 << 20
+RELOOK_US = 20_000
+KEY_ROWS = 2  # the next event of a key, and whether there is another
 SCAN_IDS_MAX = 200_000  # how many ids one page of a lagging lane may pass over
 
 
@@ -77,6 +83,8 @@ class CatchUp:
         self._offered = offered
         self._wake = wake
         self._lagging: dict[Lane, None] = {}  # want a page, in turn
+        self._urgent: dict[Lane, None] = {}
+        self._keyed: dict[Lane, None] = {}
         self._retrying: dict[Lane, None] = {}
         self._running: dict[Lane, None] = {}
         self._look_times: list[
@@ -86,7 +94,7 @@ class CatchUp:
     @property
     def is_wanted(self) -> bool:
         """Tell whether a lane waits for a page."""
-        return bool(self._lagging or self._retrying or self._running)
+        return bool(self._lagging or self._retrying or self._running or self._urgent or self._keyed)
 
     def look_at_us(self) -> float:
         """Return when a lane must be looked at next, by the wall clock; inf if none."""
@@ -99,6 +107,12 @@ class CatchUp:
         now = self._clock.now()
         if (not lane.live or lane.holes) and lane.room(now):
             self._lagging[lane] = None
+            self._wake()
+        if lane.urgent_after is not None and lane.urgent_room(now):
+            self._urgent[lane] = None
+            self._wake()
+        if lane.keys is not None and (not lane.keys.are_known or lane.keys_room(now)):
+            self._keyed[lane] = None
             self._wake()
         if lane.next_retry_us is not None and lane.next_retry_us <= self._clock.wall_us() and lane.retry_room(now):
             self._retrying[lane] = None
@@ -157,16 +171,16 @@ class CatchUp:
                 continue
             passed = high
             for event, skip in zip(page.events, page.attempted, strict=True):
-                if event.id not in lane.holes or event.id in self._gaps:
+                if event.id not in lane.holes or self._is_in_gap(lane, event):
                     continue
                 if self._is_due(lane, event, skip):
                     if not lane.accepts(now):
                         passed = event.id - 1
                         break
-                    self._lanes.take(lane, event, now)
-                    lane.late.add(event.id)
-                    lane.backlog = max(0, lane.backlog - 1)
-                    self._offered(lane)
+                    if self._lanes.take(lane, event, now):
+                        lane.late.add(event.id)
+                        lane.backlog = max(0, lane.backlog - 1)
+                        self._offered(lane)
             else:
                 if page.full:
                     passed = page.events[-1].id
@@ -219,23 +233,25 @@ class CatchUp:
         """Move a lagging lane over a page: up to `passed`, or to where it has no more room. At the head it is live again."""
         before = lane.cursor
         for event, skip in zip(events, attempted, strict=True):
-            if event.id <= before or event.id in self._gaps or event.id in lane.holes:
+            if event.id <= before or self._is_in_gap(lane, event) or event.id in lane.holes:
                 continue
             if not self._is_due(lane, event, skip):
                 continue
             if not lane.accepts(now):
                 passed = event.id - 1
                 break
-            self._lanes.take(lane, event, now)
-            lane.late.discard(event.id)
-            lane.backlog = max(0, lane.backlog - 1)
-            self._offered(lane)
+            if self._lanes.take(lane, event, now):
+                lane.late.discard(event.id)
+                lane.backlog = max(0, lane.backlog - 1)
+                self._offered(lane)
         if passed > before:
             lane.cursor = passed
             lane.moved += 1
         if lane.cursor >= self._head() and not lane.holes and not lane.cant_send(now):
             lane.live = True
-            lane.backlog = 0
+            lane.urgent_after = None
+            if lane.keys is None or not lane.keys.held_back:
+                lane.backlog = 0
             self._counters.caught_up += 1
 
     def _is_due(self, lane: Lane, event: Event, skip: Sequence[int]) -> bool:
@@ -243,6 +259,114 @@ class CatchUp:
         if event.id in lane.hands or lane.id in skip or event.is_about(lane.id):
             return False
         return lane.is_for(event)
+
+    def _is_in_gap(self, lane: Lane, event: Event) -> bool:
+        """Tell whether the gap path is to deliver it. A lane that orders by key waits for young gaps only, which the very next read of the head
+        fills: from an old one an earlier event of a key is better taken now than found later. A look at an old gap tells who has had it."""
+        return event.id in (self._gaps if lane.keys is None else self._gaps.young)
+
+    # ── what has priority ──
+
+    async def read_urgent(self) -> bool:
+        """Read what has priority above the cursor of a lagging lane, up to the head."""
+        while self._urgent and not self._lanes.memory.is_full:
+            lane = next(iter(self._urgent))
+            del self._urgent[lane]
+            room = 0 if lane.gone else lane.urgent_room(self._clock.now())
+            if not room or lane.urgent_after is None:
+                continue
+            after, upto, moved = max(lane.urgent_after, lane.cursor), self._head(), lane.moved
+            self._gate.begin()
+            try:
+                page = await self._store.urgent(lane.endpoint.account_id, after, upto, room, READ_BYTES_MAX)
+                self._counters.urgent_reads += 1
+                if not lane.gone and not lane.live and lane.moved == moved:
+                    self._take_urgent(lane, page)
+            finally:
+                self.look(lane)
+            self._gate.applied()
+            return bool(page.events)
+        return False
+
+    def _take_urgent(self, lane: Lane, page: Page) -> None:
+        now = self._clock.now()
+        passed = page.events[-1].id if page.full else None
+        for event, skip in zip(page.events, page.attempted or (), strict=True):
+            if self._is_in_gap(lane, event) or not self._is_due(lane, event, skip):
+                continue
+            if lane.keys is not None and event.ordering_key is not None:
+                continue  # its key's order goes before its priority
+            if lane.cant_send(now) or (lane.breaker.state is not CLOSED and not lane.accepts(now)):
+                passed = event.id - 1
+                break
+            self._lanes.take(lane, event, now)
+            lane.backlog = max(0, lane.backlog - 1)
+            self._offered(lane)
+        lane.urgent_after = passed
+
+    # ── keys that are free ──
+
+    async def read_keys(self) -> bool:
+        """Read what is next of the keys of a lane that are free; before anything else, which keys its retries hold."""
+        while self._keyed and not self._lanes.memory.is_full:
+            lane = next(iter(self._keyed))
+            del self._keyed[lane]
+            if lane.gone or lane.keys is None:
+                continue
+            if not lane.keys.are_known:
+                await self._read_held_keys(lane)
+                return True
+            room = lane.keys_room(self._clock.now())
+            if not room:
+                continue
+            wanted, moved = lane.keys.to_read(room), lane.moved
+            upto = self._head() if lane.live else lane.cursor
+            self._gate.begin()
+            try:
+                pages = await self._store.keys(lane.endpoint.account_id, wanted, upto, KEY_ROWS, READ_BYTES_MAX)
+                self._counters.key_reads += 1
+                if not lane.gone and lane.moved == moved:
+                    for (key, _), page in zip(wanted, pages, strict=True):
+                        self._take_key(lane, key, page)
+            finally:
+                self.look(lane)
+            self._gate.applied()
+            return True
+        return False
+
+    async def _read_held_keys(self, lane: Lane) -> None:
+        keys = lane.keys
+        assert keys is not None
+        self._gate.begin()
+        try:
+            retrying = await self._store.held_keys(lane.id)
+            if lane.keys is keys:
+                in_hand = [event_id for event_id, run in lane.retry_hands if run == ORIGINAL]
+                keys.know(retrying, (*lane.hands, *in_hand))
+        finally:
+            self.look(lane)
+        self._gate.applied()
+
+    def _take_key(self, lane: Lane, key: str, page: Page) -> None:
+        """Take the first of a key's events that is due, if the lane has room."""
+        keys, now = lane.keys, self._clock.now()
+        assert keys is not None
+        if key not in keys.free or (page.full and not page.events):
+            return
+        rest = page.events[-1].id + 1 if page.full else NEVER
+        for n, (event, skip) in enumerate(zip(page.events, page.attempted or (), strict=True)):
+            if event.id in self._gaps.young or not self._is_due(lane, event, skip):
+                continue
+            if not lane.accepts(now):
+                keys.pass_over(key, event.id)
+                return
+            keys.take(event, page.events[n + 1].id if n + 1 < len(page.events) else rest)
+            self._lanes.take_held(lane, event, now)
+            lane.late.add(event.id)
+            lane.backlog = max(0, lane.backlog - 1)
+            self._offered(lane)
+            return
+        keys.pass_over(key, rest)
 
     # ── retries ──
 
@@ -280,14 +404,17 @@ class CatchUp:
                         break
                     lane.retry_hands.add(key)
                     lane.retries.append(retry)
+                    lane.may_expire = lane.may_expire or retry.event.expires_us is not None
                     self._lanes.memory.hold(retry.event)
                     came = True
                 if came:
                     self._offered(lane)
+            # A page may be cut by its bytes with all of it in hand, or the server's clock may have been put back: then not at once again.
+            now_us = self._clock.wall_us()
             if more:
-                self.note_retry(lane, 0)
+                self.note_retry(lane, 0 if came else now_us + RELOOK_US)
             elif page.next_due_us is not None:
-                self.note_retry(lane, page.next_due_us)
+                self.note_retry(lane, page.next_due_us if page.next_due_us > now_us else now_us + RELOOK_US)
             self._gate.applied()
             return came
         return False

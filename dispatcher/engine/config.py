@@ -130,6 +130,8 @@ class ConfigWatcher:
         lane = self._lanes.get(endpoint_id)
         if lane is not None:
             self._lanes.fall_behind(lane, self._head(), drop=True)
+            if lane.keys is not None:
+                lane.keys.are_known = False  # retries were erased too
             self._changed(lane)
 
     async def _write_notes(self) -> None:

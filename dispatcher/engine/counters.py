@@ -12,6 +12,8 @@ class Counters:
     lag_reads: int = 0
     retry_reads: int = 0
     run_reads: int = 0
+    urgent_reads: int = 0
+    key_reads: int = 0
     caught_up: int = 0
     crowded_out: int = 0
     memory_waits: int = 0
@@ -22,6 +24,8 @@ class Counters:
     failed: int = 0
     retried: int = 0
     dead: int = 0
+    expired: int = 0  # settled unsent, because the event's expires_at had passed
+    throttled: int = 0  # answers that asked for less: 429, 502, 503, 504
     stale: int = 0
     breaker_opened: int = 0
     batches: int = 0

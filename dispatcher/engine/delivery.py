@@ -73,6 +73,11 @@ class Delivery:
         return f"Delivery({self.event.id} to {self.lane.id}, run {self.run}, attempt {self.number})"
 
     @property
+    def holds_key(self) -> bool:
+        """It is an original of an endpoint that orders by key, and no other of its key is sent before it is settled for good."""
+        return self.event.ordering_key is not None and self.lane.keys is not None and self.run == ORIGINAL
+
+    @property
     def is_first(self) -> bool:
         """The original run's first attempt: what settles the event for its lane."""
         return self.number == 1 and self.run == ORIGINAL

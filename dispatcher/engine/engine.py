@@ -147,6 +147,16 @@ class Engine:
             return started
         return None
 
+    def lane_health(self, endpoint_id: int | None = None) -> list[dict[str, Any]]:
+        """Return how the lanes (or one endpoint's) stand at this moment: limits, breaker, pace, keys. Empty unless it owns the database."""
+        if self.incarnation is None or self.state is not State.OWNER:
+            return []
+        now, lanes = self._clock.now(), self.incarnation.lanes
+        if endpoint_id is None:
+            return [lane.health(now) for lane in lanes]
+        lane = lanes.get(endpoint_id)
+        return [] if lane is None else [lane.health(now)]
+
     def _standing_by(self) -> None:
         self.state = State.STANDBY
 
@@ -231,6 +241,7 @@ class Incarnation:
         self.recorder.gaps = self.reader.gaps
         self.recorder.after_read = gate.after
         self.recorder.note_retry = self.reader.catch_up.note_retry
+        self.recorder.look = self.reader.catch_up.look
         self.recorder.piled_up = self._piled_up
         store.on_owner_lost(self._lost_ownership)
         self._restore(started)
@@ -248,7 +259,7 @@ class Incarnation:
             else:
                 lane = self.lanes.add(endpoint, now, live=False, cursor=min(row.settled, started.position))
                 lane.holes = row.holes.copy()
-                lane.holes.clip(started.position)
+                lane.holes.clip(lane.cursor)
                 lane.has_row = True
                 lane.backlog = row.backlog
                 self.lanes.unsettled[lane] = None

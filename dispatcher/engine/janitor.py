@@ -138,6 +138,8 @@ class Janitor:
             for lane in stalled:
                 lane.stalled = False
                 self._look(lane)
+            if expired is not None:
+                self._ask_for_keys()
             self._expiring.tried(self._clock.now(), had=expired is not None)
         if expired is None:
             _log.info("partition.not_now", low=leaf.low, high=leaf.high, lanes=len(stalled))
@@ -188,6 +190,13 @@ class Janitor:
             if self._clock.now() > deadline:
                 return False
             await asyncio.sleep(SETTLE_POLL_S)
+
+    def _ask_for_keys(self) -> None:
+        """Retries are gone, and the keys that they held are free: lanes that order by key ask for what is left."""
+        for lane in self._lanes:
+            if lane.keys is not None:
+                lane.keys.are_known = False
+                self._look(lane)
 
     def _note(self, leaf: Span, expired: Expired) -> None:
         self._counters.partitions_expired += 1
@@ -244,6 +253,7 @@ class Janitor:
         if swept.deliveries:
             self._counters.deliveries_expired += swept.deliveries
             _log.warning("retries.expired", deliveries=swept.deliveries, why="their events are gone")
+            self._ask_for_keys()
         if self._clock.now() - self._swept_at >= SWEEP_S:
             await self._sweep_old(shape)
             self._swept_at = self._clock.now()
@@ -287,6 +297,7 @@ def _is_open_below(lane: Lane, bound: int) -> bool:
     return (
         (not lane.live and lane.cursor < bound - 1)
         or bool(lane.holes and lane.holes.lows[0] < bound)
+        or bool(lane.keys is not None and lane.keys.held_back and lane.keys.held_back.lows[0] < bound)
         or any(run.spec.source is RunSource.LOG and run.cursor < bound - 1 for run in lane.runs.values())
         or _has_in_hand(lane, bound)
     )

@@ -8,11 +8,16 @@ else the cursor. Ids that were taken from a gap at or below a position already w
 mark, they stand in the lane's holes (or the checkpoint's gaps) until they are settled. `moved` counts changes of cursor
 or queue that make a page which is under way worthless.
 
+Where events are ordered by key, one whose key is held is passed over, and is one more kind of hole (`keys`, see keys.py).
+
 **Again.** Retries that are due and what runs (resends, replays) have to send are of a lower class: they share one queue,
-get one turn in five while fresh events wait, and never all of the lane's POSTs in flight.
+get one turn in five while fresh events wait, and never all of the lane's POSTs in flight. Fresh events with priority
+are of a higher class, the highest first: they get four turns in five while others wait, and a lane that is behind reads
+them ahead of its cursor. An id above the cursor that is in hand, or has an attempt, is skipped when the cursor comes.
 
 **Towards the endpoint.** Token bucket, breaker, adaptive limit of POSTs in flight (starts at 2, +1 a success, halved by
-a failure, 1 after the breaker closes), and the turn between fresh events and retries.
+a failure, 1 after the breaker closes), and the turn between fresh events and retries. A receiver that asks for less is
+met with a pace as well (domain/pace.py), and while there is one, POSTs in flight grow by one a round, not one a success.
 
 Every method is atomic (no await). One instance per endpoint lives at a time, owned by `Lanes`.
 """
@@ -20,14 +25,18 @@ Every method is atomic (no await). One instance per endpoint lives at a time, ow
 from collections import deque
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import Any
 
 from dispatcher.domain.breaker import CLOSED, BreakerLimits, BreakerState, CircuitBreaker
 from dispatcher.domain.bucket import TokenBucket
 from dispatcher.domain.endpoint import Endpoint, EndpointState
 from dispatcher.domain.event import Event
 from dispatcher.domain.outcome import RetryPolicy
+from dispatcher.domain.pace import Pace
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.domain.run import RunState
+from dispatcher.engine.keys import Keys
 from dispatcher.engine.request import Requests, make_requests
 from dispatcher.engine.runs import LaneRun
 from dispatcher.engine.stats import Stat
@@ -39,6 +48,9 @@ RETRIES_MAX = 50  # retries in memory a lane; the rest wait in their table
 RETRY_TURN = 5  # retries get one turn in five while fresh events wait
 RETRY_SHARE = 0.75  # of the POSTs in flight at most, so that a fresh event finds room at once
 RUNS_DONE_MAX = 1_000
+URGENT_MAX = 100  # events with priority that are read ahead
+URGENT_TURN = 5  # one turn in five is not theirs while others wait
+KEYS_PAGE = 100  # keys of which the next event is read at a time
 IN_FLIGHT_START = 2
 SLOW_S = 1.0
 RECENT_S = 30.0  # a success within so long makes up for a failure or two
@@ -70,11 +82,12 @@ class LaneLimits:
 
 class Lane:
     __slots__ = (
-        "backlog", "blocked_until", "breaker", "bucket", "connecting", "cursor", "endpoint", "failing_since_us", "gone",
-        "hands", "has_row", "held", "holes", "id", "in_flight", "in_flight_limit", "in_flight_max",
-        "in_ready", "last_success", "late", "latency_s", "limits", "live", "look_at", "low_in_flight", "moved",
-        "next_retry_us", "queue", "requests", "retries", "retry_hands", "retry_policy", "runs", "runs_done", "stalled",
-        "stat", "timer_at", "turn", "untried",
+        "backlog", "blocked_until", "breaker", "bucket", "connecting", "cursor", "endpoint", "failing_since_us",
+        "gone", "hands", "has_row", "held", "holes", "id", "in_flight", "in_flight_limit",
+        "in_flight_max", "in_ready", "key_policy", "keys", "last_success", "late", "latency_s", "limits", "live",
+        "look_at", "low_in_flight", "may_expire", "moved", "next_retry_us", "pace", "paced_successes", "queue",
+        "requests", "retries", "retry_hands", "retry_policy", "runs", "runs_done", "stalled", "stat", "timer_at",
+        "turn", "untried", "urgent", "urgent_after", "urgent_turns",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, limits: LaneLimits, now: float, *, live: bool, cursor: int) -> None:
@@ -84,9 +97,14 @@ class Lane:
         self.live = live
         self.cursor = cursor  # means nothing while live
         self.queue: deque[Event] = deque()
+        self.urgent: list[tuple[int, int, Event]] = []  # a heap of those with priority: (-priority, id, event)
+        self.urgent_after: int | None = None if live else cursor  # more of them may lie above; None: none does
+        self.urgent_turns = 0
+        self.may_expire = False  # it has had an event that expires: from then on it is looked for
         self.hands: dict[int, float] = {}
         self.late: set[int] = set()
         self.holes = IdRanges()
+        self.keys = None if endpoint.ordering is None else Keys()
         self.moved = 0
         self.has_row = False
         self.gone = False
@@ -104,6 +122,8 @@ class Lane:
         # towards the endpoint
         self.breaker = CircuitBreaker(limits.breaker)
         self.bucket: TokenBucket | None = None
+        self.pace: Pace | None = None  # None: it has not asked for less
+        self.paced_successes = 0
         self.in_flight = 0
         self.low_in_flight = 0  # of those, retries and runs
         self.connecting = 0
@@ -121,7 +141,7 @@ class Lane:
     def __repr__(self) -> str:
         where = "live" if self.live else f"lagging at {self.cursor}"
         return (
-            f"Lane({self.id} {self.endpoint.state.value} {where}, {len(self.queue)} queued, "
+            f"Lane({self.id} {self.endpoint.state.value} {where}, {self.queued()} queued, "
             f"{self.in_flight} in flight of {self.in_flight_limit}, "
             f"{len(self.hands)} in hand, {len(self.holes)} holes, {self.breaker.state.value})"
         )
@@ -137,6 +157,12 @@ class Lane:
         self.retry_policy = (
             self.limits.retry if schedule is None else RetryPolicy(schedule, self.limits.retry.age_max_s)
         )
+        # Of deliveries that hold back their key.
+        self.key_policy = self.retry_policy
+        if endpoint.ordering is not None and endpoint.ordering.give_up_after is not None:
+            waits = self.retry_policy.schedule_s[: endpoint.ordering.give_up_after - 1]
+            if len(waits) < len(self.retry_policy.schedule_s):
+                self.key_policy = RetryPolicy(waits, self.retry_policy.age_max_s, "that its key waits for")
         if endpoint.rate_per_s is None:
             self.bucket = None
         else:
@@ -186,6 +212,10 @@ class Lane:
         queue = self.queue
         if len(queue) >= self.limits.queue_max or self.cant_send(now):
             return False
+        if self.urgent and self.queued() >= self.limits.queue_max:
+            return False
+        if self.keys is not None and (not self.keys.are_known or self.keys.are_full):
+            return False
         return not queue or now - self.hands[queue[0].id] < OLDEST_QUEUED_MAX_S
 
     def cant_send(self, now: float) -> bool:
@@ -200,8 +230,37 @@ class Lane:
         )
 
     def take(self, event: Event, now: float) -> None:
-        self.queue.append(event)
+        if event.priority is not None and event.priority > 0:
+            heappush(self.urgent, (-event.priority, event.id, event))
+        else:
+            self.queue.append(event)
+        if event.expires_us is not None:
+            self.may_expire = True
         self.hands[event.id] = now
+
+    def put_back(self, event: Event) -> None:
+        """It was about to be sent: it is the first of its class again."""
+        if event.priority is not None and event.priority > 0:
+            heappush(self.urgent, (-event.priority, event.id, event))
+        else:
+            self.queue.appendleft(event)
+
+    def queued(self) -> int:
+        return len(self.queue) + len(self.urgent)
+
+    def fresh(self) -> list[Event]:
+        """Return what is queued of fresh events."""
+        return [*self.queue, *(event for _, _, event in self.urgent)]
+
+    def passed_by(self, event: Event) -> None:
+        """The head, or a gap, brought an event that a lagging lane will read for itself: at once, if it has priority."""
+        self.backlog += 1
+        if event.priority is not None and event.priority > 0:
+            self.look_ahead(event.id - 1)
+
+    def look_ahead(self, after: int) -> None:
+        """There may be events with priority above `after` to read before all others."""
+        self.urgent_after = after if self.urgent_after is None else min(self.urgent_after, after)
 
     def fall_behind(self, cursor: int) -> None:
         """Stop taking from the head; the reader will read on after `cursor`."""
@@ -209,19 +268,51 @@ class Lane:
             self.live, self.cursor = False, cursor
             self.moved += 1
 
+    def go_back(self, cursor: int) -> None:
+        """Read again what lies above `cursor`. Holes above it are met on the way."""
+        assert not self.live
+        if cursor < self.cursor:
+            self.cursor = cursor
+            self.holes.clip(cursor)
+            self.look_ahead(cursor)
+        self.moved += 1
+
+    def set_ordered(self, ordered: bool) -> None:
+        """Begin to order by key, or to do so no more. Only a lagging lane with nothing queued may."""
+        assert not self.live
+        assert not self.queued()
+        if self.keys is not None:
+            self.holes.update(self.keys.held_back)
+            self.holes.shrink(HOLES_MAX)
+            self.holes.clip(self.cursor)
+        self.keys = Keys() if ordered else None
+        self.moved += 1
+
+    def trim_keys(self) -> None:
+        """Forget what is held back no more. Called once a checkpoint."""
+        if self.keys is not None:
+            self.keys.trim()
+            if self.live and not self.keys.held_back:
+                self.backlog = 0
+
     def drop_queue(self) -> list[Event]:
         """Let go of what is queued but not in flight; it will be read again. Only a lagging lane may."""
         assert not self.live
-        dropped = list(self.queue)
+        dropped = self.fresh()
+        cursor = self.cursor
         for event in dropped:
             del self.hands[event.id]
-            if event.id in self.late:
+            if self.keys is not None and event.ordering_key is not None:
+                self.late.discard(event.id)
+                self.keys.give_back(event)
+            elif event.id in self.late:
                 self.late.discard(event.id)
                 self.add_hole(event.id)
             else:
-                self.cursor = min(self.cursor, event.id - 1)
+                cursor = min(cursor, event.id - 1)
         self.queue.clear()
-        self.moved += 1
+        self.urgent.clear()
+        self.go_back(cursor)
         return dropped
 
     def drop_retries(self, *, idle_runs_only: bool = False) -> list[DueRetry]:
@@ -271,9 +362,12 @@ class Lane:
 
     def open_late(self, done: AbstractSet[int] = NOTHING) -> IdRanges:
         """Return the ids at or below the mark that aren't settled."""
-        if not self.late:
+        held_back = None if self.keys is None or not self.keys.held_back else self.keys.held_back
+        if not self.late and held_back is None:
             return self.holes
         ranges = self.holes.copy()
+        if held_back is not None:
+            ranges.update(held_back)
         for event_id in sorted(self.late & self.hands.keys()):
             if event_id not in done:
                 ranges.add(event_id, event_id)
@@ -287,13 +381,20 @@ class Lane:
     @property
     def is_settled(self) -> bool:
         """Nothing to say about it in a checkpoint."""
-        return self.live and not self.hands and not self.has_row and not self.holes
+        return (
+            self.live
+            and not self.hands
+            and not self.has_row
+            and not self.holes
+            and (self.keys is None or not self.keys.held_back)
+        )
 
     # ── towards the endpoint ──
 
     def work(self) -> int:
         """Return how many deliveries could start, for all that the lane itself knows."""
-        return len(self.queue) + len(self.retries) if self.retries and self.low_is_open() else len(self.queue)
+        fresh = len(self.queue) + len(self.urgent)
+        return fresh + len(self.retries) if self.retries and self.low_is_open() else fresh
 
     def low_is_open(self) -> bool:
         """Tell whether one more of the lower class may be in flight."""
@@ -301,10 +402,18 @@ class Lane:
 
     def retry_turn(self) -> bool:
         """Tell whether a retry, of which there are some, goes before a fresh event."""
-        if not self.queue:
+        if not self.queue and not self.urgent:
             return True
         self.turn += 1
         return self.turn % RETRY_TURN == 0 and self.low_is_open()
+
+    def next_fresh(self) -> Event:
+        """Take the next fresh event out of the queue."""
+        if self.urgent:
+            self.urgent_turns += 1
+            if not self.queue or self.urgent_turns % URGENT_TURN:
+                return heappop(self.urgent)[2]
+        return self.queue.popleft()
 
     def ready_at(self, now: float) -> float:
         """Return when a POST may start as far as time decides: `now`, later, or never (inf) until something else changes."""
@@ -317,7 +426,41 @@ class Lane:
             at = self.breaker.until
         if self.bucket is not None and at == now:
             at = self.bucket.ready_at(now)
+        if self.pace is not None:
+            at = max(at, self.pace.ready_at(now))
         return at
+
+    def take_token(self, now: float) -> None:
+        """A POST starts; `ready_at` said that it may."""
+        if self.bucket is not None:
+            taken = self.bucket.try_take(now)
+            assert taken, "ready_at() said there is a token"
+        if self.pace is not None:
+            self.pace.take(now)
+
+    def throttled(self, started: float, now: float, latency_s: float) -> None:
+        """The receiver asked for less, in its answer to a POST that began at `started`."""
+        if self.pace is not None:
+            cut = self.pace.throttled(started, now)
+        else:
+            # What it was sent, by Little's law: this POST is no longer counted among those in flight.
+            rate_per_s = (self.in_flight + 1) / max(self.latency_s, latency_s, 0.001)
+            if self.endpoint.rate_per_s is not None:
+                rate_per_s = min(rate_per_s, self.endpoint.rate_per_s)
+            self.pace, cut = Pace(rate_per_s, now), True
+        if cut:
+            self.in_flight_limit = max(1, self.in_flight_limit // 2)
+
+    def health(self, now: float) -> dict[str, Any]:
+        """Return how it stands towards its endpoint, for people."""
+        return {
+            "endpoint_id": self.id, "live": self.live, "queued": self.queued(), "in_flight": self.in_flight,
+            "in_flight_limit": self.limit(), "breaker": self.breaker.state.value,
+            "pace_per_s": None if self.pace is None or self.pace.is_over(now) else round(self.pace.rate_at(now), 2),
+            "waits_s": round(max(0.0, self.blocked_until - now), 3), "latency_s": round(self.latency_s, 4),
+            "keys_held": 0 if self.keys is None else len(self.keys),
+            "held_back_ids": 0 if self.keys is None else self.keys.held_back.count(),
+        }  # fmt: skip
 
     def limit(self) -> int:
         return self.in_flight_limit if self.breaker.state is CLOSED else 1
@@ -338,15 +481,31 @@ class Lane:
             return False
         if self.breaker.state is not CLOSED:
             return self.work() + self.in_flight + self.connecting == 0
-        return len(self.queue) < self.limits.queue_max
+        return self.queued() < self.limits.queue_max
 
     def room(self, now: float) -> int:
         """Return how many events the reader should fetch for a lane that lags: 0 unless it can send and is half empty."""
-        if not self.accepts(now):
+        if not self.accepts(now) or (self.keys is not None and (not self.keys.are_known or self.keys.are_full)):
             return 0
         if self.breaker.state is not CLOSED:
             return 1
-        return self.limits.queue_max - len(self.queue) if len(self.queue) <= self.limits.queue_max // 2 else 0
+        return self.limits.queue_max - self.queued() if self.queued() <= self.limits.queue_max // 2 else 0
+
+    def urgent_room(self, now: float) -> int:
+        """The same for what is read ahead: it has room of its own, and needs none in the queue."""
+        if self.live or self.urgent_after is None or self.stalled or self.cant_send(now):
+            return 0
+        if self.keys is not None and not self.keys.are_known:
+            return 0
+        if self.breaker.state is not CLOSED:
+            return int(self.accepts(now))
+        return URGENT_MAX - len(self.urgent) if len(self.urgent) <= URGENT_MAX // 2 else 0
+
+    def keys_room(self, now: float) -> int:
+        """The same for the next events of keys that are free."""
+        if self.keys is None or not self.keys.are_known or not self.keys.free or not self.accepts(now):
+            return 0
+        return 1 if self.breaker.state is not CLOSED else min(KEYS_PAGE, self.limits.queue_max - self.queued())
 
     def retry_room(self, now: float) -> int:
         """The same for its due retries."""
@@ -362,12 +521,25 @@ class Lane:
         self.latency_s += 0.2 * (latency_s - self.latency_s)
         if self.breaker.succeeded(now, probe):
             self.in_flight_limit = 1
+        elif self.pace is not None:
+            self._grow_paced(now)
         elif self.in_flight_limit < self.in_flight_max:
             self.in_flight_limit += 1
 
-    def failed(self, now: float, latency_s: float, probe: bool) -> bool:
-        """Note a failure that counts; return whether it opened the breaker."""
+    def _grow_paced(self, now: float) -> None:
+        """One more in flight for as many successes as may be in flight: one a round."""
+        assert self.pace is not None
+        self.paced_successes += 1
+        if self.paced_successes >= self.in_flight_limit:
+            self.paced_successes = 0
+            self.in_flight_limit = min(self.in_flight_limit + 1, self.in_flight_max)
+        if self.pace.is_over(now):
+            self.pace = None
+
+    def failed(self, now: float, latency_s: float, probe: bool, *, throttled: bool = False) -> bool:
+        """Note a failure that counts; return whether it opened the breaker. `throttled`: its rate and POSTs in flight were cut for it."""
         self.untried = False
         self.latency_s += 0.2 * (latency_s - self.latency_s)
-        self.in_flight_limit = max(1, self.in_flight_limit // 2)
+        if not throttled:
+            self.in_flight_limit = max(1, self.in_flight_limit // 2)
         return self.breaker.failed(now, probe)

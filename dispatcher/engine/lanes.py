@@ -127,7 +127,10 @@ class Lanes:
             lane.configure(endpoint, now)
             if was_held and not lane.held:
                 lane.put_live_again()
-            if _ended(were, endpoint.subscriptions) and not all(lane.is_for(event) for event in lane.queue):
+            if (lane.keys is not None) is not (endpoint.ordering is not None):
+                self.fall_behind(lane, head, drop=True)
+                lane.set_ordered(endpoint.ordering is not None)
+            if _ended(were, endpoint.subscriptions) and not all(lane.is_for(event) for event in lane.fresh()):
                 # Something queued is not for it any more: it reads on by the new subscriptions.
                 self.fall_behind(lane, head, drop=True)
             if lane.runs:
@@ -146,8 +149,7 @@ class Lanes:
             return
         since = min(s.since_id for s in fresh)
         lane.fall_behind(head)
-        lane.cursor = min(lane.cursor, since)
-        lane.moved += 1
+        lane.go_back(since)
         self.unsettled[lane] = None
         self.taking_up.update(s.id for s in fresh)
 
@@ -162,11 +164,12 @@ class Lanes:
         self.unsettled.pop(lane, None)
         self.running.pop(lane, None)
         self.rows_gone.add(endpoint_id)
-        for event in lane.queue:
+        for event in lane.fresh():
             self.memory.let_go(event)
         for retry in lane.retries:
             self.memory.let_go(retry.event)
         lane.queue.clear()
+        lane.urgent.clear()
         lane.retries.clear()
         self.taking_up.difference_update(s.id for s in lane.endpoint.subscriptions)
         return lane
@@ -193,16 +196,30 @@ class Lanes:
             for retry in lane.drop_retries():
                 self.memory.let_go(retry.event)
 
-    def take(self, lane: Lane, event: Event, now: float) -> None:
+    def take(self, lane: Lane, event: Event, now: float) -> bool:
+        """Put an event into a lane's hands; False if it must be passed over for now, because its key is held."""
+        if lane.keys is not None and event.ordering_key is not None:
+            if lane.keys.holds(event.ordering_key):
+                lane.keys.hold_back(event)
+                self.unsettled[lane] = None
+                return False
+            lane.keys.hold(event)
+        self.unsettled[lane] = None  # take_held, without a call for each delivery
         self.memory.hold(event)
         lane.take(event, now)
+        return True
+
+    def take_held(self, lane: Lane, event: Event, now: float) -> None:
+        """Put an event into a lane's hands; if its endpoint orders by key, it holds its key already."""
         self.unsettled[lane] = None
+        self.memory.hold(event)
+        lane.take(event, now)
 
     def largest(self) -> tuple[Lane | None, int]:
         """Return the lane with the longest queue, and how many events are queued in all lanes that have any."""
-        busy = [lane for lane in self.unsettled if lane.queue]
-        largest = max(busy, key=lambda lane: len(lane.queue), default=None)
-        return largest, sum(len(lane.queue) for lane in busy) // max(1, len(busy))
+        busy = [lane for lane in self.unsettled if lane.queue or lane.urgent]
+        largest = max(busy, key=Lane.queued, default=None)
+        return largest, sum(map(Lane.queued, busy)) // max(1, len(busy))
 
 
 def _ended(before: Sequence[Subscription], after: Sequence[Subscription]) -> bool:

@@ -1,8 +1,9 @@
 """The reader: the one coroutine that reads the log, one read after another.
 
-A *turn* is the head with the young gaps, to their end, then one page of one other kind: old gaps, a lagging lane, an
-endpoint's due retries, or a run (a resend, a replay). So no lane that is behind touches another's latency. What a
-read found is applied in one go, without an await: head, gaps, cursors and queues change together.
+A *turn* is the head with the young gaps, to their end, then one page of one other kind: old gaps, a lagging lane (what
+has priority first), keys that are free again, an endpoint's due retries, or a run (a resend, a replay). So no lane that
+is behind touches another's latency. What a read found is applied in one go, without an await: head, gaps, cursors and
+queues change together.
 
 When nothing is new, the reader polls a few times and then tries to sleep: it arms the doorbell, looks once more at the
 head and at every open gap, and waits to be rung. While it sleeps it still serves lanes and retries, and looks once a
@@ -78,7 +79,14 @@ class Reader:
             store, lanes, clock, counters, self.gaps, gate, head=lambda: self.head, offered=offered, wake=self._wake.set
         )
         self._others: deque[Callable[[], Awaitable[bool]]] = deque(
-            (self._read_gaps, self.catch_up.read_lagging, self.catch_up.read_retries, self.catch_up.read_runs)
+            (
+                self._read_gaps,
+                self.catch_up.read_urgent,
+                self.catch_up.read_keys,
+                self.catch_up.read_lagging,
+                self.catch_up.read_retries,
+                self.catch_up.read_runs,
+            )
         )
 
     # ── told by others; all atomic ──
@@ -264,15 +272,18 @@ class Reader:
         for lane in self._lanes.wanting(event):
             wanted = True
             if not lane.live:
-                lane.backlog += 1
+                lane.passed_by(event)
+                if lane.urgent_after is not None:
+                    self.catch_up.look(lane)
             elif event.id not in lane.hands and lane.id not in skip:
-                if lane.takes(now):
-                    self._lanes.take(lane, event, now)
+                if not lane.takes(now):
+                    self._lanes.fall_behind(lane, event.id - 1, drop=lane.cant_send(now))
+                    lane.passed_by(event)
+                    self.catch_up.look(lane)
+                elif self._lanes.take(lane, event, now):
                     self._offered(lane)
                 else:
-                    self._lanes.fall_behind(lane, event.id - 1, drop=lane.cant_send(now))
                     lane.backlog += 1
-                    self.catch_up.look(lane)
         if not wanted:
             self._counters.events_unwanted += 1
 
@@ -284,9 +295,11 @@ class Reader:
             if event.id in lane.hands or lane.id in skip or event.id in lane.holes:
                 continue
             if not lane.live and event.id > lane.cursor:
-                lane.backlog += 1
+                lane.passed_by(event)
             elif lane.takes(now):
-                self._lanes.take(lane, event, now)
+                if not self._lanes.take(lane, event, now):
+                    lane.backlog += 1
+                    continue
                 if event.id <= self._position():
                     lane.late.add(event.id)
                 self._offered(lane)
@@ -306,7 +319,7 @@ class Reader:
         if room >= least:
             return min(HEAD_ROWS, room)
         largest, mean = self._lanes.largest()
-        if largest is not None and len(largest.queue) > 4 * mean + 64:
+        if largest is not None and largest.queued() > 4 * mean + 64:
             # One lane's crowd, not the process's limit: that lane lags, the head goes on.
             self._lanes.fall_behind(largest, self.head, drop=True)
             self.catch_up.look(largest)

@@ -43,6 +43,7 @@ CHECKPOINT_GAPS_MAX = 1_000
 UNSETTLED_MAX_S = 5.0  # a POST that takes longer doesn't hold the checkpoint: its id becomes a hole
 AWAY_WAIT_S, AWAY_WAIT_MAX_S = 0.05, 1.0
 STATS_MAX = 1_000  # a batch
+EXPIRED = Verdict.EXPIRED  # looking a member up in its Enum costs 40 ns
 
 
 class Recorder:
@@ -67,6 +68,7 @@ class Recorder:
         self.gaps: Gaps = Gaps()
         self.after_read: Callable[[Callable[[], None]], None] = lambda action: action()
         self.note_retry: Callable[[Lane, int], None] = lambda lane, due_us: None
+        self.look: Callable[[Lane], None] = lambda lane: None
         self.piled_up: Callable[[bool], None] = lambda yes: None
         self._store = store
         self._lanes = lanes
@@ -156,13 +158,13 @@ class Recorder:
         minute = now_us // MINUTE_US
         runs: dict[LaneRun, tuple[Lane, set[int]]] = {}
         for r in results:
-            outcome = r.outcome
+            outcome, verdict = r.outcome, r.decision.verdict
             attempts.append(
                 AttemptRow(
                     r.event.id,
                     r.lane.id,
                     r.run,
-                    r.number,
+                    r.number if verdict is not EXPIRED else 0,
                     r.started_us,
                     r.duration_us,
                     outcome.status,
@@ -170,10 +172,14 @@ class Recorder:
                     outcome.response_head,
                 )
             )
-            verdict = r.decision.verdict
             stat = r.lane.stat
             if stat is None or stat.minute != minute:
                 stat = self._begin_minute(r.lane, minute)
+            if verdict is EXPIRED:
+                stat.expired += 1
+                if r.number > 1:
+                    batch.settled_retries.append((r.lane.id, r.event.id, r.run))
+                continue
             stat.duration_us += r.duration_us
             stat.durations[(r.duration_us // 1000).bit_length()] += 1
             if r.run != ORIGINAL and not self._count_into_run(r, runs):
@@ -189,8 +195,20 @@ class Recorder:
             assert outcome.fault is not None
             if verdict is Verdict.RETRY:
                 due_us = now_us + int(r.decision.due_in_s * 1e6)
+                key = r.event.ordering_key if r.holds_key else None
+                if r.event.expires_us is not None and r.run == ORIGINAL:
+                    due_us = max(now_us, min(due_us, r.event.expires_us))  # looked at, then, to be settled unsent
                 batch.retries.append(
-                    RetryRow(r.lane.id, r.event.id, r.run, r.number + 1, r.first_attempt_us, due_us, r.decision.reason)
+                    RetryRow(
+                        r.lane.id,
+                        r.event.id,
+                        r.run,
+                        r.number + 1,
+                        r.first_attempt_us,
+                        due_us,
+                        r.decision.reason,
+                        key,
+                    )
                 )
             else:
                 stat.dead += 1
@@ -271,6 +289,8 @@ class Recorder:
                 done[r.lane].add(r.event.id)
         self._let_slow_ones_be_late()
         lanes = list(self._lanes.unsettled)
+        for lane in lanes:
+            lane.trim_keys()
         marks = {lane: lane.mark(head, done.get(lane, NOTHING)) for lane in lanes}
         late = {lane: lane.open_late(done.get(lane, NOTHING)) for lane in lanes}
         position = head
@@ -280,12 +300,13 @@ class Recorder:
         position = max(position, written)
         gaps = self.gaps.ranges()
         for lane in lanes:
-            if lane.live and not lane.has_row:
+            if lane.live and not lane.has_row and lane.keys is None:
                 gaps.update(late[lane])
         gaps.shrink(CHECKPOINT_GAPS_MAX)
         write = CheckpointWrite(position, gaps, [], sorted(self._lanes.rows_gone), sorted(self._lanes.taking_up))
         for lane, mark in marks.items():
-            speaks = mark < position or not gaps.covers_all(late[lane])
+            # One that orders by key speaks for itself: after a start it must meet its holes before what is new, and gaps are looked at later.
+            speaks = mark < position or (late[lane] if lane.keys is not None else not gaps.covers_all(late[lane]))
             if speaks:
                 write.lanes.append(LaneRow(lane.id, mark, late[lane].copy(), lane.backlog))
             elif lane.has_row:
@@ -314,7 +335,7 @@ class Recorder:
         self._counters.retried += len(batch.retries)
         self._counters.dead += len(batch.dead)
         if results:
-            self.after_read(lambda: _release(results))
+            self.after_read(lambda: self._release(results))
         finished = set(recorded.runs_finished)
         for run_row in batch.runs:
             lane = self._lanes.get(run_row.endpoint_id)
@@ -343,6 +364,26 @@ class Recorder:
             self._is_piled_up = False
             self.piled_up(False)
 
+    def _release(self, results: list[Delivery]) -> None:
+        for r in results:
+            if r.event.ordering_key is not None and r.holds_key:
+                self._release_key(r)
+            if r.is_first:
+                r.lane.settle(r.event.id)
+                continue
+            r.lane.retry_hands.discard((r.event.id, r.run))
+            run = r.lane.runs.get(r.run)
+            if run is not None and r.number == 1:
+                run.hands.pop(r.event.id, None)
+
+    def _release_key(self, r: Delivery) -> None:
+        """The result is committed: unless a retry follows, the next of its key may go."""
+        assert r.event.ordering_key is not None
+        assert r.lane.keys is not None
+        if r.decision.verdict is not Verdict.RETRY:
+            r.lane.keys.release(r.event.ordering_key, r.event.id)
+            self.look(r.lane)  # for the next of the key; or the lane has room for another key now
+
     def _finish_run(self, lane: Lane, row: RunRow) -> None:
         lane.runs.pop(row.run, None)
         lane.runs_done.append(row.run)
@@ -356,17 +397,6 @@ class Recorder:
             delivered=row.delivered,
             dead=row.dead,
         )
-
-
-def _release(results: list[Delivery]) -> None:
-    for r in results:
-        if r.is_first:
-            r.lane.settle(r.event.id)
-            continue
-        r.lane.retry_hands.discard((r.event.id, r.run))
-        run = r.lane.runs.get(r.run)
-        if run is not None and r.number == 1:
-            run.hands.pop(r.event.id, None)
 
 
 async def _within(event: asyncio.Event, wait_s: float) -> bool:

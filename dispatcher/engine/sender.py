@@ -23,7 +23,9 @@ from functools import partial
 
 import structlog
 
+from dispatcher.domain.event import Event
 from dispatcher.domain.outcome import DELIVER, Decision, Fault, Outcome, Verdict, decide, describe
+from dispatcher.domain.pace import THROTTLING
 from dispatcher.domain.run import ORIGINAL
 from dispatcher.domain.url import Origin
 from dispatcher.engine.clock import Clock
@@ -37,6 +39,7 @@ from dispatcher.ports import Connection, Transport
 _log = structlog.get_logger(room="sender")
 
 TURN_POSTS = 4  # a lane's POSTs per turn
+_EXPIRED, _SETTLE_EXPIRED = Outcome(Fault.EXPIRED), Decision(Verdict.EXPIRED)
 
 
 class Sender:
@@ -146,6 +149,8 @@ class Sender:
     def _serve(self, lane: Lane, now: float) -> None:
         """Give a lane its turn; it goes back into the line, into another, or nowhere if it has nothing to send."""
         for _ in range(TURN_POSTS):
+            if lane.may_expire:
+                self._settle_stale(lane)
             if lane.gone or lane.work() <= lane.connecting or lane.in_flight + lane.connecting >= lane.limit():
                 return  # whatever ends next offers the lane again
             at = lane.ready_at(now)
@@ -167,7 +172,7 @@ class Sender:
             if connection is None:
                 lane.connecting += 1
                 origin = lane.endpoint.target.origin
-                self._transport.connect(origin, partial(self._connected, lane, origin))
+                self._transport.connect(origin, partial(self._connected, lane, origin), turn_of=lane.id)
             else:
                 self._start(lane, connection, now)
         self.offer(lane)
@@ -231,6 +236,8 @@ class Sender:
             if not isinstance(result, Outcome):
                 self._transport.release(result)
             return
+        if lane.may_expire:
+            self._settle_stale(lane)
         if isinstance(result, Outcome):
             # The delivery that asked for it has failed, if it is still there and still due.
             if (
@@ -266,15 +273,49 @@ class Sender:
             retry = lane.retries.popleft()
             delivery = Delivery(self.answered, lane, retry.event, retry.run, retry.number, retry.first_attempt_us)
         else:
-            delivery = Delivery(self.answered, lane, lane.queue.popleft(), ORIGINAL, 1, 0)
-        if not lane.live or lane.next_retry_us is not None or lane.runs:
+            event = lane.next_fresh() if lane.urgent else lane.queue.popleft()
+            delivery = Delivery(self.answered, lane, event, ORIGINAL, 1, 0)
+        if not lane.live or lane.next_retry_us is not None or lane.runs or lane.keys is not None:
             self._look(lane)
         return delivery
 
+    def _settle_stale(self, lane: Lane) -> None:
+        """Settle, unsent, what is about to be sent and has expired. Looks at what stands first only: the rest comes there. Before a token is
+        taken; and a delivery that waits for a retry is looked at when that is due, or when it expires."""
+        while lane.queue and lane.queue[0].expires_us is not None and self._is_stale(lane.queue[0]):
+            self._settle_unsent(Delivery(self.answered, lane, lane.queue.popleft(), ORIGINAL, 1, 0))
+        while lane.urgent and lane.urgent[0][2].expires_us is not None and self._is_stale(lane.urgent[0][2]):
+            self._settle_unsent(Delivery(self.answered, lane, heapq.heappop(lane.urgent)[2], ORIGINAL, 1, 0))
+        while lane.retries and lane.retries[0].event.expires_us is not None:
+            retry = lane.retries[0]
+            if retry.run != ORIGINAL or not self._is_stale(retry.event):  # who asks for a resend wants it now
+                break
+            lane.retries.popleft()
+            self._settle_unsent(
+                Delivery(self.answered, lane, retry.event, retry.run, retry.number, retry.first_attempt_us)
+            )
+
+    def _is_stale(self, event: Event) -> bool:
+        return not self.held_by and event.expires_us is not None and event.expires_us <= self._clock.wall_us()
+
+    def _settle_unsent(self, delivery: Delivery) -> None:
+        delivery.started_us = self._clock.wall_us()
+        delivery.outcome, delivery.decision, delivery.duration_us = _EXPIRED, _SETTLE_EXPIRED, 0
+        self._counters.expired += 1
+        _log.debug(
+            "delivery.expired",
+            endpoint_id=delivery.lane.id,
+            event_id=delivery.event.public_id.decode(),
+            id=delivery.event.id,
+            attempts=delivery.number - 1,
+        )
+        self._lanes.memory.let_go(delivery.event)
+        self._recorder.add(delivery)
+        self._look(delivery.lane)
+
     def _start(self, lane: Lane, connection: Connection, now: float) -> None:
-        if lane.bucket is not None:
-            taken = lane.bucket.try_take(now)
-            assert taken, "ready_at() said there is a token"
+        if lane.bucket is not None or lane.pace is not None:
+            lane.take_token(now)
         delivery = self._next(lane)
         self._occupy(delivery)
         self._post(delivery, connection)
@@ -344,21 +385,26 @@ class Sender:
                 self._failing_changed(lane, was_us)
         else:
             age_s = (delivery.started_us - delivery.first_attempt_us) / 1e6
-            decision = decide(outcome, delivery.number, age_s, lane.retry_policy, self._clock.wall(), self._rng)
+            policy = lane.key_policy if delivery.holds_key else lane.retry_policy
+            decision = decide(outcome, delivery.number, age_s, policy, self._clock.wall(), self._rng)
             delivery.decision = decision
             self._failed(delivery, outcome, decision, now, latency_s)
         self._lanes.memory.let_go(delivery.event)
         self._recorder.add(delivery)
-        if not lane.live or lane.next_retry_us is not None or lane.runs:
+        if not lane.live or lane.next_retry_us is not None or lane.runs or lane.keys is not None:
             self._look(lane)
-        if lane.queue or lane.retries:
+        if lane.queue or lane.retries or lane.urgent:
             self.offer(lane)
 
     def _failed(self, delivery: Delivery, outcome: Outcome, decision: Decision, now: float, latency_s: float) -> None:
         lane = delivery.lane
         self._counters.failed += 1
+        throttled = outcome.status in THROTTLING
+        if throttled:
+            self._counters.throttled += 1
+            lane.throttled(delivery.started, now, latency_s)
         if decision.counts:
-            opened = lane.failed(now, latency_s, delivery.probe)
+            opened = lane.failed(now, latency_s, delivery.probe, throttled=throttled)
             if lane.failing_since_us is None:
                 lane.failing_since_us = delivery.started_us
                 self._failing_changed(lane, None)
@@ -409,7 +455,8 @@ class Sender:
             self._put_back(delivery)
             return
         delivery.again = True
-        self._transport.connect(target.origin, partial(self._again_connected, delivery, target.origin), fresh=True)
+        again = partial(self._again_connected, delivery, target.origin)
+        self._transport.connect(target.origin, again, fresh=True, turn_of=delivery.lane.id)
 
     def _again_connected(self, delivery: Delivery, origin: Origin, result: Connection | Outcome) -> None:
         if isinstance(result, Outcome):
@@ -436,7 +483,7 @@ class Sender:
         if lane.gone:
             self._lanes.memory.let_go(event)
         elif delivery.is_first:
-            lane.queue.appendleft(event)
+            lane.put_back(event)
             if lane.held:
                 self._let_queue_go(lane)
             self.offer(lane)

@@ -9,17 +9,25 @@ BUCKETS = 20  # of durations: < 1 ms, < 2 ms, < 4 ms, …; the last reaches beyo
 class Stat:
     """One endpoint's minute; plain, because every result counts into one (0.3 µs)."""
 
-    __slots__ = ("dead", "delivered", "duration_us", "durations", "failed", "minute")
+    __slots__ = ("dead", "delivered", "duration_us", "durations", "expired", "failed", "minute")
 
     def __init__(self, minute: int) -> None:
         self.minute = minute  # since 1970
         self.delivered = 0
         self.failed = 0
         self.dead = 0
+        self.expired = 0
         self.duration_us = 0
         self.durations = [0] * BUCKETS
 
     def row(self, endpoint_id: int) -> StatRow:
         return StatRow(
-            endpoint_id, self.minute, self.delivered, self.failed, self.dead, self.duration_us // 1000, self.durations
+            endpoint_id,
+            self.minute,
+            self.delivered,
+            self.failed,
+            self.dead,
+            self.duration_us // 1000,
+            self.durations,
+            self.expired,
         )

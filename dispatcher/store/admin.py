@@ -24,6 +24,7 @@ import orjson
 
 from dispatcher.domain.endpoint import FORCED, FOREVER, check_patterns, config_hash
 from dispatcher.domain.event import PublicIds, check_event_type
+from dispatcher.domain.ordering import OFF, parse_ordering
 from dispatcher.domain.sealing import Keyring, credentials_place, draft_place, secret_place
 from dispatcher.domain.shape import CREDENTIALS, SHAPE, checked, merged, shown
 from dispatcher.domain.signing import SCHEMES, check_key, new_key, public_key, scheme_of, signing_in
@@ -46,10 +47,11 @@ CONFIG_FIELDS = (
     "rate_burst",
     "in_flight_max",
     "retry_schedule_s",
+    "ordering",
 )
 DEFAULTS: dict[str, Any] = {
     "name": "", "event_types": ["*"], "timeout_ms": 10_000, "rate_per_s": None, "rate_burst": None, "in_flight_max": None,
-    "retry_schedule_s": None,
+    "retry_schedule_s": None, "ordering": OFF,
 }  # fmt: skip
 _PLAIN_FIELDS = (*CONFIG_FIELDS, *SHAPE)
 _RANGES = {
@@ -105,6 +107,7 @@ class EndpointView:
     backlog: int
     retries: int
     dead_letters: int
+    expired: int  # in the last 24 hours, because their events' expires_at had passed
     created_at: datetime
     keyring: Keyring = field(repr=False)
     stored_credentials: str | None = field(repr=False)
@@ -144,7 +147,7 @@ class EndpointView:
         """Of what decides what is sent where. Of the secrets the newest only: that an older one expires takes nothing back. Nobody who can
         read the hash can try out passwords on it: the secrets are in it."""
         config = self.to_test
-        usual = SHAPE | CREDENTIALS
+        usual = SHAPE | CREDENTIALS | {"ordering": OFF}  # left out, as in hashes from before there was a choice
         given = {name: value for name, value in config.items() if name not in usual or value != usual[name]}
         newest = [next(iter(signing_in(self.secrets, scheme)), None) for scheme in config["signing"].split(",")]
         return config_hash(given | {"secrets": newest})
@@ -179,7 +182,8 @@ class EndpointView:
             "id": self.id, "account_id": self.account_id, "state": self.state, "state_reason": self.state_reason,
             "state_changed_at": self.state_changed_at, "paused_at_id": self.paused_at_id, **self.config, "proposed": proposed,
             **known, "public_keys": self.public_keys, "failing_since": self.failing_since, "backlog": self.backlog,
-            "retries": self.retries, "dead_letters": self.dead_letters, "created_at": self.created_at, "sealed": sealed,
+            "retries": self.retries, "dead_letters": self.dead_letters, "expired_24h": self.expired,
+            "created_at": self.created_at, "sealed": sealed,
         }  # fmt: skip
 
 
@@ -257,9 +261,10 @@ class Admin:
         return EndpointView(
             id=row["id"], account_id=row["account_id"], state=row["state"], state_reason=row["state_reason"],
             state_changed_at=row["state_changed_at"], paused_at_id=row["paused_at_id"], config={name: row[name] for name in _PLAIN_FIELDS},
-            proposed=SHAPE | draft if draft else None, signing=tuple(Secret(self._keyring, place, *s) for s in row["secrets"]),
+            proposed=SHAPE | {"ordering": row["ordering"]} | draft if draft else None,
+            signing=tuple(Secret(self._keyring, place, *s) for s in row["secrets"]),
             tested_hash=row["tested_hash"], failing_since=row["failing_since"], backlog=row["backlog"], retries=row["retries"],
-            dead_letters=row["dead_letters"], created_at=row["created_at"], keyring=self._keyring,
+            dead_letters=row["dead_letters"], expired=row["expired"], created_at=row["created_at"], keyring=self._keyring,
             stored_credentials=row["credentials"], stored_proposal=stored_proposal,
         )  # fmt: skip
 
@@ -596,6 +601,7 @@ class Admin:
                 raise InputError(f"{name} is {value}; it must be {low:g} to {high:g} {unit}")
         if config["rate_burst"] is not None and config["rate_per_s"] is None:
             raise InputError("rate_burst means nothing without rate_per_s; give both")
+        parse_ordering(config["ordering"])
         schedule = config["retry_schedule_s"]
         if schedule is not None and not (1 <= len(schedule) <= 50 and all(1 <= wait <= 2_592_000 for wait in schedule)):
             raise InputError("a retry schedule has 1 to 50 waits of 1 second to 30 days, such as 5,30,120")
@@ -604,7 +610,15 @@ class Admin:
     # ── events ──
 
     async def send(
-        self, account_id: str, event_type: str, payload: str, occurred_at: datetime | None = None
+        self,
+        account_id: str,
+        event_type: str,
+        payload: str,
+        occurred_at: datetime | None = None,
+        *,
+        ordering_key: str | None = None,
+        expires_at: datetime | None = None,
+        priority: int | None = None,
     ) -> tuple[int, str]:
         """Append one event as a producer would; return its outbox id and its public id."""
         check_event_type(event_type)
@@ -615,7 +629,9 @@ class Admin:
         if "\x00" in payload:
             raise InputError("the payload holds a NUL byte, which JSON does not allow")
         try:
-            row = await self._db.fetchrow(ADMIN.insert_event, account_id, event_type, payload, occurred_at)
+            row = await self._db.fetchrow(
+                ADMIN.insert_event, account_id, event_type, payload, occurred_at, ordering_key, expires_at, priority
+            )
         except asyncpg.InvalidTextRepresentationError as exc:
             raise InputError(f"the payload is not JSON: {exc.detail or exc}") from exc
         except asyncpg.CheckViolationError as exc:
@@ -638,7 +654,7 @@ class Admin:
         return {
             "id": event.id, "event_id": await self._public_id(event.id, row["created_at"]), "account_id": row["account_id"],
             "type": row["type"], "occurred_at": row["occurred_at"], "created_at": row["created_at"], "payload": row["payload"],
-            "in_log": in_log,
+            "ordering_key": row["ordering_key"], "expires_at": row["expires_at"], "priority": row["priority"], "in_log": in_log,
             "deliveries": deliveries(
                 await self._db.fetch(ADMIN.event_deliveries, event.id, row["account_id"], row["type"]),
                 await self._db.fetch(ADMIN.event_attempts, event.id),
@@ -678,6 +694,7 @@ _CHECKS = {
     "outbox_payload_size": "the payload is larger than the outbox accepts ({bytes} bytes, DISPATCHER_PAYLOAD_BYTES_MAX)",
     "outbox_account_id_length": "an account id has 1 to 255 bytes",
     "outbox_type_form": "the event type is malformed",
+    "outbox_ordering_key_length": "an ordering key has 1 to 255 bytes",
 }
 
 

@@ -23,8 +23,8 @@ CREATE TRIGGER outbox_doorbell AFTER INSERT ON webhook.outbox FOR EACH STATEMENT
 
 -- name: insert_endpoint
 INSERT INTO webhook.endpoint
-    (account_id, name, url, event_types, timeout_ms, rate_per_s, rate_burst, in_flight_max, retry_schedule_s)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+    (account_id, name, url, event_types, timeout_ms, rate_per_s, rate_burst, in_flight_max, retry_schedule_s, ordering)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
 RETURNING id;
 
 -- name: insert_secret
@@ -33,7 +33,7 @@ INSERT INTO webhook.endpoint_secret (endpoint_id, scheme, secret, public_key) VA
 -- name: endpoint
 -- One endpoint with what people ask about it. FOR UPDATE is added where a verb goes on to change it.
 SELECT e.id, e.account_id, e.name, e.url, e.event_types, e.timeout_ms, e.rate_per_s, e.rate_burst, e.in_flight_max, e.retry_schedule_s,
-       e.signing, e.body_format, e.omit, e.extra_signature, e.credentials,
+       e.signing, e.body_format, e.omit, e.extra_signature, e.credentials, e.ordering,
        e.state, e.state_reason, e.state_changed_at, e.paused_at_id, e.draft, e.tested_hash, e.failing_since, e.created_at,
        ARRAY(
            SELECT (s.scheme, s.secret, s.public_key, s.created_at, s.expires_at) FROM webhook.endpoint_secret AS s
@@ -41,7 +41,11 @@ SELECT e.id, e.account_id, e.name, e.url, e.event_types, e.timeout_ms, e.rate_pe
        ) AS secrets,
        coalesce(l.backlog, 0) AS backlog,
        (SELECT count(*) FROM webhook.retry AS r WHERE r.endpoint_id = e.id) AS retries,
-       (SELECT count(*) FROM webhook.dead_letter AS d WHERE d.endpoint_id = e.id AND d.state = 'open') AS dead_letters
+       (SELECT count(*) FROM webhook.dead_letter AS d WHERE d.endpoint_id = e.id AND d.state = 'open') AS dead_letters,
+       (
+           SELECT coalesce(sum(t.expired), 0) FROM webhook.endpoint_stat AS t
+           WHERE t.endpoint_id = e.id AND t.minute > clock_timestamp() - interval '1 day'
+       ) AS expired
 FROM webhook.endpoint AS e
 LEFT JOIN webhook.lane AS l ON l.endpoint_id = e.id
 WHERE e.id = $1 AND e.state <> 'deleted';
@@ -61,7 +65,7 @@ ORDER BY e.id LIMIT $4;
 -- name: put_config
 UPDATE webhook.endpoint
 SET name = $2, url = $3, event_types = $4, timeout_ms = $5, rate_per_s = $6, rate_burst = $7, in_flight_max = $8, retry_schedule_s = $9,
-    draft = NULL
+    ordering = $10, draft = NULL
 WHERE id = $1;
 
 -- name: has_sealed
@@ -194,14 +198,18 @@ INSERT INTO webhook.test_attempt (endpoint_id, config_hash, duration_us, status,
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8);
 
 -- name: insert_event
-INSERT INTO webhook.outbox (account_id, type, payload, occurred_at) VALUES ($1, $2, $3::text::json, $4) RETURNING id, created_at;
+INSERT INTO webhook.outbox (account_id, type, payload, occurred_at, ordering_key, expires_at, priority)
+VALUES ($1, $2, $3::text::json, $4, $5, $6, $7)
+RETURNING id, created_at;
 
 -- name: event
-SELECT id, account_id, type, payload::text AS payload, occurred_at, created_at FROM webhook.outbox WHERE id = $1;
+SELECT id, account_id, type, payload::text AS payload, occurred_at, created_at, ordering_key, expires_at, priority
+FROM webhook.outbox WHERE id = $1;
 
 -- name: event_copy
 -- An event that retention has taken from the log, from a dead letter's copy. There is no index by event alone: one descent for each endpoint.
-SELECT d.event_id AS id, d.account_id, d.type, d.payload::text AS payload, d.occurred_at, d.created_at
+SELECT d.event_id AS id, d.account_id, d.type, d.payload::text AS payload, d.occurred_at, d.created_at, NULL AS ordering_key,
+       NULL::timestamptz AS expires_at, NULL::smallint AS priority
 FROM webhook.endpoint AS e
 CROSS JOIN LATERAL (SELECT * FROM webhook.dead_letter WHERE endpoint_id = e.id AND event_id = $1 OFFSET 0) AS d
 ORDER BY d.payload IS NULL
@@ -287,13 +295,15 @@ WITH owed AS (
 ), fates AS (
     SELECT w.endpoint_id,
            EXISTS (SELECT FROM webhook.attempt AS a WHERE a.event_id = w.event_id AND a.endpoint_id = w.endpoint_id AND a.fault IS NULL) AS delivered,
+           EXISTS (SELECT FROM webhook.attempt AS a WHERE a.event_id = w.event_id AND a.endpoint_id = w.endpoint_id AND a.number = 0) AS expired,
            EXISTS (SELECT FROM webhook.dead_letter AS d WHERE d.event_id = w.event_id AND d.endpoint_id = w.endpoint_id) AS dead
     FROM owed AS w
 )
 SELECT e.id AS endpoint_id, e.name, count(f.endpoint_id) AS owed,
        count(*) FILTER (WHERE f.delivered) AS delivered,
        count(*) FILTER (WHERE f.dead AND NOT f.delivered) AS dead_letters,
-       count(*) FILTER (WHERE f.endpoint_id IS NOT NULL AND NOT f.delivered AND NOT f.dead) AS open,
+       count(*) FILTER (WHERE f.expired AND NOT f.delivered AND NOT f.dead) AS expired,
+       count(*) FILTER (WHERE f.endpoint_id IS NOT NULL AND NOT f.delivered AND NOT f.dead AND NOT f.expired) AS open,
        (SELECT count(*) FROM webhook.attempt AS a WHERE a.endpoint_id = e.id) AS attempts
 FROM webhook.endpoint AS e
 LEFT JOIN fates AS f ON f.endpoint_id = e.id

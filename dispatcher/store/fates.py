@@ -62,6 +62,9 @@ def _fate(endpoint: Any, run: int, run_state: str, attempts: Sequence[dict[str, 
         if letter_run == run:
             after = {"open": "", "resent": f", taken up by run {resent_run}"}.get(state, f", {state}")
             return f"dead letter {letter_id}{after}"
+    expired = next((attempt for attempt in attempts if attempt["number"] == 0), None)
+    if expired is not None:
+        return "expired, unsent" if len(attempts) == 1 else f"expired after {len(attempts) - 1} failed"
     if run_state == "canceled":
         return "canceled" if not attempts else "failed, then canceled"
     for retry_run, number, due_at in endpoint["retries"]:

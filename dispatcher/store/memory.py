@@ -34,6 +34,7 @@ import orjson
 from dispatcher.domain.address import AddressPolicy
 from dispatcher.domain.endpoint import FOREVER, Endpoint, EndpointId, EndpointState, Subscription, pattern_matches
 from dispatcher.domain.event import Event, PublicIds, timestamp
+from dispatcher.domain.ordering import parse_ordering
 from dispatcher.domain.outcome import Fault
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.domain.retention import Span
@@ -104,6 +105,9 @@ class LogRow:
     created_us: int
     occurred_us: int | None
     stored_bytes: int
+    ordering_key: str | None = None
+    expires_us: int | None = None
+    priority: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,7 @@ class EndpointRow:
     omit: tuple[str, ...] = ()
     extra_signature: str | None = None
     credentials: str | None = None  # never sealed here
+    ordering: str = "off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,9 +343,11 @@ class Tables:
         return any(row.fault is not None for row in self._attempts_of(event_id, endpoint_id))
 
     def is_given_up(self, event_id: int, endpoint_id: int) -> bool:
-        """No attempt in any run succeeded, and no retry is to come."""
+        """No attempt in any run succeeded, none is to come, and it has not expired."""
         waits = any(known == event_id for known, _ in self.retries.get(endpoint_id, {}))
-        return not waits and all(row.fault is not None for row in self._attempts_of(event_id, endpoint_id))
+        return not waits and all(
+            row.fault is not None and row.number for row in self._attempts_of(event_id, endpoint_id)
+        )
 
     def _attempts_of(self, event_id: int, endpoint_id: int) -> Iterable[AttemptRow]:
         return self.attempts_of.get((event_id, endpoint_id), ())
@@ -359,7 +366,7 @@ class Tables:
         newest: dict[RetryKey, AttemptRow] = {}
         for (event_id, endpoint_id, run, number), attempt in self.attempts.items():
             known = newest.get((endpoint_id, event_id, run))
-            if known is None or known.number < number:
+            if known is None or number == 0 or 0 < known.number < number:
                 newest[endpoint_id, event_id, run] = attempt
         for event in self.outbox.values():
             for endpoint_id, subscriptions in wanted.get(event.account_id, {}).items():
@@ -369,7 +376,7 @@ class Tables:
                 if not matching:
                     continue
                 if last is not None:
-                    is_final = last.fault is None or (endpoint_id, event.id, 0) in self.dead_letters
+                    is_final = last.fault is None or last.number == 0 or (endpoint_id, event.id, 0) in self.dead_letters
                     if not is_final and (event.id, 0) not in self.retries.get(endpoint_id, {}):
                         found.append(
                             f"event {event.id}, endpoint {endpoint_id}: attempt {last.number} failed, no retry row"
@@ -465,11 +472,11 @@ class MemoryDatabase:
         return transaction
 
     def insert(
-        self, count: int = 1, *, account_id: str = "acct", type: str = "message.sent", payload: bytes = b"{}"
-    ) -> list[int]:
-        """Insert events in a transaction of their own; return their ids."""  # fmt: skip
+        self, count: int = 1, *, account_id: str = "acct", type: str = "message.sent", payload: bytes = b"{}", **options: Any
+    ) -> list[int]:  # fmt: skip
+        """Insert events in a transaction of their own; return their ids."""
         with self.begin() as transaction:
-            return [transaction.insert(account_id, type, payload) for _ in range(count)]
+            return [transaction.insert(account_id, type, payload, **options) for _ in range(count)]
 
     def commit_prepared(self, name: str) -> None:
         self.write(partial(Tables.end_prepared, name=name, commit=True), synchronous=True)
@@ -638,13 +645,16 @@ class Transaction:
         self._check_open()
         self.holds_log_lock = True
 
-    def write_row(self, account_id: str, type: str, payload: bytes, occurred_us: int | None = None) -> int:
-        """Take an id and write the row; the statement's trigger has yet to run (`ring`)."""
+    def write_row(
+        self, account_id: str, type: str, payload: bytes, occurred_us: int | None = None, **options: Any
+    ) -> int:
+        """Take an id and write the row; the statement's trigger has yet to run (`ring`). `options`: ordering_key, expires_us, priority."""
         self.lock_log()
         database = self.database
         row_id = database.next_id()
-        stored_bytes = _stored_bytes(account_id, type, payload, occurred_us)
-        self.rows.append(LogRow(row_id, account_id, type, payload, database.now_us(), occurred_us, stored_bytes))
+        stored_bytes = _stored_bytes(account_id, type, payload, occurred_us, **options)
+        now_us = database.now_us()
+        self.rows.append(LogRow(row_id, account_id, type, payload, now_us, occurred_us, stored_bytes, **options))
         return row_id
 
     def ring(self) -> None:
@@ -661,9 +671,10 @@ class Transaction:
         type: str = "message.sent",
         payload: bytes = b"{}",
         occurred_us: int | None = None,
+        **options: Any,
     ) -> int:
         """Insert one event as one statement; return its id."""  # fmt: skip
-        row_id = self.write_row(account_id, type, payload, occurred_us)
+        row_id = self.write_row(account_id, type, payload, occurred_us, **options)
         self.ring()
         return row_id
 
@@ -1031,6 +1042,39 @@ class MemoryStore:
 
         return await self._call("reader", "account", work)
 
+    async def urgent(self, account_id: str, after: int, upto: int, limit: int, bytes_max: int) -> Page:
+        def work(_: Connection) -> Page:
+            tables = self._database.tables
+            rows = tables.between(after + 1, upto, len(tables.ids), account_id)
+            rows, cut = _cut([row for row in rows if (row.priority or 0) > 0][:limit], bytes_max)
+            return Page(self._events(rows), tables.attempted_by(rows), cut or len(rows) >= limit)
+
+        return await self._call("reader", "urgent", work)
+
+    async def keys(
+        self, account_id: str, keys: Sequence[tuple[str, int]], upto: int, limit: int, bytes_max: int
+    ) -> list[Page]:
+        def work(_: Connection) -> list[Page]:
+            tables = self._database.tables
+            found = [
+                (n, row)
+                for n, (key, low) in enumerate(keys)
+                for row in [r for r in tables.between(low, upto, len(tables.ids), account_id) if r.ordering_key == key][:limit]
+            ]  # fmt: skip
+            pages = self._dealt(found, len(keys), len(found) + 1, bytes_max)
+            for page in pages:
+                page.full = page.full or len(page.events) >= limit
+            return pages
+
+        return await self._call("reader", "keys", work)
+
+    async def held_keys(self, endpoint_id: int) -> list[tuple[str, int]]:
+        def work(_: Connection) -> list[tuple[str, int]]:
+            retries = self._database.tables.retries.get(endpoint_id, {}).values()
+            return [(r.ordering_key, r.event_id) for r in retries if r.ordering_key is not None and r.run == 0]
+
+        return await self._call("reader", "held_keys", work)
+
     async def due_retries(
         self, endpoint_id: int, limit: int, bytes_max: int, *, without_runs: Sequence[int] = ()
     ) -> RetryPage:
@@ -1096,13 +1140,17 @@ class MemoryStore:
     def _ranges(
         self, account_id: str | None, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int
     ) -> list[Page]:
-        """One bound for all ranges together: where it cuts, that range and those after it are full."""
         tables = self._database.tables
         found = [
             (n, row) for n, (low, high) in enumerate(ranges) for row in tables.between(low, high, limit, account_id)
         ]
+        return self._dealt(found, len(ranges), limit, bytes_max)
+
+    def _dealt(self, found: list[tuple[int, LogRow]], count: int, limit: int, bytes_max: int) -> list[Page]:
+        """One bound for all pages together: where it cuts, that page and those after it are full."""
+        tables = self._database.tables
         rows, cut = _cut([row for _, row in found[:limit]], bytes_max)
-        pages = [Page([], [], False) for _ in ranges]
+        pages = [Page([], [], False) for _ in range(count)]
         for (n, _), event, attempted in zip(found, self._events(rows), tables.attempted_by(rows), strict=False):
             page = pages[n]
             page.events.append(event)
@@ -1116,9 +1164,12 @@ class MemoryStore:
     def _events(self, rows: Sequence[LogRow]) -> list[Event]:
         public = self._database.public_ids.encode([(row.created_us, row.id) for row in rows])
         return [
-            Event(row.id, row.account_id, row.type, row.payload, row.created_us, row.occurred_us, public_id)
+            Event(
+                row.id, row.account_id, row.type, row.payload, row.created_us, row.occurred_us, public_id,
+                row.ordering_key, row.expires_us, row.priority,
+            )
             for row, public_id in zip(rows, public, strict=True)
-        ]
+        ]  # fmt: skip
 
     # ── wake-ups ──
 
@@ -1360,13 +1411,22 @@ TUPLE_HEADER_BYTES = 32  # with the null bitmap, aligned
 TOAST_TUPLE_BYTES = 2_032  # TOAST_TUPLE_THRESHOLD with 8 kB pages: larger rows store their payload outside
 
 
-def _stored_bytes(account_id: str, type: str, payload: bytes, occurred_us: int | None) -> int:
+def _stored_bytes(
+    account_id: str, type: str, payload: bytes, occurred_us: int | None, ordering_key: str | None = None, expires_us: int | None = None,
+    priority: int | None = None,
+) -> int:  # fmt: skip
     """Return pg_column_size(payload): a varlena has a header of 1 byte up to 126 bytes, of 4 beyond, and none outside of its row."""
     size = 8  # id
     for length in (len(account_id.encode()), len(type.encode()), len(payload)):
         size = size + length + 1 if length <= 126 else (size + 3) // 4 * 4 + length + 4
     for _ in range(1 if occurred_us is None else 2):
         size = (size + 7) // 8 * 8 + 8
+    if ordering_key is not None:
+        size += len(ordering_key.encode()) + 1
+    if expires_us is not None:
+        size = (size + 7) // 8 * 8 + 8
+    if priority is not None:
+        size = (size + 1) // 2 * 2 + 2
     if TUPLE_HEADER_BYTES + size > TOAST_TUPLE_BYTES:
         return len(payload)
     return len(payload) + (1 if len(payload) <= 126 else 4)
@@ -1424,4 +1484,5 @@ def _endpoint(
         state_reason=row.state_reason,
         runs=tuple(runs),
         shape=shape,
+        ordering=parse_ordering(row.ordering),
     )

@@ -20,6 +20,7 @@ import structlog
 
 from dispatcher.domain.endpoint import FOREVER, Endpoint, EndpointId, EndpointState, Subscription, like_pattern
 from dispatcher.domain.event import Event, PublicIds
+from dispatcher.domain.ordering import parse_ordering
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.domain.run import Run, RunSource, RunState
 from dispatcher.domain.sealing import Keyring, secret_place
@@ -281,8 +282,8 @@ class PgStore:
         if rows[0][1] is None:
             return HeadPage([], [] if attempted else None, False, last_id)
         above = sum(1 for row in rows if row[1] > after) if young else len(rows)
-        full = above >= limit or rows[-1][7] >= bytes_max
-        return HeadPage(self._events(rows, 1), [row[8] for row in rows] if attempted else None, full, last_id)
+        full = above >= limit or rows[-1][10] >= bytes_max
+        return HeadPage(self._events(rows, 1), [row[11] for row in rows] if attempted else None, full, last_id)
 
     async def holders(self) -> Holders:
         rows = await self._reader.run(lambda c: c.fetch(SQL.holders))
@@ -305,8 +306,24 @@ class PgStore:
         self, account_id: str, after: int, upto: int, types: Sequence[str] | None, limit: int, bytes_max: int
     ) -> Page:
         rows = await self._reader.run(lambda c: c.fetch(SQL.account, account_id, after, upto, types, limit, bytes_max))
-        full = bool(rows) and (len(rows) >= limit or rows[-1][6] >= bytes_max)
-        return Page(self._events(rows, 0), [row[7] for row in rows], full)
+        return self._page(rows, limit, bytes_max)
+
+    async def urgent(self, account_id: str, after: int, upto: int, limit: int, bytes_max: int) -> Page:
+        rows = await self._reader.run(lambda c: c.fetch(SQL.urgent, account_id, after, upto, limit, bytes_max))
+        return self._page(rows, limit, bytes_max)
+
+    async def keys(
+        self, account_id: str, keys: Sequence[tuple[str, int]], upto: int, limit: int, bytes_max: int
+    ) -> list[Page]:
+        names, lows = [key for key, _ in keys], [low for _, low in keys]
+        rows = await self._reader.run(lambda c: c.fetch(SQL.keys, account_id, names, lows, upto, limit, bytes_max))
+        pages = self._paged(rows, len(keys), len(keys) * limit + 1, bytes_max)
+        for page in pages:
+            page.full = page.full or len(page.events) >= limit
+        return pages
+
+    async def held_keys(self, endpoint_id: int) -> list[tuple[str, int]]:
+        return [(row[0], row[1]) for row in await self._reader.run(lambda c: c.fetch(SQL.held_keys, endpoint_id))]
 
     async def due_retries(
         self, endpoint_id: int, limit: int, bytes_max: int, *, without_runs: Sequence[int] = ()
@@ -318,7 +335,7 @@ class PgStore:
         rows, next_due = await self._reader.run(work)
         events = self._events(rows, 4)
         retries = [DueRetry(event, row[1], row[2], row[3]) for event, row in zip(events, rows, strict=True)]
-        full = bool(rows) and (len(rows) >= limit or rows[-1][10] >= bytes_max)
+        full = bool(rows) and (len(rows) >= limit or rows[-1][13] >= bytes_max)
         return RetryPage(retries, full, next_due)
 
     async def run_page(
@@ -333,7 +350,7 @@ class PgStore:
             lambda c: c.fetch(query, account_id, after, upto, types, limit, endpoint_id, run.id, bytes_max)
         )
         full = bool(rows) and (len(rows) >= limit or rows[-1]["bytes"] >= bytes_max)
-        events = self._events([row for row in rows if row["id"] is not None], 1)
+        events = self._events([row for row in rows if row["id"] is not None], 1, plain=True)
         return RunPage(events, rows[-1]["seen"] if full else upto)
 
     async def arm_doorbell(self) -> bool:
@@ -343,14 +360,25 @@ class PgStore:
     async def disarm_doorbell(self) -> None:
         await self._reader.run(lambda c: c.fetchval(SQL.disarm_doorbell))
 
-    def _events(self, rows: Sequence[Any], at: int) -> list[Event]:
-        """Make events of the six event columns that start at column `at`; one cipher call for the page."""
+    def _page(self, rows: Sequence[Any], limit: int, bytes_max: int) -> Page:
+        full = bool(rows) and (len(rows) >= limit or rows[-1][9] >= bytes_max)
+        return Page(self._events(rows, 0), [row[10] for row in rows], full)
+
+    def _events(self, rows: Sequence[Any], at: int, *, plain: bool = False) -> list[Event]:
+        """Make events of the nine event columns (`plain`: six) that start at column `at`; one cipher call for the page."""
         assert self._public_ids is not None
         public = self._public_ids.encode([(row[at + 4], row[at]) for row in rows])
+        if plain:
+            return [
+                Event(row[at], row[at + 1], row[at + 2], row[at + 3], row[at + 4], row[at + 5], public_id)
+                for row, public_id in zip(rows, public, strict=True)
+            ]
         return [
-            Event(row[at], row[at + 1], row[at + 2], row[at + 3], row[at + 4], row[at + 5], public_id)
+            Event(
+                row[at], row[at + 1], row[at + 2], row[at + 3], row[at + 4], row[at + 5], public_id, row[at + 6], row[at + 7], row[at + 8]
+            )
             for row, public_id in zip(rows, public, strict=True)
-        ]
+        ]  # fmt: skip
 
     def _paged(self, rows: Sequence[Any], ranges: int, limit: int, bytes_max: int) -> list[Page]:
         """Deal rows (n, event columns, bytes, attempted) out to one page a range. Where the statement's bound cut, that range and those
@@ -360,8 +388,8 @@ class PgStore:
             page = pages[row[0] - 1]
             page.events.append(event)
             assert page.attempted is not None
-            page.attempted.append(row[8])
-        if rows and (len(rows) >= limit or rows[-1][7] >= bytes_max):
+            page.attempted.append(row[11])
+        if rows and (len(rows) >= limit or rows[-1][10] >= bytes_max):
             for page in pages[rows[-1][0] - 1 :]:
                 page.full = True
         return pages
@@ -431,6 +459,7 @@ class PgStore:
                     [_at(x.first_attempt_us) for x in r],
                     [_at(x.due_us) for x in r],
                     [_text(x.reason) for x in r],
+                    [x.ordering_key for x in r],
                 )
             if batch.dead:
                 d = batch.dead
@@ -460,6 +489,7 @@ class PgStore:
                     [x.delivered for x in stats],
                     [x.failed for x in stats],
                     [x.dead for x in stats],
+                    [x.expired for x in stats],
                     [x.duration_ms for x in stats],
                     [f"{{{','.join(map(str, x.durations))}}}" for x in stats],
                 )
@@ -715,6 +745,7 @@ def _endpoint(row: Any, runs: tuple[Run, ...], settings: Settings, keyring: Keyr
         reload_at_us=None if row["reload_at"] is None else _us(row["reload_at"]),
         runs=runs,
         shape=shape,
+        ordering=parse_ordering(row["ordering"]),
     )
 
 

@@ -1,5 +1,6 @@
 -- Every statement of the store, by name, with its why. sql.py loads this file; Python holds no SQL strings.
--- Event columns are always (id, account_id, type, payload, created_at, occurred_at); `bytes` is the running size of the page, so that a page
+-- Event columns are always (id, account_id, type, payload, created_at, occurred_at), and but in runs, which don't go by them, (ordering_key,
+-- expires_at, priority); `bytes` is the running size of the page, so that a page
 -- ends with the first row that reaches its byte bound and is never empty when something is there. `size` is the payload's, told without fetching
 -- it; only what came compressed out of another table, and was stored so, has to be opened (200 kB of it can read as 2).
 
@@ -17,14 +18,16 @@ SELECT pg_backend_pid();
 
 -- name: head
 -- Young gap ids ($4) and everything above the head ($1), in one snapshot; last_id is evaluated after that snapshot was taken.
-SELECT l.last_id, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.bytes
+SELECT l.last_id, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes
 FROM (SELECT coalesce(pg_sequence_last_value('webhook.outbox_id_seq'::regclass), 0) AS last_id) AS l
 LEFT JOIN LATERAL (
     SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.id ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
-        SELECT id, account_id, type, payload, created_at, occurred_at FROM webhook.outbox WHERE id = ANY ($4::bigint[])
+        SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
+        FROM webhook.outbox WHERE id = ANY ($4::bigint[])
         UNION ALL
-        (SELECT id, account_id, type, payload, created_at, occurred_at FROM webhook.outbox WHERE id > $1 ORDER BY id LIMIT $2)
+        (SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
+         FROM webhook.outbox WHERE id > $1 ORDER BY id LIMIT $2)
     ) AS q
     CROSS JOIN LATERAL (
         SELECT CASE WHEN pg_column_compression(q.payload) IS NULL THEN pg_column_size(q.payload) ELSE octet_length(q.payload::text) END
@@ -34,15 +37,17 @@ ORDER BY b.id;
 
 -- name: head_attempted
 -- The same, until the head has passed the last id seen at Start: an earlier owner may have delivered these.
-SELECT l.last_id, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.bytes,
+SELECT l.last_id, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes,
        ARRAY(SELECT a.endpoint_id FROM webhook.attempt AS a WHERE a.event_id = b.id AND a.run = 0) AS attempted
 FROM (SELECT coalesce(pg_sequence_last_value('webhook.outbox_id_seq'::regclass), 0) AS last_id) AS l
 LEFT JOIN LATERAL (
     SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.id ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
-        SELECT id, account_id, type, payload, created_at, occurred_at FROM webhook.outbox WHERE id = ANY ($4::bigint[])
+        SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
+        FROM webhook.outbox WHERE id = ANY ($4::bigint[])
         UNION ALL
-        (SELECT id, account_id, type, payload, created_at, occurred_at FROM webhook.outbox WHERE id > $1 ORDER BY id LIMIT $2)
+        (SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
+         FROM webhook.outbox WHERE id > $1 ORDER BY id LIMIT $2)
     ) AS q
     CROSS JOIN LATERAL (
         SELECT CASE WHEN pg_column_compression(q.payload) IS NULL THEN pg_column_size(q.payload) ELSE octet_length(q.payload::text) END
@@ -60,7 +65,7 @@ WHERE locktype = 'relation' AND relation = 'webhook.outbox'::regclass AND mode =
 
 -- name: probe
 -- Ranges of ids, each by its own index descent: one plain join over 10,000 ranges took 154 s, LATERAL 15 ms.
-SELECT b.n, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.bytes,
+SELECT b.n, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes,
        ARRAY(SELECT a.endpoint_id FROM webhook.attempt AS a WHERE a.event_id = b.id AND a.run = 0) AS attempted
 FROM (
     SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.n, q.id ROWS UNBOUNDED PRECEDING) AS bytes
@@ -68,7 +73,7 @@ FROM (
         SELECT r.n, o.*
         FROM unnest($1::bigint[], $2::bigint[]) WITH ORDINALITY AS r (low, high, n)
         CROSS JOIN LATERAL (
-            SELECT id, account_id, type, payload, created_at, occurred_at
+            SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
             FROM webhook.outbox WHERE id >= r.low AND id <= r.high ORDER BY id LIMIT $3
         ) AS o
         ORDER BY r.n, o.id
@@ -83,12 +88,12 @@ ORDER BY b.n, b.id;
 
 -- name: account
 -- A page for lanes that are behind. $3 bounds how far one page scans when the lane's types are rare.
-SELECT b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.bytes,
+SELECT b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes,
        ARRAY(SELECT a.endpoint_id FROM webhook.attempt AS a WHERE a.event_id = b.id AND a.run = 0) AS attempted
 FROM (
     SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.id ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
-        SELECT id, account_id, type, payload, created_at, occurred_at
+        SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
         FROM webhook.outbox
         WHERE account_id = $1 AND id > $2 AND id <= $3 AND ($4::text[] IS NULL OR type = ANY ($4::text[]))
         ORDER BY id LIMIT $5
@@ -102,7 +107,7 @@ ORDER BY b.id;
 
 -- name: holes
 -- The same for ids that a lane passed without settling them.
-SELECT b.n, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.bytes,
+SELECT b.n, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes,
        ARRAY(SELECT a.endpoint_id FROM webhook.attempt AS a WHERE a.event_id = b.id AND a.run = 0) AS attempted
 FROM (
     SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.n, q.id ROWS UNBOUNDED PRECEDING) AS bytes
@@ -110,7 +115,7 @@ FROM (
         SELECT r.n, o.*
         FROM unnest($2::bigint[], $3::bigint[]) WITH ORDINALITY AS r (low, high, n)
         CROSS JOIN LATERAL (
-            SELECT id, account_id, type, payload, created_at, occurred_at
+            SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
             FROM webhook.outbox WHERE account_id = $1 AND id >= r.low AND id <= r.high ORDER BY id LIMIT $4
         ) AS o
         ORDER BY r.n, o.id
@@ -128,22 +133,28 @@ ORDER BY b.n, b.id;
 -- with a million due rows made one global order cost 946 ms. statement_timestamp(), because an index can't be asked for a volatile
 -- clock_timestamp(): that read every row that is not due. LATERAL with LIMIT 1, because a generic plan takes $2 for a tenth of the table, and
 -- joined by a hash over the whole log.
-SELECT o.event_id, o.run, o.number, o.first_attempt_at, o.id, o.account_id, o.type, o.payload, o.created_at, o.occurred_at, o.bytes
+SELECT o.event_id, o.run, o.number, o.first_attempt_at, o.id, o.account_id, o.type, o.payload, o.created_at, o.occurred_at,
+       o.ordering_key, o.expires_at, o.priority, o.bytes
 FROM (
     SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.due_at, q.event_id, q.run ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
-        SELECT d.event_id, d.run, d.number, d.first_attempt_at, d.due_at, e.id, e.account_id, e.type, e.payload, e.created_at, e.occurred_at
+        SELECT d.event_id, d.run, d.number, d.first_attempt_at, d.due_at, e.id, e.account_id, e.type, e.payload, e.created_at, e.occurred_at,
+               e.ordering_key, e.expires_at, e.priority
         FROM (
             SELECT event_id, run, number, first_attempt_at, due_at FROM webhook.retry
             WHERE endpoint_id = $1 AND due_at <= statement_timestamp() AND run <> ALL ($4::integer[])
             ORDER BY due_at LIMIT $2
         ) AS d
         CROSS JOIN LATERAL (
-            (SELECT id, account_id, type, payload, created_at, occurred_at FROM webhook.outbox WHERE id = d.event_id LIMIT 1)
+            (
+                SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
+                FROM webhook.outbox WHERE id = d.event_id LIMIT 1
+            )
             UNION ALL
             (
                 -- A dead letter that was resent: the log may have forgotten the event.
-                SELECT l.event_id, l.account_id, l.type, l.payload, l.created_at, l.occurred_at FROM webhook.dead_letter AS l
+                SELECT l.event_id, l.account_id, l.type, l.payload, l.created_at, l.occurred_at, NULL, NULL, NULL
+                FROM webhook.dead_letter AS l
                 WHERE l.endpoint_id = $1 AND l.event_id = d.event_id AND l.payload IS NOT NULL LIMIT 1
             )
             LIMIT 1
@@ -160,6 +171,51 @@ ORDER BY o.due_at, o.event_id, o.run;
 -- When the endpoint's next retry is due. Asked *before* the page: what becomes due in between is then in both, the other way round it would be
 -- in neither and wait for ever.
 SELECT min(due_at) FROM webhook.retry WHERE endpoint_id = $1 AND due_at > statement_timestamp() AND run <> ALL ($2::integer[]);
+
+-- name: urgent
+-- What a lane that is behind sends first: the page of `account` with priority only, by the partial index.
+SELECT b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes,
+       ARRAY(SELECT a.endpoint_id FROM webhook.attempt AS a WHERE a.event_id = b.id AND a.run = 0) AS attempted
+FROM (
+    SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.id ROWS UNBOUNDED PRECEDING) AS bytes
+    FROM (
+        SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
+        FROM webhook.outbox
+        WHERE account_id = $1 AND id > $2 AND id <= $3 AND priority > 0
+        ORDER BY id LIMIT $4
+    ) AS q
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN pg_column_compression(q.payload) IS NULL THEN pg_column_size(q.payload) ELSE octet_length(q.payload::text) END
+    ) AS s (size)
+) AS b
+WHERE b.bytes - b.size < $5
+ORDER BY b.id;
+
+-- name: keys
+-- What may be sent next of each key ($2), from an id on ($3): a descent of the partial index each.
+SELECT b.n, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes,
+       ARRAY(SELECT a.endpoint_id FROM webhook.attempt AS a WHERE a.event_id = b.id AND a.run = 0) AS attempted
+FROM (
+    SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.n, q.id ROWS UNBOUNDED PRECEDING) AS bytes
+    FROM (
+        SELECT k.n, o.*
+        FROM unnest($2::text[], $3::bigint[]) WITH ORDINALITY AS k (key, low, n)
+        CROSS JOIN LATERAL (
+            SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
+            FROM webhook.outbox WHERE account_id = $1 AND ordering_key = k.key AND id >= k.low AND id <= $4 ORDER BY id LIMIT $5
+        ) AS o
+        ORDER BY k.n, o.id
+    ) AS q
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN pg_column_compression(q.payload) IS NULL THEN pg_column_size(q.payload) ELSE octet_length(q.payload::text) END
+    ) AS s (size)
+) AS b
+WHERE b.bytes - b.size < $6
+ORDER BY b.n, b.id;
+
+-- name: held_keys
+-- Keys of an endpoint whose head waits for a retry.
+SELECT ordering_key, event_id FROM webhook.retry WHERE endpoint_id = $1 AND ordering_key IS NOT NULL AND run = 0;
 
 -- name: run_page
 -- A page of a resend or replay: ids first, then those of them that have no attempt of this run ($7). `seen` says how far it was read.
@@ -184,7 +240,8 @@ WHERE b.bytes - coalesce(b.size, 0) < $8
 ORDER BY b.seen;
 
 -- name: run_page_failed
--- The same, of deliveries that failed: an attempt that did, none that succeeded in any run, and no retry to come. From the index of failures.
+-- The same, of deliveries that failed: an attempt that did, none that succeeded in any run, and no retry to come; not what expired (number 0).
+-- From the index of failures.
 SELECT b.seen, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.bytes
 FROM (
     SELECT i.id AS seen, e.*, sum(coalesce(e.size, 0)) OVER (ORDER BY i.id ROWS UNBOUNDED PRECEDING) AS bytes
@@ -198,7 +255,10 @@ FROM (
                CASE WHEN pg_column_compression(o.payload) IS NULL THEN pg_column_size(o.payload) ELSE octet_length(o.payload::text) END AS size
         FROM webhook.outbox AS o
         WHERE o.id = i.id AND o.account_id = $1 AND o.type LIKE ANY ($4::text[])
-          AND NOT EXISTS (SELECT FROM webhook.attempt AS a WHERE a.event_id = i.id AND a.endpoint_id = $6 AND (a.run = $7 OR a.fault IS NULL))
+          AND NOT EXISTS (
+              SELECT FROM webhook.attempt AS a
+              WHERE a.event_id = i.id AND a.endpoint_id = $6 AND (a.run = $7 OR a.fault IS NULL OR a.number = 0)
+          )
           AND NOT EXISTS (SELECT FROM webhook.retry AS r WHERE r.endpoint_id = $6 AND r.event_id = i.id)
         LIMIT 1
     ) AS e ON true
@@ -357,8 +417,8 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
 ON CONFLICT DO NOTHING;
 
 -- name: put_retries
-INSERT INTO webhook.retry (endpoint_id, event_id, run, number, first_attempt_at, due_at, reason)
-SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::integer[], $4::smallint[], $5::timestamptz[], $6::timestamptz[], $7::text[])
+INSERT INTO webhook.retry (endpoint_id, event_id, run, number, first_attempt_at, due_at, reason, ordering_key)
+SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::integer[], $4::smallint[], $5::timestamptz[], $6::timestamptz[], $7::text[], $8::text[])
 ON CONFLICT (endpoint_id, event_id, run) DO UPDATE
     SET number = excluded.number, due_at = excluded.due_at, reason = excluded.reason
     WHERE webhook.retry.number < excluded.number;
@@ -405,10 +465,10 @@ RETURNING p.run_id, p.finished_at IS NOT NULL AS finished;
 
 -- name: put_stats
 -- An array of arrays would be flattened by unnest, so the counts of durations come as text.
-INSERT INTO webhook.endpoint_stat (minute, endpoint_id, epoch, delivered, failed, dead, duration_ms, durations)
-SELECT to_timestamp(minute * 60), endpoint_id, $1, delivered, failed, dead, duration_ms, durations::integer[]
-FROM unnest($2::bigint[], $3::bigint[], $4::integer[], $5::integer[], $6::integer[], $7::bigint[], $8::text[])
-    AS s (minute, endpoint_id, delivered, failed, dead, duration_ms, durations)
+INSERT INTO webhook.endpoint_stat (minute, endpoint_id, epoch, delivered, failed, dead, expired, duration_ms, durations)
+SELECT to_timestamp(minute * 60), endpoint_id, $1, delivered, failed, dead, expired, duration_ms, durations::integer[]
+FROM unnest($2::bigint[], $3::bigint[], $4::integer[], $5::integer[], $6::integer[], $7::integer[], $8::bigint[], $9::text[])
+    AS s (minute, endpoint_id, delivered, failed, dead, expired, duration_ms, durations)
 ON CONFLICT DO NOTHING;
 
 -- name: put_lanes
@@ -447,7 +507,7 @@ ORDER BY c.seq;
 -- name: endpoints
 -- Everything the engine needs of each endpoint ($1 NULL: of all that are not deleted).
 SELECT e.id, e.account_id, e.url, e.state, e.timeout_ms, e.rate_per_s, e.rate_burst, e.in_flight_max, e.retry_schedule_s, e.failing_since,
-       e.state_reason, e.signing, e.body_format, e.omit, e.extra_signature, e.credentials,
+       e.state_reason, e.ordering, e.signing, e.body_format, e.omit, e.extra_signature, e.credentials,
        ARRAY(
            SELECT s.secret FROM webhook.endpoint_secret AS s
            WHERE s.endpoint_id = e.id AND (s.expires_at IS NULL OR s.expires_at > clock_timestamp())

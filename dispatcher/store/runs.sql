@@ -51,7 +51,7 @@ SELECT count(*) FROM (
 ) AS q;
 
 -- name: count_failed
--- As the dispatcher evaluates `only_failed`: with a failed attempt, none that succeeded in any run, and no retry to come. LATERAL with LIMIT and
+-- As the dispatcher evaluates `only_failed`: with a failed attempt, none that succeeded in any run, and no retry to come; not what expired. LATERAL with LIMIT and
 -- EXISTS with OFFSET can't become joins: on tables without statistics a join of 30,000 failures took over a minute, this 0.3 s.
 SELECT count(*) FROM (
     SELECT
@@ -65,7 +65,7 @@ SELECT count(*) FROM (
         LIMIT 1
     ) AS o
     WHERE NOT EXISTS (
-          SELECT FROM webhook.attempt AS a WHERE a.event_id = f.event_id AND a.endpoint_id = $7 AND a.fault IS NULL OFFSET 0
+          SELECT FROM webhook.attempt AS a WHERE a.event_id = f.event_id AND a.endpoint_id = $7 AND (a.fault IS NULL OR a.number = 0) OFFSET 0
       )
       AND NOT EXISTS (SELECT FROM webhook.retry AS r WHERE r.endpoint_id = $7 AND r.event_id = f.event_id OFFSET 0)
     LIMIT $6

@@ -3,10 +3,10 @@
     connect() ──room?──▶ opening ──▶ acquired ⇄ idle ──▶ closed        room is counted from the moment a connection is being opened
         └──no──▶ waits in its origin's line
 
-Bounds: sockets in all, sockets an origin, idle time. Who finds no room waits in its origin's line and is served in order; an idle
-connection makes way for whoever needs its room. So while anybody waits for room in all, nothing is idle anywhere, and while anybody waits
-at an origin, nothing is idle there. A connection that becomes free goes to its origin's line first, else to the top of the origin's idle
-stack, so that a quiet origin's surplus sockets grow old and are closed.
+Bounds: sockets in all, sockets an origin, idle time. Who finds no room waits in its origin's line, where endpoints take turns and each is
+served in order; an idle connection makes way for whoever needs its room. So while anybody waits for room in all, nothing is idle anywhere,
+and while anybody waits at an origin, nothing is idle there. A connection that becomes free goes to its origin's line first, else to the top
+of the origin's idle stack, so that a quiet origin's surplus sockets grow old and are closed.
 
 Origins that wait for room in all take turns for what becomes free. One that has fewer connections also gets those of one that has more,
 until they are even; there each goes on using its own, because moving a socket costs a handshake.
@@ -18,7 +18,7 @@ share of it; it runs while there are connections. Order is that of dicts, never 
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -60,7 +60,7 @@ class _Line:
         self.origin = origin
         self.count = 0
         self.idle: list[Kept] = []  # by deadline, as they came
-        self.waiting: deque[_Waiter] = deque()
+        self.waiting = _Waiting()
         self.in_turn = False
 
 
@@ -68,6 +68,33 @@ class _Line:
 class _Waiter:
     on_ready: Ready
     fresh: bool
+    turn_of: Hashable
+
+
+class _Waiting:
+    """Who waits at an origin. Its endpoints take turns: one that wants a hundred connections doesn't keep another from its first."""
+
+    __slots__ = ("_lines",)
+
+    def __init__(self) -> None:
+        self._lines: dict[Hashable, deque[_Waiter]] = {}  # whose turn is next comes first
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def append(self, waiter: _Waiter) -> None:
+        self._lines.setdefault(waiter.turn_of, deque()).append(waiter)
+
+    def first(self) -> _Waiter:
+        return next(iter(self._lines.values()))[0]
+
+    def popleft(self) -> _Waiter:
+        turn_of, line = next(iter(self._lines.items()))
+        waiter = line.popleft()
+        del self._lines[turn_of]
+        if line:
+            self._lines[turn_of] = line
+        return waiter
 
 
 class Room:
@@ -119,7 +146,7 @@ class Room:
         else:
             self._set_idle(line, kept)
 
-    def connect(self, origin: Origin, on_ready: Ready, *, fresh: bool = False) -> None:
+    def connect(self, origin: Origin, on_ready: Ready, *, fresh: bool = False, turn_of: Hashable = None) -> None:
         loop = asyncio.get_running_loop()
         if self._closing:
             loop.call_soon(on_ready, _STOPPING)
@@ -133,7 +160,7 @@ class Room:
         elif self._take_room(line):
             self._start_opening(line, on_ready)
         else:
-            line.waiting.append(_Waiter(on_ready, fresh))
+            line.waiting.append(_Waiter(on_ready, fresh, turn_of))
             self._queue(line)
 
     async def close(self) -> None:
@@ -216,7 +243,7 @@ class Room:
             connection.close()  # its room goes to `first`
         elif not line.waiting:
             self._set_idle(line, connection)  # those who waited have gone
-        elif line.waiting[0].fresh:
+        elif line.waiting.first().fresh:
             connection.close()
         else:
             if first is not None:

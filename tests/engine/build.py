@@ -37,8 +37,11 @@ def make_endpoint(endpoint_id: int = 1, *patterns: str | Subscription, **changes
     return Endpoint(EndpointId(endpoint_id), **(values | changes))
 
 
-def make_event(event_id: int, account_id: str = "acc", event_type: str = "a.b", payload: bytes = b"{}") -> Event:
-    return Event(event_id, account_id, event_type, payload, 0, None, b"evt_%032x" % event_id)
+def make_event(
+    event_id: int, account_id: str = "acc", event_type: str = "a.b", payload: bytes = b"{}", **options: Any
+) -> Event:
+    """Options: ordering_key, expires_us, priority."""
+    return Event(event_id, account_id, event_type, payload, 0, None, b"evt_%032x" % event_id, **options)
 
 
 def make_retry(event_id: int, run: int = 0) -> DueRetry:

@@ -1,11 +1,14 @@
 """When a lane stands in the line for a page."""
 
-from dispatcher.engine.catchup import CatchUp, ReadGate
+import pytest
+
+from dispatcher.engine.catchup import RELOOK_US, CatchUp, ReadGate
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.gaps import Gaps
 from dispatcher.engine.lanes import Lanes, Memory
-from tests.engine.build import LIMITS, make_endpoint
+from dispatcher.ports import RetryPage
+from tests.engine.build import LIMITS, make_endpoint, make_retry
 from tests.engine.test_runs import spec
 
 
@@ -28,3 +31,31 @@ def test_a_run_that_is_looked_at_in_the_microsecond_of_its_time_is_looked_at_aga
     assert catch_up.look_at_us() <= clock.wall_us()
     catch_up.look_again()
     assert catch_up.is_wanted
+
+
+@pytest.mark.parametrize(
+    "page",
+    [RetryPage([], False, 999_999), RetryPage([make_retry(5)], True, None)],
+    ids=["due by our clock only", "in hand"],
+)
+async def test_retries_that_a_look_did_not_bring_are_not_asked_for_again_at_once(page):
+    """The server's clock may be behind ours, or a page be cut by its bytes with all of it in hand: that spun."""
+    lanes = Lanes(LIMITS, Memory(100, 10_000))
+    lane = lanes.add(make_endpoint(), 0.0, live=True, cursor=0)
+    lane.retry_hands.add((5, 0))
+    clock, looks = Clock(lambda: 1.0), []
+    clock.sync(1_000_000)
+
+    class Retries:
+        async def due_retries(self, *args, **options):
+            looks.append(args)
+            return page
+
+    catch_up = CatchUp(
+        Retries(), lanes, clock, Counters(), Gaps(), ReadGate(), head=lambda: 0, offered=lambda lane: None, wake=lambda: None
+    )  # fmt: skip
+    catch_up.note_retry(lane, 900_000)
+    catch_up.look_again()
+    assert not await catch_up.read_retries()
+    catch_up.look_again()
+    assert (len(looks), catch_up.is_wanted, catch_up.look_at_us()) == (1, False, 1_000_000 + RELOOK_US)

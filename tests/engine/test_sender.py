@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dispatcher.domain.ordering import Ordering
 from dispatcher.domain.url import Origin, Target
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
@@ -15,7 +16,7 @@ from dispatcher.engine.lane import Lane
 from dispatcher.engine.lanes import Lanes, Memory
 from dispatcher.engine.recorder import Recorder
 from dispatcher.engine.sender import Sender
-from dispatcher.ports import Limits
+from dispatcher.ports import DueRetry, Limits
 from dispatcher.transport.memory import Dial, MemoryTransport, Reply, Scripted
 from tests.engine.build import LIMITS, SECRET, make_endpoint, make_event
 from tests.simulation.loop import VirtualLoop
@@ -135,3 +136,107 @@ async def test_results_pile_up_at_their_bound_however_large_a_batch_may_be():
     bench.offer(4)
     await asyncio.sleep(0.1)
     assert (bench.recorder.unrecorded, told) == (4, [True])
+
+
+# What has expired
+
+
+def results(bench: Bench) -> list[tuple[int, int, str]]:
+    return [(r.event.id, r.number, r.decision.verdict.value) for r in bench.recorder._results]
+
+
+@virtual
+async def test_what_has_expired_is_settled_unsent_and_takes_no_token():
+    receiver = Scripted()
+    bench = Bench(("a.test", receiver), rate_per_s=0.01, rate_burst=1)
+    wall_us = bench.sender._clock.wall_us()
+    for event_id, in_s, priority in ((1, -1, None), (2, 0, 3), (3, 60, None), (4, -5, None), (5, None, None)):
+        expires_us = None if in_s is None else wall_us + in_s * 1_000_000
+        event = make_event(event_id, expires_us=expires_us, priority=priority)
+        bench.lanes.take(bench.lane, event, asyncio.get_running_loop().time())
+    bench.sender.offer(bench.lane)
+    await asyncio.sleep(0.1)
+    assert results(bench) == [(1, 1, "expired"), (2, 1, "expired"), (4, 1, "expired"), (3, 1, "delivered")]
+    assert len(receiver.requests) == 1
+    assert [event.id for event in bench.lane.queue] == [5]
+    assert bench.sender._counters.expired == 3
+    assert bench.lanes.memory.events == 1
+    batch = bench.recorder._build(bench.recorder._results, checkpoint=False)
+    assert [(row.event_id, row.number, row.fault and row.fault.value) for row in batch.attempts] == [
+        (1, 0, "expired"), (2, 0, "expired"), (4, 0, "expired"), (3, 1, None),
+    ]  # fmt: skip
+    assert (bench.lane.stat.expired, bench.lane.stat.delivered, sum(bench.lane.stat.durations)) == (3, 1, 1)
+
+
+@virtual
+async def test_a_retry_is_due_when_its_event_expires_at_the_latest_and_then_ends():
+    bench = Bench(("a.test", Scripted(Reply(500))))
+    expires_us = bench.sender._clock.wall_us() + 2_000_000
+    bench.lanes.take(bench.lane, make_event(1, expires_us=expires_us), asyncio.get_running_loop().time())
+    bench.sender.offer(bench.lane)
+    await asyncio.sleep(0.1)
+    [row] = bench.recorder._build(bench.recorder._results, checkpoint=False).retries
+    assert row.due_us == expires_us, "the schedule says ten seconds"
+    bench.recorder._results.clear()
+    assert bench.lane.may_expire
+    await asyncio.sleep(2)
+    for run in (0, 9):
+        bench.lane.retries.append(DueRetry(make_event(1, expires_us=expires_us), run, 2, row.first_attempt_us))
+        bench.lanes.memory.hold(bench.lane.retries[-1].event)
+    bench.sender.offer(bench.lane)
+    await asyncio.sleep(0.1)
+    assert [r.decision.verdict.value for r in bench.recorder._results] == ["expired", "delivered"], (
+        "run 9 was asked for"
+    )
+    batch = bench.recorder._build(bench.recorder._results[:1], checkpoint=False)
+    assert (batch.attempts[0].number, batch.settled_retries) == (0, [(1, 1, 0)])
+
+
+# Ordering by key
+
+
+@virtual
+async def test_a_delivery_that_holds_back_its_key_is_given_up_after_its_attempts():
+    bench = Bench(("a.test", Scripted(*[Reply(500)] * 3)), ordering=Ordering(1))
+    bench.lane.keys.know([], [])
+    for event in (make_event(1, ordering_key="k"), make_event(2)):
+        bench.lanes.take(bench.lane, event, asyncio.get_running_loop().time())
+    bench.sender.offer(bench.lane)
+    await asyncio.sleep(0.1)
+    assert {r.event.id: r.decision.verdict.value for r in bench.recorder._results} == {1: "dead", 2: "retry"}
+    first = next(r for r in bench.recorder._results if r.event.id == 1)
+    assert first.decision.reason == "attempt 1 was the last that its key waits for"
+
+
+# Receivers that ask for less
+
+
+@virtual
+async def test_a_receiver_that_asks_for_less_gets_less_and_then_slowly_more():
+    bench = Bench(("a.test", Scripted(*[Reply(503, head_s=0.1)] * 2)))
+    lane, loop = bench.lane, asyncio.get_running_loop()
+    bench.offer(1, 2)
+    await asyncio.sleep(0.2)
+    assert bench.sender._counters.throttled == 2
+    assert lane.pace is not None
+    assert lane.pace.rate_per_s == pytest.approx(2 / 0.1 / 2, rel=0.1), "half of what it got, cut once"
+    assert lane.health(loop.time())["pace_per_s"] == pytest.approx(10, rel=0.1)
+    assert lane.in_flight_limit == 1
+    before = lane.pace.rate_per_s
+    bench.offer(3, 4, 5, 6)
+    await asyncio.sleep(5)
+    assert lane.pace.rate_at(loop.time()) == pytest.approx(before * 1.5, rel=0.1)
+    assert 1 < lane.in_flight_limit <= 3, "one more a round"
+    await asyncio.sleep(60)
+    bench.offer(7)
+    await asyncio.sleep(0.5)
+    assert lane.pace is None
+    assert lane.health(loop.time())["pace_per_s"] is None
+
+
+@virtual
+async def test_other_failures_set_no_pace():
+    bench = Bench(("a.test", Scripted(Reply(500), Reply(404))))
+    bench.offer(1, 2)
+    await asyncio.sleep(0.2)
+    assert (bench.lane.pace, bench.sender._counters.throttled, bench.sender._counters.failed) == (None, 0, 2)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dispatcher.domain.breaker import BreakerState
 from dispatcher.domain.endpoint import FOREVER, EndpointState, pattern_matches
 from dispatcher.domain.run import RunSource, RunState
-from dispatcher.engine import catchup, gaps, lane, reader, recorder
+from dispatcher.engine import catchup, gaps, keys, lane, reader, recorder
 from dispatcher.engine.config import LEASE_S
 from dispatcher.engine.delivery import Delivery
 from dispatcher.ports import Batch
@@ -46,6 +46,8 @@ class Checker:
         self.recorded: set[tuple[int, int, int, int, int]] = set()  # epoch, and an attempt's key
         self._visible_before: dict[int, frozenset[LogRow]] = {}  # run → the events that it may not pass over
         self._open: dict[int, LogRow] = {}  # events that aren't final everywhere
+        self.spared: set[int] = set()  # endpoints of which no order is asked
+        self._visible: dict[tuple[int, int], int] = {}  # event → the how manyth commit showed it
         self.incarnations = 0
 
     @property
@@ -71,6 +73,7 @@ class Checker:
         elif function is Tables.commit:
             for row in arguments["rows"]:
                 self._open[row.id] = row
+            self._are_visible(arguments["rows"])
             if arguments["changed_endpoints"]:
                 self.note_versions(arguments["changed_endpoints"])
                 self.look_again()
@@ -79,8 +82,18 @@ class Checker:
             self.invariant(row.id for row in arguments["rows"])
         elif function is Tables.end_prepared or getattr(function, "__name__", "") in ("_empty", "_end_retries"):
             self.look_again()
+            self._are_visible(self.tables.outbox.values())
         elif function is Tables.raise_epoch:
             self.epochs.append((self.now, self.tables.epoch))
+
+    def _are_visible(self, rows: Iterable[LogRow]) -> None:
+        number = len(self._visible) + 1
+        for row in rows:
+            self._visible.setdefault((row.id, row.created_us), number)
+
+    def came_before(self, one: LogRow, other: LogRow) -> bool:
+        """Tell whether whoever sees `other` sees `one` too."""
+        return self._visible[one.id, one.created_us] <= self._visible[other.id, other.created_us]
 
     def crashed(self, life: int | None) -> None:
         if life is not None:
@@ -118,7 +131,11 @@ class Checker:
         for row in batch.attempts:
             self.recorded.add((batch.epoch, row.event_id, row.endpoint_id, row.run, row.number))
             event = tables.outbox.get(row.event_id)
-            if event is None or row.number == 0:
+            if event is None:
+                continue
+            if row.number == 0:
+                if row.run or event.expires_us is None or event.expires_us > row.started_us:
+                    return self.fail(f"{row} says that {event} has expired")
                 continue
             of_run = {a.number: a for a in tables.attempts_of[row.event_id, row.endpoint_id] if a.run == row.run}
             if row.number > 1 and row.number - 1 not in of_run:
@@ -131,7 +148,7 @@ class Checker:
             write = batch.checkpoint
             if len(write.gaps) > recorder.CHECKPOINT_GAPS_MAX:
                 return self.fail(f"{len(write.gaps)} gaps in the checkpoint")
-            if any(len(row.holes) > lane.HOLES_MAX + self._hands_max() for row in write.lanes):
+            if any(len(row.holes) > lane.HOLES_MAX + keys.HELD_BACK_MAX + self._hands_max() for row in write.lanes):
                 return self.fail(f"too many holes: {write.lanes}")
             self.invariant()
             self._runs()
@@ -171,9 +188,9 @@ class Checker:
         tables = self.tables
         attempts = [a for a in tables.attempts_of.get((event.id, endpoint_id), ()) if a.run == 0]
         if attempts:
-            if attempts[-1].fault is None:
+            if attempts[-1].fault is None or attempts[-1].number == 0:
                 if (event.id, 0) in tables.retries.get(endpoint_id, {}):
-                    self.fail(f"event {event.id} is delivered to endpoint {endpoint_id}, and a retry row is there")
+                    self.fail(f"event {event.id} is settled for endpoint {endpoint_id}, and a retry row is there")
                 return True
             if (endpoint_id, event.id, 0) in tables.dead_letters:
                 return True
@@ -244,7 +261,10 @@ class Checker:
                 if not any(matches(s, event) for s in tables.subscriptions.values() if s.endpoint_id == endpoint.id):
                     continue
                 attempts = [a for a in tables.attempts_of.get((event.id, endpoint.id), ()) if a.run == 0]
-                if not any(a.fault is None for a in attempts) and (endpoint.id, event.id, 0) not in tables.dead_letters:
+                if (
+                    not any(a.fault is None or a.number == 0 for a in attempts)
+                    and (endpoint.id, event.id, 0) not in tables.dead_letters
+                ):
                     found.append(f"event {event.id} was not delivered to endpoint {endpoint.id}: {attempts}")
         return found
 
@@ -268,6 +288,8 @@ class Checker:
                 or not a_lane.live
             ):
                 found.append(f"{a_lane}: hands {a_lane.hands}, late {a_lane.late}, {a_lane.retry_hands}")
+            if a_lane.keys is not None and (len(a_lane.keys) or a_lane.keys.held_back or not a_lane.keys.are_known):
+                found.append(f"{a_lane}: {a_lane.keys}")
             if a_lane.backlog or a_lane.runs or a_lane.low_in_flight or a_lane.has_row:
                 found.append(
                     f"{a_lane}: backlog {a_lane.backlog}, runs {a_lane.runs}, {a_lane.low_in_flight} low in flight"
@@ -294,10 +316,14 @@ class Checker:
         watch = incarnation.sender.watch
         held = {id(d.event) for d in watch.in_flight}
         for a_lane in incarnation.lanes:
-            held.update(id(event) for event in a_lane.queue)
+            held.update(id(event) for event in a_lane.fresh())
             held.update(id(retry.event) for retry in a_lane.retries)
-            if len(a_lane.queue) > settings.queue_events_max + settings.in_flight_max:
-                self.fail(f"{a_lane}: {len(a_lane.queue)} queued")
+            if a_lane.queued() > settings.queue_events_max + settings.in_flight_max + lane.URGENT_MAX:
+                self.fail(f"{a_lane}: {a_lane.queued()} queued")
+            if a_lane.keys is not None:
+                pages = reader.HEAD_ROWS + catchup.PAGE_ROWS
+                if len(a_lane.keys) > keys.KEYS_MAX + pages or len(a_lane.keys.held_back) > keys.HELD_BACK_MAX:
+                    self.fail(f"{a_lane}: {a_lane.keys}")
             if len(a_lane.holes) > lane.HOLES_MAX + self._hands_max():
                 self.fail(f"{a_lane}: {len(a_lane.holes)} holes")
             if len(a_lane.retries) > lane.RETRIES_MAX + 1:
@@ -379,7 +405,7 @@ class SenderWatch:
         checker, sender, a_lane = self.checker, self.sender, delivery.lane
         checker.posts += 1
         checker.world.trace(f"{self.process.name} posts {delivery}{' again' if delivery.again else ''}")
-        for judge in (self._may, self._limits, self._configuration, self._twice):
+        for judge in (self._may, self._limits, self._configuration, self._twice, self._stale, self._order):
             wrong = judge(delivery, connection)
             if wrong:
                 checker.fail(
@@ -457,11 +483,49 @@ class SenderWatch:
             return "sent a second time, and nothing explains it"
         checker.posted.add(key)
         tables = checker.tables
-        row = tables.outbox.get(delivery.event.id)
-        if row is None or row.created_us != delivery.event.created_us or self.sender._recorder._epoch != tables.epoch:
-            return None
-        if checker.world.database.life != self.process.store._life:
+        if self._row(delivery) is None:
             return None
         if (delivery.event.id, delivery.lane.id, delivery.run, delivery.number) in tables.attempts:
             return "sent a second time, though the first is recorded"
         return None
+
+    def _row(self, delivery: Delivery) -> LogRow | None:
+        """The event's row, if the dispatcher is the one that rules and the server still knows what it has seen."""
+        checker, event = self.checker, delivery.event
+        row = checker.tables.outbox.get(event.id)
+        if row is None or row.created_us != event.created_us or self.sender._recorder._epoch != checker.tables.epoch:
+            return None
+        return row if checker.world.database.life == self.process.store._life else None
+
+    def _stale(self, delivery: Delivery, connection: Any) -> str | None:
+        expires_us = delivery.event.expires_us
+        if delivery.run or delivery.again or expires_us is None or expires_us > delivery.started_us:
+            return None
+        return f"it expired at {expires_us}, and it is {delivery.started_us}"
+
+    def _order(self, delivery: Delivery, connection: Any) -> str | None:
+        """No event of a key is sent for the first time while an earlier one of it, that could be seen, is not settled for good. A commit after
+        its own explains it, and one that came so late that only a look into old gaps finds it."""
+        checker, a_lane, key = self.checker, delivery.lane, delivery.event.ordering_key
+        if not delivery.is_first or delivery.again or key is None or a_lane.keys is None or a_lane.id in checker.spared:
+            return None
+        event, incarnation = self._row(delivery), self.process.engine.incarnation
+        if event is None or incarnation is None or incarnation.sender is not self.sender:
+            return None
+        for earlier in checker.tables.between(1, event.id - 1, event.id, event.account_id):
+            if (
+                earlier.ordering_key == key
+                and any(s.matches(earlier.type, earlier.id) for s in a_lane.endpoint.subscriptions)
+                and not self._is_over(earlier, a_lane.id)
+                and checker.came_before(earlier, event)
+                and earlier.id not in incarnation.reader.gaps.ever_old
+            ):
+                return f"event {earlier.id} goes before it by key {key}, and is not settled"
+        return None
+
+    def _is_over(self, event: LogRow, endpoint_id: int) -> bool:
+        tables = self.checker.tables
+        attempts = [a for a in tables.attempts_of.get((event.id, endpoint_id), ()) if a.run == 0]
+        return (endpoint_id, event.id, 0) in tables.dead_letters or any(
+            a.fault is None or a.number == 0 for a in attempts
+        )

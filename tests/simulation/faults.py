@@ -20,6 +20,7 @@ from dispatcher.domain.ranges import IdRanges
 from dispatcher.engine import config, lanes, sender
 from dispatcher.engine.catchup import CatchUp, ReadGate
 from dispatcher.engine.gaps import Barrier, Gaps
+from dispatcher.engine.keys import NEVER, Keys
 from dispatcher.engine.lane import Lane
 from dispatcher.engine.lanes import Lanes, Memory
 from dispatcher.engine.reader import Reader
@@ -238,6 +239,17 @@ def _after_at_once(self: ReadGate, action: Callable[[], None]) -> None:
     action()
 
 
+def _know_nothing_of_retries(self: Keys, retrying: Any, in_hand: Any) -> None:
+    _know(self, [], in_hand)
+
+
+def _take_key_without_next(self: Keys, event: Any, next_id: int) -> None:
+    _take(self, event, NEVER)
+
+
+_know, _take = Keys.know, Keys.take
+
+
 FAULTS = [
     Fault("drop the barrier", [(Barrier, "is_open", property(lambda self: True))], "neither"),
     Fault(
@@ -252,7 +264,7 @@ FAULTS = [
         [(Barrier, "note", _note_without_prepared)],
         "neither",
         needs=frozenset({"prepared", "restart", "long transactions"}),
-        seed=345,
+        seed=49,
     ),
     Fault("close a gap by a probe that was cut", [(Gaps, "probed", _probed_full_is_the_end)], "neither", seed=2),
     Fault(
@@ -309,14 +321,14 @@ FAULTS = [
         "send to the new path on the old host",
         [(sender, "_has_moved", lambda lane, origin: False)],
         "instead of",
-        seed=21,
+        seed=19,
     ),
     Fault(
         "send what a subscription that has ended let in",
         [(lanes, "_ended", lambda before, after: False)],
         "no subscription",
         needs=frozenset({"subscriptions"}),
-        seed=241,
+        seed=633,
     ),
     Fault("count a token twice", [(TokenBucket, "_accrue", _accrue_twice)], "above"),
     Fault("probe without counting", [(CircuitBreaker, "started", _started_without_probe)], "half-open"),
@@ -326,7 +338,29 @@ FAULTS = [
     Fault("keep events in memory", [(Memory, "let_go", _let_go_of_some)], "events"),
     Fault("call nobody when a share has room", [(Sender, "_call_next", _call_nobody)], "not settled"),
     Fault(
-        "forget who waits for more than a token", [(Sender, "_on_timer", _on_timer_as_it_was)], "not settled", seed=208
+        "forget who waits for more than a token", [(Sender, "_on_timer", _on_timer_as_it_was)], "not settled", seed=115
+    ),
+    Fault("send though its key is held", [(Keys, "holds", lambda self, key: False)], "by key", frozenset({"ordering"})),
+    Fault(
+        "forget over a start which keys are held",
+        [(Keys, "know", _know_nothing_of_retries)],
+        "by key",
+        frozenset({"ordering", "failing", "kill"}),
+    ),
+    Fault(
+        "forget what was held back",
+        [(Keys, "take", _take_key_without_next)],
+        "neither",
+        frozenset({"ordering"}),
+    ),
+    Fault(
+        "keep what was held back out of the lane's row",
+        [(Keys, "trim", lambda self: self.held_back.clip(0))],
+        "neither",
+        frozenset({"ordering"}),
+    ),
+    Fault(
+        "send what has expired", [(Sender, "_is_stale", lambda self, event: False)], "it expired", frozenset({"expiry"})
     ),
     Fault("sleep without a look each second", [(Reader, "_slept_long", lambda self: False)], "not settled"),
 ]

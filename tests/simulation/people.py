@@ -6,7 +6,7 @@ Each transaction is a task of its own, so that they overlap, commit out of order
 import asyncio
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dispatcher.domain.endpoint import EndpointState
 from dispatcher.domain.run import RunState
@@ -26,6 +26,7 @@ class People:
     def __init__(self, world: "World") -> None:
         self.world = world
         self.rng = random.Random(f"people {world.plan.seed}")
+        self.options = random.Random(f"options {world.plan.seed}")
         self.prepared = 0
         self.labels = 0
         self.events = 0
@@ -52,7 +53,7 @@ class People:
                 await asyncio.sleep(rng.choice((0.01, 0.3, 2.0)))
             for _ in range(rng.choice((1, 1, 1, 2, 5))):
                 payload = b'{"n":%d}' % self.events + b" " * rng.choice((0, 0, 0, 40, 300))
-                tx.write_row(rng.choice(ACCOUNTS), rng.choice(TYPES), payload)
+                tx.write_row(rng.choice(ACCOUNTS), rng.choice(TYPES), payload, **self._event_options())
                 self.events += 1
                 if plan.has("late trigger") and rng.random() < 0.5:
                     await asyncio.sleep(rng.choice((0.0, 0.001, 0.01)))
@@ -61,6 +62,18 @@ class People:
             self._end(tx)
         except TransactionOverError:
             pass  # the server is another now
+
+    def _event_options(self) -> dict[str, Any]:
+        """What producers say of an event beside what it is."""
+        rng, has = self.options, self.world.plan.has
+        options: dict[str, Any] = {}
+        if has("ordering"):
+            options["ordering_key"] = rng.choice((None, "k1", "k1", "k2", "k3", f"k{self.events}"))
+        if has("expiry") and rng.random() < 0.4:
+            options["expires_us"] = self.world.database.now_us() + int(rng.choice((-1.0, 0.0, 0.2, 1.0, 3.0)) * 1e6)
+        if has("priority"):
+            options["priority"] = rng.choice((None, None, None, 0, -3, 1, 5))
+        return options
 
     def _how_long(self) -> float:
         rng = self.rng
@@ -127,6 +140,8 @@ class People:
             changes += [self._move, self._rotate, self._limit]
         if has("subscriptions"):
             changes += [self._subscribe, self._unsubscribe, self._add]
+        if has("ordering"):
+            changes += [self._order]
         if has("runs"):
             changes += [self._replay, self._replay, self._resend_dead, self._change_run]
         return changes
@@ -173,9 +188,10 @@ class People:
         patterns = self.rng.choice((("*",), (self.rng.choice(PATTERNS),), ("mail.sent", "link.clicked")))
         timeout_ms = self.rng.choice((300, 1_000, 3_000))
         account_id = self.rng.choice(ACCOUNTS)
+        ordering = self._ordering() if self.world.plan.has("ordering") else "off"
         endpoint_id = tx.add_endpoint(
-            account_id, url, patterns=patterns, secrets=(self._secret(),), timeout_ms=timeout_ms, **self._limits()
-        )
+            account_id, url, patterns=patterns, secrets=(self._secret(),), timeout_ms=timeout_ms, ordering=ordering, **self._limits(),
+        )  # fmt: skip
         self.world.paths[url.rpartition("/")[2]] = endpoint_id
 
     def _pause(self, tx: Transaction) -> None:
@@ -207,8 +223,17 @@ class People:
         if (endpoint_id := self._some(EndpointState.LIVE)) is not None:
             tx.update_endpoint(endpoint_id, **self._limits())
 
+    def _ordering(self) -> str:
+        return self.options.choice(("off", "block", "block", "give_up_after 1", "give_up_after 2"))
+
+    def _order(self, tx: Transaction) -> None:
+        if (endpoint_id := self._some(EndpointState.LIVE, EndpointState.PAUSED)) is not None:
+            tx.update_endpoint(endpoint_id, ordering=self._ordering())
+            self.world.checker.spared.add(endpoint_id)  # order counts from then on, and nobody knows when that was
+
     def _subscribe(self, tx: Transaction) -> None:
         if (endpoint_id := self._some(EndpointState.LIVE, EndpointState.PAUSED)) is not None:
+            self.world.checker.spared.add(endpoint_id)  # it is sent what it was not subscribed to when it passed
             tx.subscribe(endpoint_id, self.rng.choice(PATTERNS))
 
     def _unsubscribe(self, tx: Transaction) -> None:

@@ -21,6 +21,7 @@ KINDS = (
     # the log
     "retention",
 )  # fmt: skip
+OPTIONS = ("ordering", "expiry", "priority")  # what producers and endpoints ask for
 RARE = {"retention": 0.25, "standby": 0.35, "wall clock": 0.3, "gone": 0.25, "bursts": 0.4}
 
 
@@ -39,13 +40,17 @@ class Plan:
         return kind in self.kinds
 
     def __str__(self) -> str:
-        return f"seed {self.seed}, {self.duration_s:.0f} s with " + ", ".join(k for k in KINDS if k in self.kinds)
+        return f"seed {self.seed}, {self.duration_s:.0f} s with " + ", ".join(
+            k for k in (*KINDS, *OPTIONS) if k in self.kinds
+        )
 
 
 def draw(seed: int) -> Plan:
     rng = random.Random(f"plan {seed}")
     mildness = rng.choice((0.25, 0.5, 0.5, 0.75))
     kinds = frozenset(kind for kind in KINDS if rng.random() < min(mildness, RARE.get(kind, 1.0)))
+    more = random.Random(f"options {seed}")
+    kinds |= {kind for kind in OPTIONS if more.random() < 0.5}
     tiny = rng.random() < 0.75
     settings = Settings.model_construct(
         # Not validated: the bounds are smaller than people may set them.
@@ -87,6 +92,11 @@ def draw(seed: int) -> Plan:
             "recorder.CHECKPOINT_GAPS_MAX": rng.choice((1, 2)),
             "recorder.UNSETTLED_MAX_S": rng.choice((0.5, 2.0)),
             "recorder.STATS_MAX": rng.choice((1, 100)),
+            "keys.KEYS_MAX": more.choice((2, 4, 50)),
+            "keys.HELD_BACK_MAX": more.choice((1, 2, 50)),
+            "catchup.KEY_ROWS": more.choice((1, 2, 5)),
+            "lane.KEYS_PAGE": more.choice((1, 3, 100)),
+            "lane.URGENT_MAX": more.choice((1, 4, 100)),
         }
     return Plan(
         seed=seed,

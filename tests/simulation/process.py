@@ -9,15 +9,17 @@ import contextlib
 import contextvars
 import random
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from dispatcher.domain.outcome import Outcome
+from dispatcher.domain.ranges import IdRanges
 from dispatcher.engine import engine as engine_module
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.delivery import Delivery
 from dispatcher.engine.engine import Engine
+from dispatcher.engine.gaps import Gap, Gaps
 from dispatcher.engine.sender import Sender
 from dispatcher.ports import Connection, FencedError
 from dispatcher.store.memory import Connection as Session
@@ -54,6 +56,7 @@ class Process(Halting):
             owner=name,
             clock=Clock(world.loop.time),
             rng=self.rng,
+            make_gaps=WatchedGaps,
             partitions=MemoryPartitions(world.database, self.store) if world.plan.has("retention") else None,
         )
         self.task = world.loop.create_task(self._main(), context=self.context.copy())
@@ -139,6 +142,24 @@ class WatchedStore(MemoryStore):
     def _lost(self, session: str, connection: Session) -> None:
         # Whoever ended the connection, it is this process that notices.
         self.process.context.copy().run(super()._lost, session, connection)
+
+
+class WatchedGaps(Gaps):
+    """Remembers which ids were ever in a gap that is looked at now and then only: an event found there comes late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ever_old = IdRanges()
+
+    def restore(self, ranges: Iterable[tuple[int, int]]) -> None:
+        ranges = list(ranges)
+        self.ever_old.update(ranges)
+        super().restore(ranges)
+
+    def _insert(self, gaps: list[Gap]) -> None:
+        self.ever_old.update((gap.low, gap.high) for gap in gaps)
+        super()._insert(gaps)
+        self.ever_old.update((gap.low, gap.high) for gap in self.old)  # joined ones reach over ids that were young
 
 
 class WatchedSender(Sender):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -115,6 +116,54 @@ async def test_head_is_bounded_in_bytes(world: World, store: Store, length: int,
         assert (ids(page), page.full) == (list(range(1, found + 1)), True), bytes_max
     page = await read(store, bytes_max=3 * size + 1)
     assert (ids(page), page.full) == ([1, 2, 3], False)
+
+
+async def test_events_bear_what_their_producers_ask_for(world: World, store: Store) -> None:
+    await world.insert(ordering_key="k", expires_us=NOW, priority=-3)
+    await world.insert()
+    pages = [await read(store), await store.account("acct", 0, 9, None, MANY, HUGE)]
+    pages += [*await store.holes("acct", [(1, 2)], MANY, HUGE), *await store.probe([(1, 2)], MANY, HUGE)]
+    for page in pages:
+        one, other = page.events
+        assert (one.ordering_key, one.expires_us, one.priority) == ("k", NOW, -3)
+        assert (other.ordering_key, other.expires_us, other.priority) == (None, None, None)
+
+
+async def test_what_has_priority_is_read_by_itself(world: World, store: Store) -> None:
+    for priority in (None, 0, -1, 1, 5, 1, None):
+        await world.insert(priority=priority)
+    await world.insert(priority=1, account_id="other")
+    await store.record(Batch(1, [delivered(4)]))
+    page = await store.urgent("acct", 0, 7, MANY, HUGE)
+    assert (ids(page), [list(skip) for skip in page.attempted or ()], page.full) == ([4, 5, 6], [[1], [], []], False)
+    assert (ids(await store.urgent("acct", 4, 5, MANY, HUGE))) == [5]
+    page = await store.urgent("acct", 0, 7, 2, HUGE)
+    assert (ids(page), page.full) == ([4, 5], True)
+    page = await store.urgent("acct", 0, 7, MANY, 1)
+    assert (ids(page), page.full) == ([4], True)
+
+
+async def test_the_next_events_of_keys_are_read(world: World, store: Store) -> None:
+    for key in ("a", "b", None, "a", "a", "b"):
+        await world.insert(ordering_key=key)
+    await world.insert(ordering_key="a", account_id="other")
+    pages = await store.keys("acct", [("b", 1), ("a", 2), ("c", 1)], 6, 2, HUGE)
+    assert [(ids(page), page.full) for page in pages] == [([2, 6], True), ([4, 5], True), ([], False)]
+    pages = await store.keys("acct", [("b", 3), ("a", 5)], 5, 2, HUGE)
+    assert [(ids(page), page.full) for page in pages] == [([], False), ([5], False)]
+    first, second = await store.keys("acct", [("b", 1), ("a", 1)], 6, 2, 1)
+    assert (ids(first), first.full, ids(second), second.full) == ([2], True, [], True), "cut by its bytes"
+
+
+async def test_retries_tell_which_keys_they_hold(world: World, store: Store) -> None:
+    await world.insert(4, ordering_key="k")
+    rows = [replace(retry(n, NOW), ordering_key=f"key {n}" if n < 4 else None) for n in (1, 2, 4)]
+    rows.append(replace(retry(3, NOW, run=1), ordering_key="of a run"))
+    await store.record(Batch(1, [failed(n) for n in (1, 2, 4)], rows))
+    assert sorted(await store.held_keys(1)) == [("key 1", 1), ("key 2", 2)]
+    assert await store.held_keys(2) == []
+    await store.record(Batch(1, settled_retries=[(1, 1, 0)]))
+    assert await store.held_keys(1) == [("key 2", 2)]
 
 
 async def test_young_ids_are_read_again_below_the_head(world: World, store: Store) -> None:

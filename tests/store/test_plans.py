@@ -27,8 +27,9 @@ DUE, NOT_DUE = 1_000, 20_000  # of one endpoint
 PARTITION = "CREATE TABLE webhook.{0}_p{1} PARTITION OF webhook.{0} FOR VALUES FROM ({2}) TO ({3})"
 FILL = f"""
 SET session_replication_role = replica;
-INSERT INTO webhook.outbox (id, account_id, type, payload) OVERRIDING SYSTEM VALUE
-SELECT p * {WIDTH}::bigint + n, 'a' || n % {ACCOUNTS}, 't.x', '{{}}'
+INSERT INTO webhook.outbox (id, account_id, type, payload, ordering_key, priority) OVERRIDING SYSTEM VALUE
+SELECT p * {WIDTH}::bigint + n, 'a' || n % {ACCOUNTS}, 't.x', '{{}}', CASE WHEN n % 10 = 5 THEN 'k' || n % 20 END,
+       CASE WHEN n % 20 = 5 THEN 1 END
 FROM generate_series(0, {PARTITIONS - 1}) AS p, generate_series(1, {ROWS}) AS n;
 INSERT INTO webhook.attempt SELECT id, 1, now(), 0, 1, 1, 200 FROM webhook.outbox;
 INSERT INTO webhook.attempt SELECT id, 2, now(), 0, 1, 1, NULL, 'timeout' FROM webhook.outbox;
@@ -38,6 +39,7 @@ SELECT 2, {HEAD} - n, 0, 'a5', 't.x', '{{}}', now(), 1, now(), 'last', 'timeout'
 INSERT INTO webhook.retry
 SELECT 1, {HEAD} - n % {ROWS}, n, 2, now(), now() + interval '1 s' * CASE WHEN n <= {DUE} THEN -n ELSE n END, 'HTTP 500'
 FROM generate_series(1, {DUE + NOT_DUE}) AS n;
+INSERT INTO webhook.retry SELECT 9, n, 0, 2, now(), now(), 'HTTP 500', 'k' || n FROM generate_series(1, {LIMIT}) AS n;
 RESET session_replication_role;
 ANALYZE webhook.outbox, webhook.attempt, webhook.retry, webhook.dead_letter;
 """
@@ -51,13 +53,28 @@ STATEMENTS: dict[str, tuple[str, str, int]] = {
     "probe": ("bigint[], bigint[], bigint, bigint", f"{NEAR}, {LIMIT}, {BYTES}", 1),
     "holes": ("text, bigint[], bigint[], bigint, bigint", f"'a5', {NEAR}, {LIMIT}, {BYTES}", 1),
     "account": ("text, bigint, bigint, text[], bigint, bigint", f"'a5', {HEAD - 300}, {HEAD}, NULL, {LIMIT}, {BYTES}", 1),
+    "urgent": ("text, bigint, bigint, bigint, bigint", f"'a5', {HEAD - 300}, {HEAD}, {LIMIT}, {BYTES}", 1),
+    "keys": (
+        "text, text[], bigint[], bigint, bigint, bigint",
+        f"'a5', '{{k5,k15}}', '{{{HEAD - 300},{HEAD - 100}}}', {HEAD}, 3, {BYTES}",
+        1,
+    ),
+    "held_keys": ("bigint", "9", 0),
     "due_retries": ("bigint, bigint, bigint, integer[]", f"1, {LIMIT}, {BYTES}, '{{}}'", 1),
     "next_retry": ("bigint, integer[]", "1, '{}'", 0),
     "run_page": (RUN, f"'a5', {HEAD - 300}, {HEAD}, '{{%}}', {LIMIT}, 2, 7, {BYTES}", 1),
     "run_page_failed": (RUN, f"'a5', {HEAD - 300}, {HEAD}, '{{%}}', {LIMIT}, 2, 7, {BYTES}", 1),
     "run_page_dead": (RUN, f"'a5', 0, {HEAD}, '{{%}}', {LIMIT}, 2, 7, {BYTES}", 0),
 }  # fmt: skip
-RETURNED = {"probe": 12, "holes": 2, "account": 30, "next_retry": 1, "run_page": 30}  # of full tables; else LIMIT
+RETURNED = {
+    "probe": 12,
+    "holes": 2,
+    "account": 30,
+    "urgent": 15,
+    "keys": 6,
+    "next_retry": 1,
+    "run_page": 30,
+}  # of full tables; else LIMIT
 
 
 @pytest.fixture(scope="module")

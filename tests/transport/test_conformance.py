@@ -393,6 +393,18 @@ async def test_sockets_per_origin_are_bounded_and_the_line_is_served_in_order(ma
     assert (world.transport.count, world.transport.opened, world.transport.reused) == (1, 2, 3)
 
 
+async def test_endpoints_of_one_origin_take_turns(make_world: Make) -> None:
+    world = await make_world(sockets_per_origin_max=1)
+    origin, _ = await world.receiver()
+    served: list[tuple[str, Any]] = []
+    for who in ("a", "a", "a", "a", "b", "b", "c"):
+        world.transport.connect(origin, lambda result, who=who: served.append((who, result)), turn_of=who)
+    for count in range(1, 8):
+        await until(lambda count=count: len(served) == count)
+        world.transport.release(served[-1][1])
+    assert "".join(who for who, _ in served) == "aabcaba", "the first needs no turn: it finds room"
+
+
 async def test_a_closed_connection_makes_room_for_who_waits(make_world: Make) -> None:
     world = await make_world(sockets_per_origin_max=1)
     origin, _ = await world.receiver()
