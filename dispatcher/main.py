@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 from functools import partial
+from typing import Any
 
 import structlog
 
@@ -89,6 +90,7 @@ async def serve(settings: Settings, dsn: str) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+    loop.set_exception_handler(log_unhandled)
     tune_gc()
     try:
         await engine.run()
@@ -98,6 +100,13 @@ async def serve(settings: Settings, dsn: str) -> None:
         raise ForcedStopError(signals[1], signal.Signals(signals[1]).name) from None
     finally:
         await transport.close()
+
+
+def log_unhandled(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what the loop would else print to stderr, where a log of JSON lines has no place for it. Seen so far: a request that asyncpg gave up
+    for another reason learns later, and nobody with it, that its connection was closed."""
+    exc = context.get("exception")
+    _log.error("loop.unhandled", problem=context.get("message"), error=None if exc is None else repr(exc), exc_info=exc)
 
 
 def allowed_sockets(wanted: int) -> int:

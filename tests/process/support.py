@@ -395,7 +395,7 @@ async def settle(
 
         await until(delivered_all, within_s=within_s, what="everything delivered")
         assert await dispatcher.stop() == 0, dispatcher
-        assert dispatcher.errors == ""
+        assert not dispatcher.errors, dispatcher.errors
         assert await r.undelivered() == []
     await check_invariant(r.db)
     in_log = {
