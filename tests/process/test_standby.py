@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from dispatcher.sink import Behaviour, Received
-from tests.process.network import Network
+from bench.network import Network
 from tests.process.support import (
     Dispatcher,
     Load,

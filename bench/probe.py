@@ -1,0 +1,84 @@
+"""A dispatcher that measures itself: `DISPATCHER_…=… python -m bench.probe FILE` runs `dispatcher run` until SIGTERM, then writes JSON.
+
+How late the event loop is (a timer each 5 ms, against when it was due), the most memory it had, and the most descriptors.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from array import array
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import uvloop
+
+from dispatcher import log, main
+from dispatcher import settings as settings_module
+
+TICK_S = 0.005
+LOOK_S = 0.1  # between counts of descriptors
+
+
+class Probe:
+    def __init__(self) -> None:
+        self.lags = array("d")
+        self.descriptors_max = 0
+        self.rss_start_mb = 0.0
+
+    @contextlib.asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._look())]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _tick(self) -> None:
+        now = asyncio.get_running_loop().time
+        while True:
+            due = now() + TICK_S
+            await asyncio.sleep(TICK_S)
+            self.lags.append(max(0.0, now() - due))
+
+    async def _look(self) -> None:
+        await asyncio.sleep(1)  # what a start takes is not a scenario's
+        self.rss_start_mb = _memory_mb("VmRSS")
+        while True:
+            self.descriptors_max = max(self.descriptors_max, len(os.listdir("/proc/self/fd")))
+            await asyncio.sleep(LOOK_S)
+
+    def figures(self) -> dict[str, float]:
+        lags = sorted(self.lags)
+        return {
+            "lag_p50_ms": lags[len(lags) // 2] * 1e3,
+            "lag_p99_ms": lags[int(len(lags) * 0.99)] * 1e3,
+            "lag_max_ms": lags[-1] * 1e3,
+            "rss_start_mb": self.rss_start_mb,
+            "rss_max_mb": _memory_mb("VmHWM"),
+            "descriptors_max": float(self.descriptors_max),
+        }
+
+
+def _memory_mb(name: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) / 1024
+    raise LookupError(name)
+
+
+async def run(out: Path) -> None:
+    settings = settings_module.load()
+    assert settings.database_url is not None
+    log.configure(settings)
+    probe = Probe()
+    async with probe.watching():
+        await main.serve(settings, settings.database_url)
+    out.write_text(json.dumps(probe.figures()))
+
+
+if __name__ == "__main__":
+    uvloop.run(run(Path(sys.argv[1])))
