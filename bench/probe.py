@@ -25,7 +25,6 @@ class Probe:
     def __init__(self) -> None:
         self.lags = array("d")
         self.descriptors_max = 0
-        self.rss_start_mb = 0.0
 
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
@@ -45,8 +44,6 @@ class Probe:
             self.lags.append(max(0.0, now() - due))
 
     async def _look(self) -> None:
-        await asyncio.sleep(1)  # what a start takes is not a scenario's
-        self.rss_start_mb = _memory_mb("VmRSS")
         while True:
             self.descriptors_max = max(self.descriptors_max, len(os.listdir("/proc/self/fd")))
             await asyncio.sleep(LOOK_S)
@@ -57,17 +54,14 @@ class Probe:
             "lag_p50_ms": lags[len(lags) // 2] * 1e3,
             "lag_p99_ms": lags[int(len(lags) * 0.99)] * 1e3,
             "lag_max_ms": lags[-1] * 1e3,
-            "rss_start_mb": self.rss_start_mb,
-            "rss_max_mb": _memory_mb("VmHWM"),
+            "rss_max_mb": _rss_max_mb(),
             "descriptors_max": float(self.descriptors_max),
         }
 
 
-def _memory_mb(name: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) / 1024
-    raise LookupError(name)
+def _rss_max_mb() -> float:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) / 1024
 
 
 async def run(out: Path) -> None:

@@ -24,6 +24,7 @@ from bench.network import Network
 from bench.torture.producer import ACCOUNTS, AWAY
 from dispatcher import settings as settings_module
 from dispatcher.domain.retention import Span
+from dispatcher.errors import DispatcherError
 from dispatcher.store import embedded
 from dispatcher.store.migrate import migrate
 from dispatcher.store.partitions import PgPartitions
@@ -225,8 +226,16 @@ class Plant:
         await connection.close()
 
     async def up(self, within_s: float = 60.0) -> None:
-        """Have a server that answers: started again if it isn't there."""
-        await asyncio.to_thread(self.server.start_again)
+        """Have a server that answers: started if it isn't there, and again if it can't start yet, because the disk is full."""
+        deadline = time.monotonic() + within_s
+        while True:
+            try:
+                await asyncio.to_thread(self.server.start_again)
+                break
+            except DispatcherError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(AGAIN_S)
         await self.query("SELECT 1", within_s=within_s)
 
     async def query(self, statement: str, *args: Any, within_s: float = 30.0) -> list[Any]:
@@ -283,7 +292,7 @@ class Plant:
         (home / "ini").write_text(
             f"[databases]\n* = host={self.server.data_dir} port={embedded.PORT}\n[pgbouncer]\npool_mode = session\n"
             f"listen_addr =\nlisten_port = {POOLER_PORT}\nunix_socket_dir = {home}\nauth_type = trust\nauth_file = {home / 'users'}\n"
-            "default_pool_size = 30\nmax_client_conn = 100\nlog_connections = 0\nlog_disconnections = 0\n"
+            "default_pool_size = 30\nmax_client_conn = 100\nserver_login_retry = 0.5\nlog_connections = 0\nlog_disconnections = 0\n"
         )
         command = [program, str(home / "ini")]
         if os.geteuid() == 0:

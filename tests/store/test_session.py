@@ -10,11 +10,11 @@ from typing import Any
 import asyncpg
 import pytest
 
+from bench.network import Network
 from dispatcher.errors import DatabaseAwayError, DatabaseRefusedError
 from dispatcher.ports import LifeLostError, StoreAwayError
 from dispatcher.store.session import _PARAMETERS, _SOCKET_OPTIONS, Session, connect_once, is_away
 from tests.conftest import connected, dsn_of
-from bench.network import Network
 from tests.rig import until
 
 NAME = "dispatcher test"
