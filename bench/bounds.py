@@ -80,7 +80,7 @@ class Bench:
     @contextlib.asynccontextmanager
     async def dispatching(self, figures: Figures, **settings: Any) -> AsyncIterator[None]:
         """Run a dispatcher and the small events beside it; add what it measured to `figures`."""
-        beside = await self.endpoint(BESIDE, self.url("good", "/beside"))
+        beside = await self.endpoint(BESIDE, self.url("beside"))
         out = Path(tempfile.mkstemp(prefix="dispatcher-bounds-")[1])
         env = {f"DISPATCHER_{name.upper()}": str(value) for name, value in settings.items()}
         env |= {
@@ -93,6 +93,7 @@ class Bench:
             await self.until("SELECT bool_and(taken_up) FROM webhook.subscription", within_s=60)
             await self.fill(1, account=BESIDE)
             going_on = asyncio.create_task(self._beside())
+            started.send_signal(signal.SIGUSR1)
             figures["rss_start_mb"] = rig.rss_bytes(started.pid) / 2**20
             try:
                 yield
@@ -318,9 +319,12 @@ def exceeded(figures: Figures) -> list[str]:
 @contextlib.contextmanager
 def receivers() -> Any:
     """Start the receivers, each a process of its own; yield their ports."""
-    ports = {name: rig.free_port() for name in ("good", "patience", "hostile")}
+    ports = {name: rig.free_port() for name in ("beside", "good", "patience", "hostile")}
     sink = [sys.executable, "-m", "dispatcher", "sink", "--quiet", "--port"]
     with (
+        rig.process(
+            *sink, str(ports["beside"])
+        ),  # a receiver of its own: an origin's room is shared by all of its endpoints
         rig.process(*sink, str(ports["good"])),
         rig.process(*sink, str(ports["patience"]), "--status", "429", "--retry-after", "3600"),
         rig.process(sys.executable, "-m", "bench.hostile", str(ports["hostile"])),

@@ -226,7 +226,8 @@ class PgStore:
             config_seq=config_seq,
             last_id=last_id,
             retries_due=due,
-            wall_us=_us(checkpoint["wall"]),
+            # Asked last: reading many endpoints takes seconds, by which the dispatcher's clock would be slow for as long as it lives.
+            wall_us=_us(await connection.fetchval(SQL.wall)),
         )
 
     async def close(self) -> None:

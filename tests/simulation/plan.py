@@ -21,6 +21,8 @@ KINDS = (
     # the log
     "retention",
 )  # fmt: skip
+LATER = ("unknown commits", "expiring secrets", "skip", "erasure")
+LATER_FROM = 1_000  # seeds below draw none of these: they are known by what they show
 RARE = {"retention": 0.25, "standby": 0.35, "wall clock": 0.3, "gone": 0.25, "bursts": 0.4}
 
 
@@ -39,13 +41,16 @@ class Plan:
         return kind in self.kinds
 
     def __str__(self) -> str:
-        return f"seed {self.seed}, {self.duration_s:.0f} s with " + ", ".join(k for k in KINDS if k in self.kinds)
+        return f"seed {self.seed}, {self.duration_s:.0f} s with " + ", ".join(
+            k for k in (*KINDS, *LATER) if k in self.kinds
+        )
 
 
 def draw(seed: int) -> Plan:
     rng = random.Random(f"plan {seed}")
     mildness = rng.choice((0.25, 0.5, 0.5, 0.75))
     kinds = frozenset(kind for kind in KINDS if rng.random() < min(mildness, RARE.get(kind, 1.0)))
+    kinds |= {kind for kind in LATER if seed >= LATER_FROM and random.Random(f"{kind} {seed}").random() < 0.3}
     tiny = rng.random() < 0.75
     settings = Settings.model_construct(
         # Not validated: the bounds are smaller than people may set them.
