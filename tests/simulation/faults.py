@@ -331,7 +331,6 @@ FAULTS = [
         "it was erased",
         needs=frozenset({"erasure", "slow answers"}),
         seed=1_492,
-        seed=1_000,
     ),
     Fault("count a token twice", [(TokenBucket, "_accrue", _accrue_twice)], "above"),
     Fault("probe without counting", [(CircuitBreaker, "started", _started_without_probe)], "half-open"),
