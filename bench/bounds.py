@@ -34,7 +34,7 @@ from dispatcher.main import make_transport
 MEMORY_GROWTH_MB = 160.0  # 64 MB of payloads in memory, as much again for what is read and recorded, and Python's own
 DESCRIPTORS_MAX = 1_500.0  # 1,000 sockets an origin
 BESIDE_S = 0.05  # between the small events
-HELD_S = 3.0
+HELD_S = 2.0
 BESIDE = "beside"
 BIG = "big"
 FILL = "INSERT INTO webhook.outbox (account_id, type, payload) SELECT $1, 'message.sent', $2::text::json FROM generate_series(1, $3::bigint)"

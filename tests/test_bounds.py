@@ -10,7 +10,7 @@ from bench import bounds
 SIZES = {
     "10 GB in an answer": 5,
     "ten million headers": 5,
-    "a byte a second": 2,
+    "a byte a second": 1,
     "connections refused in a row": 1_000,
     "retries due at once": 3_000,
     "payloads at the limit": 300,  # 79 MB: more than may be in memory
