@@ -71,7 +71,9 @@ def check(result: Any) -> None:
         assert result.exit_code in (0, 1, 2), result.output
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(commands(), st.sampled_from(["", "y\n", "n\n", "\udcff\n"]))
 def test_any_words_end_in_a_sentence(run: Cli, words: list[str], answer: str) -> None:
     check(run(*words, input=answer.encode("utf-8", "surrogateescape")))
@@ -88,6 +90,10 @@ def test_ids_that_no_column_holds(run: Cli, number: str) -> None:
                 if isinstance(parameter, click.Argument):
                     words.append(number if parameter is odd else "1")
             check(run(*words, *([odd.opts[0], number] if isinstance(odd, click.Option) else [])))
+
+
+def test_a_word_that_is_not_utf8_is_refused(run: Cli) -> None:
+    assert "not UTF-8" in run.refused("erase", "account", "\udcff", "--yes")
 
 
 def test_the_judge_sees_a_traceback() -> None:
