@@ -197,12 +197,14 @@ def _tail(path: Path, size: int = 2_000) -> str:
     return path.read_text(errors="replace")[-size:]
 
 
-async def torture(seed: int, seconds: float, *, disk: bool, slack: float, say: Callable[[str], None]) -> Report:
-    """Run it in a directory of its own, which stays if the account doesn't hold."""
+async def torture(
+    seed: int, seconds: float, *, no_disk: str | None, slack: float, say: Callable[[str], None]
+) -> Report:
+    """Run it in a directory of its own, which stays if the account doesn't hold. `no_disk`: why PostgreSQL gets no disk of its own."""
     directory = Path(tempfile.mkdtemp(prefix="dispatcher-torture-", dir="/tmp"))
-    plant = Plant(directory, seed=str(seed), events=int(seconds * EVENTS_PER_S), disk=disk, say=say)
-    if not disk:
-        plant.skipped["disk full"] = "it was not asked for, or " + (why_no_disk() or "left out")
+    plant = Plant(directory, seed=str(seed), events=int(seconds * EVENTS_PER_S), disk=no_disk is None, say=say)
+    if no_disk is not None:
+        plant.skipped["disk full"] = no_disk
     async with plant:
         report = await Torture(plant, seed, seconds, slack, say).run()
     if report.holds:
@@ -224,7 +226,8 @@ async def torture(seed: int, seconds: float, *, disk: bool, slack: float, say: C
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def main(minutes: float, seed: int | None, disk: bool, slack: float, as_json: bool) -> None:
     """Break a real dispatcher, PostgreSQL and receivers at random, and hold what was committed against what arrived."""
-    if disk and IN_NAMESPACE not in os.environ and why_no_disk() is None:
+    no_disk = why_no_disk() if disk else "--no-disk was given"
+    if no_disk is None and IN_NAMESPACE not in os.environ:
         # Mounts of a namespace of our own end with us, whatever our end is.
         os.environ[IN_NAMESPACE] = "1"
         command = [
@@ -244,7 +247,7 @@ def main(minutes: float, seed: int | None, disk: bool, slack: float, as_json: bo
         click.echo(text, err=True)
 
     say(f"seed {seed}, {minutes:g} minutes")
-    report = uvloop.run(torture(seed, minutes * 60, disk=IN_NAMESPACE in os.environ, slack=slack, say=say))
+    report = uvloop.run(torture(seed, minutes * 60, no_disk=no_disk, slack=slack, say=say))
     if as_json:
         click.echo(json.dumps(asdict(report) | {"holds": report.holds}))
     else:
