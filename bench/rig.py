@@ -123,7 +123,7 @@ def sink(kind: str) -> Iterator[tuple[int, int]]:
             started = stack.enter_context(
                 process(sys.executable, "-m", "dispatcher", "sink", "--port", str(port), "--quiet")
             )
-        _await_port(port)
+        await_port(port)
         yield port, started.pid
 
 
@@ -133,7 +133,7 @@ def sink_kind(wanted: str) -> str:
     return wanted
 
 
-def _await_port(port: int) -> None:
+def await_port(port: int) -> None:
     deadline = time.monotonic() + 20
     while True:
         with socket.socket() as probe:

@@ -21,7 +21,19 @@ from dispatcher.cli.status import status
 from dispatcher.sink import sink_command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Verbs(click.Group):
+    """The verbs. A word that isn't UTF-8 is nothing that a database holds: it is refused before a verb sees it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for word in args:
+            try:
+                word.encode()
+            except UnicodeEncodeError as exc:
+                raise errors.InputError(f"{word!a} is not UTF-8; set your terminal to it") from exc
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="dispatcher")
 @click.option(
     "--config",

@@ -68,6 +68,25 @@ class When(click.ParamType):  # type: ignore[type-arg]
 WHEN = When()
 
 
+class Id(click.types.IntParamType):
+    """An id that the database can hold: a larger one would be an error of its driver's, not a sentence."""
+
+    name = "integer"
+
+    def __init__(self, bits: int) -> None:
+        self._highest = 2 ** (bits - 1) - 1
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number: int = super().convert(value, param, ctx)
+        if not 0 <= number <= self._highest:
+            self.fail(f"{number} is not an id: they go up to {self._highest}", param, ctx)
+        return number
+
+
+ID = Id(64)
+RUN_ID = Id(32)
+
+
 class Context:
     """Made by the group, passed to every verb. Settings are read when a verb asks, so that --help never fails."""
 

@@ -7,7 +7,17 @@ from typing import Any
 import click
 import orjson
 
-from dispatcher.cli.common import WHEN, Context, as_json, connected, print_json, print_rows, run_async, with_connection
+from dispatcher.cli.common import (
+    ID,
+    WHEN,
+    Context,
+    as_json,
+    connected,
+    print_json,
+    print_rows,
+    run_async,
+    with_connection,
+)
 from dispatcher.cli.event import attempt_line
 from dispatcher.cli.replay import note_option, rate_of, rate_option, speed
 from dispatcher.cli.terminal import ask, bar, busy, yes_option
@@ -39,7 +49,7 @@ def dead_letter() -> None:
 def _filters(command: Any) -> Any:
     for option in reversed(
         (
-            click.option("--endpoint", "endpoint_id", type=int, help="Of this endpoint only."),
+            click.option("--endpoint", "endpoint_id", type=ID, help="Of this endpoint only."),
             click.option("--account", "account_id", help="Of this account only."),
             click.option("--type", "patterns", multiple=True, help="Event type: exact, prefix (message.*) or *. Repeat it."),
             click.option("--since", type=WHEN, help="Given up then or later: 2026-11-23T18:00:00Z, or so long ago: 6h."),
@@ -58,7 +68,7 @@ def _filters(command: Any) -> Any:
 @click.option(
     "--state", type=click.Choice([*STATES, "all"]), default="open", show_default=True, help="In this state only."
 )
-@click.option("--after", type=int, default=0, help="Begin after this dead letter (to page).")
+@click.option("--after", type=ID, default=0, help="Begin after this dead letter (to page).")
 @click.option("--limit", type=click.IntRange(1, 1_000), default=100, show_default=True, help="At most so many.")
 @as_json
 @click.pass_obj
@@ -95,7 +105,7 @@ def _state(letter: dict[str, Any]) -> str:
 
 
 @dead_letter.command()
-@click.argument("letter_id", type=int, metavar="ID")
+@click.argument("letter_id", type=ID, metavar="ID")
 @as_json
 @click.pass_obj
 def show(context: Context, letter_id: int, json_out: bool) -> None:
@@ -126,7 +136,7 @@ def show(context: Context, letter_id: int, json_out: bool) -> None:
 
 
 @dead_letter.command()
-@click.argument("ids", type=int, nargs=-1, metavar="[ID]…")
+@click.argument("ids", type=ID, nargs=-1, metavar="[ID]…")
 @_filters
 @click.option("--all", "all_", is_flag=True, help="All open ones that the filters choose.")
 @rate_option
@@ -188,7 +198,7 @@ async def _resend(
 
 
 @dead_letter.command()
-@click.argument("ids", type=int, nargs=-1, metavar="[ID]…")
+@click.argument("ids", type=ID, nargs=-1, metavar="[ID]…")
 @_filters
 @click.option("--all", "all_", is_flag=True, help="All open ones that the filters choose.")
 @yes_option

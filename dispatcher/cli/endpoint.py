@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from dispatcher.cli.common import DURATION, Context, admin, as_json, print_json, print_rows, run_async, with_admin
+from dispatcher.cli.common import DURATION, ID, Context, admin, as_json, print_json, print_rows, run_async, with_admin
 from dispatcher.cli.shape import described, shape_changes, shape_options, unset_options
 from dispatcher.demo.events import sample
 from dispatcher.domain.shape import make_shape
@@ -130,7 +130,7 @@ def _for_receiver(view: EndpointView) -> dict[str, str | None]:
 
 
 @endpoint.command()
-@click.argument("endpoint_id", type=int)
+@click.argument("endpoint_id", type=ID)
 @click.option("--type", "event_type", default=TEST_TYPE, show_default=True, help="Send the sample of this event type.")
 @as_json
 @click.pass_obj
@@ -208,7 +208,7 @@ def _sample(event_type: str, view: EndpointView) -> dict[str, Any]:
 
 
 @endpoint.command("go-live")
-@click.argument("endpoint_id", type=int)
+@click.argument("endpoint_id", type=ID)
 @click.option("--force", is_flag=True, help="Without a passed test. Says so in the endpoint's record and in the log.")
 @as_json
 @click.pass_obj
@@ -231,7 +231,7 @@ def go_live(context: Context, endpoint_id: int, force: bool, json_out: bool) -> 
 @endpoint.command("list")
 @click.option("--account", "account_id", help="Of this account only.")
 @click.option("--state", type=click.Choice(["draft", "live", "paused", "disabled"]), help="In this state only.")
-@click.option("--after", type=int, default=0, help="Begin after this endpoint id (to page).")
+@click.option("--after", type=ID, default=0, help="Begin after this endpoint id (to page).")
 @as_json
 @click.pass_obj
 def list_endpoints(context: Context, account_id: str | None, state: str | None, after: int, json_out: bool) -> None:
@@ -257,7 +257,7 @@ def list_endpoints(context: Context, account_id: str | None, state: str | None, 
 
 
 @endpoint.command()
-@click.argument("endpoint_id", type=int)
+@click.argument("endpoint_id", type=ID)
 @click.option("--secret", "show_secret", is_flag=True, help="Reveal the signing secrets too, and when they expire.")
 @click.option("--subscriptions", is_flag=True, help="Show the ids of events for which each subscription is valid.")
 @as_json
@@ -290,7 +290,7 @@ def show(context: Context, endpoint_id: int, show_secret: bool, subscriptions: b
 
 
 @endpoint.command()
-@click.argument("endpoint_id", type=int)
+@click.argument("endpoint_id", type=ID)
 @click.option("--url", help="Another URL.")
 @_config_options
 @shape_options
@@ -325,7 +325,7 @@ def update(context: Context, /, endpoint_id: int, live: bool, json_out: bool, **
 
 
 @endpoint.command()
-@click.argument("endpoint_id", type=int)
+@click.argument("endpoint_id", type=ID)
 @click.option("--skip", is_flag=True, help="Events from now on are never sent; they are counted on resume.")
 @as_json
 @click.pass_obj
@@ -352,7 +352,7 @@ def _send_or_skip(command: Any) -> Any:
 
 
 @endpoint.command()
-@click.argument("endpoint_id", type=int)
+@click.argument("endpoint_id", type=ID)
 @_send_or_skip
 @as_json
 @click.pass_obj
@@ -367,7 +367,7 @@ def resume(context: Context, endpoint_id: int, choice: Choice | None, json_out: 
 
 
 @endpoint.command()
-@click.argument("endpoint_id", type=int)
+@click.argument("endpoint_id", type=ID)
 @click.option("--reason", help="For its record, such as a ticket. [default: by operator]")
 @as_json
 @click.pass_obj
@@ -384,7 +384,7 @@ def disable(context: Context, endpoint_id: int, reason: str | None, json_out: bo
 
 
 @endpoint.command()
-@click.argument("endpoint_id", type=int)
+@click.argument("endpoint_id", type=ID)
 @_send_or_skip
 @as_json
 @click.pass_obj
@@ -434,7 +434,7 @@ def _skipped(skipped: int) -> str:
 
 
 @endpoint.command("rotate-secret")
-@click.argument("endpoint_id", type=int)
+@click.argument("endpoint_id", type=ID)
 @click.option(
     "--overlap",
     "overlap_s",
@@ -478,7 +478,7 @@ def rotate_secret(
 
 
 @endpoint.command()
-@click.argument("endpoint_id", type=int)
+@click.argument("endpoint_id", type=ID)
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @as_json
 @click.pass_obj

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from dispatcher.cli.common import Context, as_json, connected, print_json, print_rows, run_async, with_connection
+from dispatcher.cli.common import ID, Context, as_json, connected, print_json, print_rows, run_async, with_connection
 from dispatcher.cli.terminal import about, ask, ask_to_type, bars, busy, yes_option
 from dispatcher.store import erasure
 from dispatcher.store.erasure import AccountData, Erased, EventData
@@ -137,7 +137,7 @@ def _float(count: int | None) -> float | None:
 
 @erase.command("list")
 @click.option("--account", "account_id", help="Of this account only.")
-@click.option("--after", type=int, default=0, help="Begin after this erasure (to page).")
+@click.option("--after", type=ID, default=0, help="Begin after this erasure (to page).")
 @as_json
 @click.pass_obj
 def list_erasures(context: Context, account_id: str | None, after: int, json_out: bool) -> None:

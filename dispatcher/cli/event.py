@@ -8,7 +8,7 @@ from typing import Any
 import click
 import orjson
 
-from dispatcher.cli.common import Context, admin, as_json, print_json, run_async, with_admin
+from dispatcher.cli.common import ID, Context, admin, as_json, print_json, run_async, with_admin
 from dispatcher.errors import InputError
 from dispatcher.settings import Settings
 
@@ -109,7 +109,7 @@ def attempt_line(attempt: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--endpoint", "endpoint_id", type=int, help="Of this endpoint only.")
+@click.option("--endpoint", "endpoint_id", type=ID, help="Of this endpoint only.")
 @click.option("--failures", is_flag=True, help="Failed attempts only.")
 @click.option("--seconds", type=float, help="End after so long. [default: until Ctrl-C]")
 @click.option("--json", "json_out", is_flag=True, help="One JSON object a line.")

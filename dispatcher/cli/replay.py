@@ -10,7 +10,18 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from dispatcher.cli.common import WHEN, Context, as_json, connected, print_json, print_rows, run_async, with_connection
+from dispatcher.cli.common import (
+    ID,
+    RUN_ID,
+    WHEN,
+    Context,
+    as_json,
+    connected,
+    print_json,
+    print_rows,
+    run_async,
+    with_connection,
+)
 from dispatcher.cli.terminal import RATE, about, ask, bar, busy, yes_option
 from dispatcher.settings import Settings
 from dispatcher.store import runs
@@ -30,7 +41,7 @@ wait_option = click.option(
 
 @click.command()
 @click.argument("event")
-@click.argument("endpoint_id", type=int)
+@click.argument("endpoint_id", type=ID)
 @note_option
 @wait_option
 @as_json
@@ -60,11 +71,11 @@ def replay() -> None:
 
 
 @replay.command()
-@click.argument("endpoint_id", type=int)
+@click.argument("endpoint_id", type=ID)
 @click.option("--since", type=WHEN, help="Events made then or later: 2026-11-23T18:00:00Z, or so long ago: 6h.")
 @click.option("--until", type=WHEN, help="Events made then or earlier. [default: now]")
-@click.option("--after", "after_id", type=int, help="Events after this outbox id.")
-@click.option("--upto", "upto_id", type=int, help="Events up to this outbox id. [default: the last one]")
+@click.option("--after", "after_id", type=ID, help="Events after this outbox id.")
+@click.option("--upto", "upto_id", type=ID, help="Events up to this outbox id. [default: the last one]")
 @click.option(
     "--type",
     "patterns",
@@ -192,13 +203,13 @@ def _made(settings: Settings, made: tuple[RunView, list[str]], wait: bool, json_
 
 
 @replay.command("list")
-@click.option("--endpoint", "endpoint_id", type=int, help="Of this endpoint only.")
+@click.option("--endpoint", "endpoint_id", type=ID, help="Of this endpoint only.")
 @click.option("--account", "account_id", help="Of this account only.")
 @click.option(
     "--state", type=click.Choice(["open", "running", "paused", "finished", "canceled", "all"]), default="open", show_default=True,
     help="In this state only; open is running or paused.",
 )  # fmt: skip
-@click.option("--after", type=int, default=0, help="Begin after this run (to page).")
+@click.option("--after", type=RUN_ID, default=0, help="Begin after this run (to page).")
 @click.option("--limit", type=click.IntRange(1, 1_000), default=100, show_default=True, help="At most so many.")
 @as_json
 @click.pass_obj
@@ -244,7 +255,7 @@ def list_runs(
 
 
 @replay.command()
-@click.argument("run", type=int)
+@click.argument("run", type=RUN_ID)
 @click.option(
     "--watch",
     is_flag=True,
@@ -360,7 +371,7 @@ def _line(run: RunView) -> None:
 
 
 @replay.command()
-@click.argument("run", type=int)
+@click.argument("run", type=RUN_ID)
 @as_json
 @click.pass_obj
 def pause(context: Context, run: int, json_out: bool) -> None:
@@ -373,7 +384,7 @@ def pause(context: Context, run: int, json_out: bool) -> None:
 
 
 @replay.command()
-@click.argument("run", type=int)
+@click.argument("run", type=RUN_ID)
 @as_json
 @click.pass_obj
 def resume(context: Context, run: int, json_out: bool) -> None:
@@ -386,7 +397,7 @@ def resume(context: Context, run: int, json_out: bool) -> None:
 
 
 @replay.command()
-@click.argument("run", type=int)
+@click.argument("run", type=RUN_ID)
 @as_json
 @click.pass_obj
 def cancel(context: Context, run: int, json_out: bool) -> None:
@@ -401,7 +412,7 @@ def cancel(context: Context, run: int, json_out: bool) -> None:
 
 
 @replay.command()
-@click.argument("run", type=int)
+@click.argument("run", type=RUN_ID)
 @click.argument("rate", type=RATE)
 @as_json
 @click.pass_obj

@@ -155,6 +155,15 @@ class EndpointRow:
     extra_signature: str | None = None
     credentials: str | None = None  # never sealed here
     ordering: str = "off"
+    expiring: tuple[tuple[str, int], ...] = ()  # secrets that sign beside `secrets` until then
+
+    def at(self, now_us: int) -> "EndpointRow":
+        """The row with the secrets that sign at `now_us`."""
+        valid = tuple(secret for secret, expires_us in self.expiring if expires_us > now_us)
+        return dataclasses.replace(self, secrets=self.secrets + valid) if valid else self
+
+    def next_expiry_us(self, now_us: int) -> int | None:
+        return min((expires_us for _, expires_us in self.expiring if expires_us > now_us), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +204,7 @@ class Tables:
         self.subscriptions: dict[int, SubscriptionRow] = {}
         self.config_changes: list[tuple[int, int]] = []  # seq, endpoint
         self.config_seq = 0
+        self.forgets: dict[int, None] = {}  # seqs of those that say that events were erased
         self.prepared: dict[str, PreparedRow] = {}
         self.sequence_logged = 0
         # partitions, and what retention took (store/memory_partitions.py)
@@ -248,6 +258,19 @@ class Tables:
     def resend_dead(self, keys: Sequence[RetryKey], run_id: int) -> None:
         for key in keys:
             self.dead_letters[key] = dataclasses.replace(self.dead_letters[key], resent_run=run_id)
+
+    def erase_event(self, event_id: int, endpoint_ids: Sequence[int]) -> None:
+        row = self.outbox.pop(event_id, None)
+        if row is not None:
+            self.ids.remove(event_id)
+            self.ids_of_account[row.account_id].remove(event_id)
+        for endpoint_id in endpoint_ids:
+            retries = self.retries[endpoint_id]
+            for key in [key for key in retries if key[0] == event_id]:
+                del retries[key]
+            self.config_seq += 1
+            self.config_changes.append((self.config_seq, endpoint_id))
+            self.forgets[self.config_seq] = None
 
     def copy_of(self, endpoint_id: int, event_id: int) -> LogRow | None:
         """The event, or the copy of it that a dead letter kept."""
@@ -619,6 +642,7 @@ class Transaction:
     rows: list[LogRow] = field(default_factory=list)
     changes: list[Operation] = field(default_factory=list)
     changed_endpoints: list[int] = field(default_factory=list)
+    erases: bool = False
     locks: set[str] = field(default_factory=set)
     holds_log_lock: bool = False
     is_silent: bool = False  # holds the doorbell's lock, shared
@@ -717,6 +741,33 @@ class Transaction:
 
     def resume(self, endpoint_id: int) -> None:
         self.update_endpoint(endpoint_id, state=EndpointState.LIVE, paused_at_id=None)
+
+    def resume_and_skip(self, endpoint_id: int) -> None:
+        """Put a paused endpoint live; what was held is never sent."""
+        held_at = self.database.tables.endpoints[endpoint_id].paused_at_id
+        assert held_at is not None, "it is paused"
+        self.resume(endpoint_id)
+        for row in [row for row in self.database.tables.subscriptions.values() if row.endpoint_id == endpoint_id]:
+            until_id = max(row.since_id, held_at)
+            if row.until_id is None or row.until_id > until_id:
+                change = partial(Tables.update_subscription, subscription_id=row.id, columns={"until_id": until_id})
+                self._change(endpoint_id, change)
+            if row.until_id is None:
+                self.subscribe(endpoint_id, row.pattern)
+
+    def rotate_secret(self, endpoint_id: int, secret: str, overlap_us: int) -> None:
+        """Let a new secret sign, and what signs now for so much longer."""
+        now_us = self.database.now_us()
+        row = self.database.tables.endpoints[endpoint_id]
+        expiring = [*((old, now_us + overlap_us) for old in row.secrets), *row.expiring]
+        self.update_endpoint(endpoint_id, secrets=(secret,), expiring=tuple(expiring))
+
+    def erase_event(self, event_id: int, account_id: str) -> None:
+        """Erase an event that has no dead letter, and its retries. What is in flight comes back later: erase it again then."""
+        self._lock_config()
+        endpoint_ids = [row.id for row in self.database.tables.endpoints.values() if row.account_id == account_id]
+        self.changes.append(partial(Tables.erase_event, event_id=event_id, endpoint_ids=endpoint_ids))
+        self.erases = True
 
     def delete_endpoint(self, endpoint_id: int) -> None:
         self.update_endpoint(endpoint_id, state=EndpointState.DELETED)
@@ -823,7 +874,7 @@ class Transaction:
             self.database.write(operation, synchronous=not asynchronous)
         if self.rings:
             self.database.notify("doorbell")
-        if self.changed_endpoints:
+        if self.changed_endpoints or self.erases:
             self.database.notify("config")
 
     def rollback(self) -> None:
@@ -834,7 +885,7 @@ class Transaction:
         """Hand the transaction over to the server under `name`; raises CannotPrepareError, having rolled back, after a NOTIFY."""
         self._check_open()
         self.end()
-        if self.rings or self.changed_endpoints:
+        if self.rings or self.changed_endpoints or self.erases:
             raise CannotPrepareError(name)
         prepared = PreparedRow(self.xid, self.database.server_start, tuple(self.rows), self.is_silent)
         self.database.write(partial(Tables.prepare, name=name, prepared=prepared), synchronous=True)
@@ -1214,11 +1265,16 @@ class MemoryStore:
     # ── configuration ──
 
     async def config_changes(self, after_seq: int, epoch: int, again: Sequence[int] = ()) -> ConfigChanges:
-        changes, now_rules = await self._call(
+        changes, forgets, now_rules = await self._call(
             "config",
             "config_changes",
             lambda _: (
                 [c for c in self._database.tables.config_changes if c[0] > after_seq],
+                [
+                    c
+                    for c in self._database.tables.config_changes
+                    if c[0] > after_seq and c[0] in self._database.tables.forgets
+                ],
                 self._database.tables.epoch,
             ),
         )
@@ -1229,7 +1285,8 @@ class MemoryStore:
             return ConfigChanges(after_seq, [], [], [])
         endpoints = await self._call("config", "endpoints", lambda _: self._endpoints(ids))
         gone = sorted(set(ids) - {endpoint.id for endpoint in endpoints})
-        return ConfigChanges(changes[-1][0] if changes else after_seq, endpoints, gone, [])
+        forget = sorted({endpoint_id for _, endpoint_id in forgets})
+        return ConfigChanges(changes[-1][0] if changes else after_seq, endpoints, gone, forget)
 
     async def note_failing(self, failing_since_us: dict[int, int | None]) -> None:
         noted = dict(failing_since_us)
@@ -1307,9 +1364,13 @@ class MemoryStore:
         for run_id, (endpoint_id, run) in tables.runs.items():
             if run_id not in tables.runs_finished:
                 runs[endpoint_id].append(run)
+        now_us = self._database.now_us()
         rows = [tables.endpoints[i] for i in ids if i in tables.endpoints]
         return [
-            _endpoint(row, of_endpoint[row.id], runs[row.id], self._policy)
+            dataclasses.replace(
+                _endpoint(row.at(now_us), of_endpoint[row.id], runs[row.id], self._policy),
+                reload_at_us=row.next_expiry_us(now_us),
+            )
             for row in rows
             if row.state is not EndpointState.DELETED
         ]

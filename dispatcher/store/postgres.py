@@ -231,7 +231,8 @@ class PgStore:
             config_seq=config_seq,
             last_id=last_id,
             retries_due=due,
-            wall_us=_us(checkpoint["wall"]),
+            # Asked last: reading many endpoints takes seconds, by which the dispatcher's clock would be slow for as long as it lives.
+            wall_us=_us(await connection.fetchval(SQL.wall)),
         )
 
     async def close(self) -> None:
@@ -441,13 +442,7 @@ class PgStore:
                     for row in batch.attempts:
                         await _insert_attempt(connection, row)
                 else:
-                    await connection.copy_to_table(
-                        "attempt",
-                        schema_name="webhook",
-                        columns=_ATTEMPT_COLUMNS,
-                        format="binary",
-                        source=_copy_rows(batch.attempts),
-                    )
+                    await _copy_attempts(connection, batch.attempts)
             if batch.retries:
                 r = batch.retries
                 await connection.execute(
@@ -540,6 +535,16 @@ class PgStore:
 
 
 # ── COPY, by hand ──
+async def _copy_attempts(connection: Connection, rows: Sequence[AttemptRow]) -> None:
+    source = _copy_rows(rows)
+    if connection.is_closed():
+        # Dropped between the last statement's answer and our turn, as when we were frozen. asyncpg's COPY doesn't look: an AttributeError.
+        raise asyncpg.InterfaceError("the connection was closed")
+    await connection.copy_to_table(
+        "attempt", schema_name="webhook", columns=_ATTEMPT_COLUMNS, format="binary", source=source
+    )
+
+
 # asyncpg's copy_records_to_table encodes value by value; a delivered attempt is eleven fixed-size words, so one struct call does (bench/README).
 
 _ATTEMPT_COLUMNS = (

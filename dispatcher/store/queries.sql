@@ -369,7 +369,7 @@ UPDATE webhook.checkpoint SET heartbeat_at = clock_timestamp() WHERE epoch = $1;
 SELECT epoch FROM webhook.checkpoint;
 
 -- name: read_checkpoint
-SELECT position, gaps, epoch, clock_timestamp() AS wall FROM webhook.checkpoint;
+SELECT position, gaps, epoch FROM webhook.checkpoint;
 
 -- name: read_lanes
 SELECT endpoint_id, settled, holes, backlog FROM webhook.lane;

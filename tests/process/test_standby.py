@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
+from bench.network import Network
 from dispatcher.sink import Behaviour, Received
-from tests.process.network import Network
 from tests.process.support import (
     Dispatcher,
     Load,

@@ -44,6 +44,7 @@ class Checker:
         self.posted: set[tuple[Any, ...]] = set()
         self.posts = 0
         self.recorded: set[tuple[int, int, int, int, int]] = set()  # epoch, and an attempt's key
+        self.erased: dict[int, float] = {}  # event → since when
         self._visible_before: dict[int, frozenset[LogRow]] = {}  # run → the events that it may not pass over
         self._open: dict[int, LogRow] = {}  # events that aren't final everywhere
         self.spared: set[int] = set()  # endpoints of which no order is asked
@@ -71,6 +72,9 @@ class Checker:
         if function is Tables.record:
             self._recorded(arguments["batch"])
         elif function is Tables.commit:
+            for change in arguments["changes"]:
+                if change.func is Tables.erase_event:
+                    self.erased.setdefault(change.keywords["event_id"], self.now)
             for row in arguments["rows"]:
                 self._open[row.id] = row
             self._are_visible(arguments["rows"])
@@ -99,6 +103,7 @@ class Checker:
         if life is not None:
             self.life_ended_at[life] = self.now
         self.epochs.append((self.now, self.tables.epoch))
+        self.erased.clear()  # some may be there again, and ids be handed out again
         self.note_versions([*self.versions, *self.tables.endpoints])
         self.look_again()
 
@@ -405,7 +410,15 @@ class SenderWatch:
         checker, sender, a_lane = self.checker, self.sender, delivery.lane
         checker.posts += 1
         checker.world.trace(f"{self.process.name} posts {delivery}{' again' if delivery.again else ''}")
-        for judge in (self._may, self._limits, self._configuration, self._twice, self._stale, self._order):
+        for judge in (
+            self._may,
+            self._limits,
+            self._configuration,
+            self._twice,
+            self._erased,
+            self._stale,
+            self._order,
+        ):
             wrong = judge(delivery, connection)
             if wrong:
                 checker.fail(
@@ -465,7 +478,7 @@ class SenderWatch:
             return f"the endpoint has been {[v.row.state.value for v in versions]} for a second"
         if endpoint.target is None or connection.origin != endpoint.target.origin:
             return f"sent to {connection.origin} instead of {endpoint.target}"
-        if not any(v.row.url == endpoint.target.url and v.row.secrets == endpoint.secrets for v in versions):
+        if not any(v.row.url == endpoint.target.url and endpoint.secrets in self._secrets(v.row) for v in versions):
             return f"sent to {endpoint.target.url} by an old configuration"
         if delivery.is_first and not any(
             s.since_id < delivery.event.id <= (FOREVER if s.until_id is None else s.until_id)
@@ -475,6 +488,27 @@ class SenderWatch:
         ):
             return f"no subscription is valid for it: {versions}"
         return None
+
+    def _secrets(self, row: EndpointRow) -> list[tuple[str, ...]]:
+        """Those that a dispatcher may sign with: valid now, or within the time of a lease. By a clock that steps, or that was read by a process
+        which froze over it, it is any that once did."""
+        now_us, plan = self.checker.world.database.now_us(), self.checker.world.plan
+        if plan.has("wall clock") or plan.has("freeze"):
+            return [row.at(at_us).secrets for at_us in (0, *(at_us for _, at_us in row.expiring))]
+        since_us = now_us - int((LEASE_S + EARLY) * 1e6)
+        ends = [at_us for _, at_us in row.expiring if since_us < at_us <= now_us]
+        return [row.at(at_us).secrets for at_us in (since_us, now_us, *ends)]
+
+    def _erased(self, delivery: Delivery, connection: Any) -> str | None:
+        """What was erased is not sent; a dead letter's copy is another matter."""
+        since = self.checker.erased.get(delivery.event.id, self.checker.now)
+        if (
+            since >= self.checker.now - LEASE_S - EARLY
+            or delivery.again
+            or self.process.store._life != self.checker.world.database.life
+        ):
+            return None
+        return f"it was erased at {since:.3f}"
 
     def _twice(self, delivery: Delivery, connection: Any) -> str | None:
         checker = self.checker

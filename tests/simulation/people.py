@@ -27,6 +27,8 @@ class People:
         self.world = world
         self.rng = random.Random(f"people {world.plan.seed}")
         self.options = random.Random(f"options {world.plan.seed}")
+        self.later = random.Random(f"later {world.plan.seed}")
+        self.erased: dict[int, str] = {}  # event → account
         self.prepared = 0
         self.labels = 0
         self.events = 0
@@ -59,7 +61,10 @@ class People:
                     await asyncio.sleep(rng.choice((0.0, 0.001, 0.01)))
                 tx.ring()
             await asyncio.sleep(self._how_long())
-            self._end(tx)
+            if plan.has("unknown commits") and self.later.random() < 0.1:
+                await self._end_unknown(tx)
+            else:
+                self._end(tx)
         except TransactionOverError:
             pass  # the server is another now
 
@@ -100,6 +105,19 @@ class People:
             asynchronous = plan.has("asynchronous") and chance > 0.8
             self.world.trace(f"{[row.id for row in tx.rows]} committed{' asynchronously' if asynchronous else ''}")
             tx.commit(asynchronous=asynchronous)
+
+    async def _end_unknown(self, tx: Transaction) -> None:
+        """The producer is cut off during COMMIT: the server ends the transaction one way or the other, and the producer says it all again."""
+        await asyncio.sleep(self.later.choice((0.0, 0.3, 2.0)))
+        committed = self.later.random() < 0.5
+        self.world.trace(
+            f"{[row.id for row in tx.rows]} {'committed' if committed else 'rolled back'}, and nobody knows"
+        )
+        (tx.commit if committed else tx.rollback)()
+        await self.world.until_up()
+        with self.world.database.begin() as again:
+            for row in tx.rows:
+                again.insert(row.account_id, row.type, row.payload)
 
     async def _end_prepared(self, name: str) -> None:
         await asyncio.sleep(self.rng.choice((0.01, 0.2, 1.0, 4.0)))
@@ -144,6 +162,12 @@ class People:
             changes += [self._order]
         if has("runs"):
             changes += [self._replay, self._replay, self._resend_dead, self._change_run]
+        if has("expiring secrets"):
+            changes += [self._rotate_with_overlap, self._rotate_with_overlap]
+        if has("skip"):
+            changes += [self._pause, self._resume_and_skip]
+        if has("erasure"):
+            changes += [self._erase]
         return changes
 
     async def _change(self, change: Callable[[Transaction], object]) -> None:
@@ -219,6 +243,24 @@ class People:
         if (endpoint_id := self._some(EndpointState.LIVE)) is not None:
             tx.update_endpoint(endpoint_id, secrets=(self._secret(),))
 
+    def _rotate_with_overlap(self, tx: Transaction) -> None:
+        if (endpoint_id := self._some(EndpointState.LIVE)) is not None:
+            tx.rotate_secret(endpoint_id, self._secret(), int(self.rng.choice((0.2, 1.5, 4.0)) * 1e6))
+
+    def _resume_and_skip(self, tx: Transaction) -> None:
+        if (endpoint_id := self._some(EndpointState.PAUSED)) is not None:
+            tx.resume_and_skip(endpoint_id)
+
+    def _erase(self, tx: Transaction) -> None:
+        tables = self.world.database.tables
+        dead = {event_id for _, event_id, _ in tables.dead_letters}
+        found = [row for row in tables.outbox.values() if row.id not in dead]
+        waiting = [row for row in found if row.id not in tables.attempted]
+        if found:
+            row = self.rng.choice(waiting or found)
+            tx.erase_event(row.id, row.account_id)
+            self.erased[row.id] = row.account_id
+
     def _limit(self, tx: Transaction) -> None:
         if (endpoint_id := self._some(EndpointState.LIVE)) is not None:
             tx.update_endpoint(endpoint_id, **self._limits())
@@ -281,6 +323,8 @@ class People:
         for name in list(database.tables.prepared):
             self.end_prepared(name)
         with database.begin() as tx:
+            for event_id, account_id in self.erased.items():
+                tx.erase_event(event_id, account_id)  # what was in flight may have come back since
             for row in list(database.tables.endpoints.values()):
                 if row.state in (EndpointState.PAUSED, EndpointState.DISABLED):
                     tx.resume(row.id)

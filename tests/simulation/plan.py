@@ -22,6 +22,8 @@ KINDS = (
     "retention",
 )  # fmt: skip
 OPTIONS = ("ordering", "expiry", "priority")  # what producers and endpoints ask for
+LATER = ("unknown commits", "expiring secrets", "skip", "erasure")
+LATER_FROM = 1_000  # seeds below draw none of these: they are known by what they show
 RARE = {"retention": 0.25, "standby": 0.35, "wall clock": 0.3, "gone": 0.25, "bursts": 0.4}
 
 
@@ -41,7 +43,7 @@ class Plan:
 
     def __str__(self) -> str:
         return f"seed {self.seed}, {self.duration_s:.0f} s with " + ", ".join(
-            k for k in (*KINDS, *OPTIONS) if k in self.kinds
+            k for k in (*KINDS, *OPTIONS, *LATER) if k in self.kinds
         )
 
 
@@ -51,6 +53,7 @@ def draw(seed: int) -> Plan:
     kinds = frozenset(kind for kind in KINDS if rng.random() < min(mildness, RARE.get(kind, 1.0)))
     more = random.Random(f"options {seed}")
     kinds |= {kind for kind in OPTIONS if more.random() < 0.5}
+    kinds |= {kind for kind in LATER if seed >= LATER_FROM and random.Random(f"{kind} {seed}").random() < 0.3}
     tiny = rng.random() < 0.75
     settings = Settings.model_construct(
         # Not validated: the bounds are smaller than people may set them.

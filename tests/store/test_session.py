@@ -5,16 +5,20 @@ import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
 import pytest
 
+from bench.network import Network
+from dispatcher import settings as settings_module
 from dispatcher.errors import DatabaseAwayError, DatabaseRefusedError
-from dispatcher.ports import LifeLostError, StoreAwayError
+from dispatcher.ports import AttemptRow, Batch, LifeLostError, StoreAwayError
+from dispatcher.store import postgres
+from dispatcher.store.postgres import PgStore
 from dispatcher.store.session import _PARAMETERS, _SOCKET_OPTIONS, Session, connect_once, is_away
 from tests.conftest import connected, dsn_of
-from tests.process.network import Network
 from tests.rig import until
 
 NAME = "dispatcher test"
@@ -341,3 +345,46 @@ async def test_another_life_is_told_at_every_connect(
 )
 def test_what_counts_as_away(exc: BaseException, away: bool) -> None:
     assert is_away(exc) is away
+
+
+async def test_a_connection_dropped_on_the_way_to_a_copy_is_away(
+    dsn: str, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by torture: a process that thawed between two statements of a batch ended with an AttributeError of the driver's."""
+    store = PgStore(dsn, settings_module.load())
+    epoch = (await store.start("test")).epoch
+    batch = Batch(epoch, attempts=[AttemptRow(1, 1, 0, 1, 1_700_000_000_000_000, 1_234, 204, None, None)])
+    copy_rows = postgres._copy_rows
+
+    def drop(rows: Any) -> Any:
+        store._recorder.drop()
+        return copy_rows(rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(postgres, "_copy_rows", drop)
+        with pytest.raises(StoreAwayError):
+            await store.record(batch)
+    assert await db.fetchval("SELECT count(*) FROM webhook.attempt") == 0
+    await store.record(batch)
+    assert await db.fetchval("SELECT count(*) FROM webhook.attempt") == 1
+    await store.close()
+
+
+async def test_a_start_that_takes_long_does_not_make_the_clock_slow(
+    dsn: str, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 50,000 endpoints the wall clock was read 3 s before it was used: timestamps, retries and secrets' ends were late by that."""
+    read = PgStore._endpoints
+    read_at: list[datetime] = []
+
+    def endpoints(self: PgStore, *rows: Any) -> Any:
+        made = read(self, *rows)
+        read_at.append(datetime.now(UTC))
+        return made
+
+    monkeypatch.setattr(PgStore, "_endpoints", endpoints)
+    store = PgStore(dsn, settings_module.load())
+    started = await store.start("test")
+    await store.close()
+    [at] = read_at
+    assert started.wall_us >= at.timestamp() * 1e6, "the clock was read before the endpoints"

@@ -21,6 +21,7 @@ class Network:
         self._whole = asyncio.Event()
         self._whole.set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._open: set[asyncio.StreamWriter] = set()  # both sides' of what is connected now
         self._server: asyncio.Server
 
     async def __aenter__(self) -> "Network":
@@ -41,6 +42,13 @@ class Network:
     def heal(self) -> None:
         self._whole.set()
 
+    def sever(self) -> int:
+        """End every connection at once, and tell both sides; return how many there were."""
+        writers = tuple(self._open)
+        for writer in writers:
+            writer.transport.abort()
+        return len(writers) // 2
+
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.create_task(self._carry(reader, writer))
         self._tasks.add(task)
@@ -53,9 +61,11 @@ class Network:
             server_reader, server_writer = await asyncio.open_unix_connection(
                 f"{where['host'][0]}/.s.PGSQL.{where['port'][0]}"
             )
+            self._open |= {writer, server_writer}
             try:
                 await asyncio.gather(self._pump(reader, server_writer), self._pump(server_reader, writer))
             finally:
+                self._open -= {writer, server_writer}
                 server_writer.close()
         except OSError:
             pass  # either side is gone: so is the other
