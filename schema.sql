@@ -60,7 +60,10 @@ CREATE TABLE IF NOT EXISTS webhook.schema_version (
 CREATE TABLE IF NOT EXISTS webhook.instance (
     only_row boolean NOT NULL DEFAULT true CONSTRAINT instance_pkey PRIMARY KEY,
     id_key   bytea   NOT NULL DEFAULT substring(sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())) FROM 1 FOR 16),
+    web_key  bytea   NOT NULL DEFAULT sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())),  -- signs the panel's cookies
+    operator_account text,                                            -- whose endpoints get what every account's are told of them
     CONSTRAINT instance_one_row CHECK (only_row),
+    CONSTRAINT instance_operator_account_length CHECK (octet_length(operator_account) BETWEEN 1 AND 255),
     CONSTRAINT instance_id_key_is_aes128 CHECK (octet_length(id_key) = 16)
 );
 INSERT INTO webhook.instance DEFAULT VALUES ON CONFLICT DO NOTHING;
@@ -249,7 +252,15 @@ CREATE TABLE IF NOT EXISTS webhook.event_type (
     default_on  boolean     NOT NULL DEFAULT true,
     sample      json,
     created_at  timestamptz NOT NULL DEFAULT now(),
-    CONSTRAINT event_type_name_form CHECK (name ~ '^[a-z0-9_]+(\.[a-z0-9_]+)+$' AND octet_length(name) <= 128)
+    json_schema json,                                                -- of `data`; told, not enforced
+    filter_fields jsonb     NOT NULL DEFAULT '{}',                   -- name → JSON pointers into `data`: what endpoints may filter by
+    updated_at  timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT event_type_name_form CHECK (name ~ '^[a-z0-9_]+(\.[a-z0-9_]+)+$' AND octet_length(name) <= 128),
+    CONSTRAINT event_type_filter_fields_form CHECK (
+        jsonb_typeof(filter_fields) = 'object'
+        AND NOT jsonb_path_exists(filter_fields, 'strict $.* ? (@.type() != "array")')
+        AND NOT jsonb_path_exists(filter_fields, 'strict $.*[*] ? (@.type() != "string" || !(@ starts with "/"))')
+    )
 );
 
 -- draft → live ⇄ paused; live → disabled → live; any → deleted. The columns are the configuration in force; `draft` holds what an edit
@@ -279,6 +290,9 @@ CREATE TABLE IF NOT EXISTS webhook.endpoint (
     tested_hash      text,
     failing_since    timestamptz,                                    -- no success since; written when that changes
     created_at       timestamptz NOT NULL DEFAULT now(),
+    filters          jsonb       NOT NULL DEFAULT '{}',              -- name → values; names by event_type.filter_fields
+    response_control boolean     NOT NULL DEFAULT false,             -- an answer's webhook-delivery header is obeyed
+    failing_told_at  timestamptz,                                    -- its account knows; until it delivers again
     CONSTRAINT endpoint_account_id_length CHECK (octet_length(account_id) BETWEEN 1 AND 255),
     CONSTRAINT endpoint_name_length CHECK (char_length(name) <= 200),
     CONSTRAINT endpoint_url_length CHECK (octet_length(url) BETWEEN 8 AND 2048),
@@ -296,6 +310,11 @@ CREATE TABLE IF NOT EXISTS webhook.endpoint (
     CONSTRAINT endpoint_extra_signature_form CHECK (extra_signature ~ '^(hex:[^:]+(:[!-~]+)?|timestamped:[^:]+)$'),
     CONSTRAINT endpoint_credentials_form CHECK (credentials ~ '^(\{.*\}|sealed:[0-9a-f]{8}:[A-Za-z0-9+/]+={0,2})$'),
     CONSTRAINT endpoint_ordering_known CHECK (ordering ~ '^(off|block|give_up_after [1-9][0-9]?)$'),
+    CONSTRAINT endpoint_filters_form CHECK (
+        jsonb_typeof(filters) = 'object'
+        AND NOT jsonb_path_exists(filters, 'strict $.* ? (@.type() != "array" || @.size() == 0)')
+        AND NOT jsonb_path_exists(filters, 'strict $.*[*] ? (@.type() != "string")')
+    ),
     CONSTRAINT endpoint_state_known CHECK (state IN ('draft', 'live', 'paused', 'disabled', 'deleted')),
     CONSTRAINT endpoint_paused_knows_where CHECK (state <> 'paused' OR paused_at_id IS NOT NULL)
 );
@@ -320,7 +339,8 @@ CREATE TABLE IF NOT EXISTS webhook.endpoint_secret (
 );
 CREATE INDEX IF NOT EXISTS endpoint_secret_endpoint_id ON webhook.endpoint_secret (endpoint_id);
 
--- endpoint × pattern × the ids it is valid for: an event matches iff since_id < id ≤ until_id, on every path, also years later.
+-- endpoint × pattern × the ids it is valid for: an event matches iff since_id < id ≤ until_id and it passes `rule`, on every path, also years
+-- later: `rule` is what the endpoint's filters came to when it was opened, and an edit of them closes it.
 -- `taken_up` is false until the dispatcher has sent the endpoint's lane back to since_id and written that down.
 CREATE TABLE IF NOT EXISTS webhook.subscription (
     id          bigint  GENERATED ALWAYS AS IDENTITY CONSTRAINT subscription_pkey PRIMARY KEY,
@@ -329,6 +349,7 @@ CREATE TABLE IF NOT EXISTS webhook.subscription (
     since_id    bigint  NOT NULL,
     until_id    bigint,
     taken_up    boolean NOT NULL DEFAULT false,
+    rule        jsonb,                                               -- NULL: no filters
     CONSTRAINT subscription_pattern_form CHECK (pattern ~ '^(\*|[a-z0-9_]+(\.[a-z0-9_]+)*\.\*|[a-z0-9_]+(\.[a-z0-9_]+)+)$'),
     CONSTRAINT subscription_bounds_ordered CHECK (since_id >= 0 AND until_id >= since_id)
 );
@@ -349,6 +370,7 @@ CREATE TABLE IF NOT EXISTS webhook.run (
     state       text        NOT NULL DEFAULT 'running',
     note        text        NOT NULL DEFAULT '',
     created_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    rule        jsonb,                                               -- the endpoint's filters when it was made; NULL: none, or a resend
     CONSTRAINT run_source_known CHECK (source IN ('log', 'dead_letter')),
     CONSTRAINT run_state_known CHECK (state IN ('running', 'paused', 'canceled')),
     CONSTRAINT run_range_ordered CHECK (0 <= after_id AND after_id <= upto_id),
@@ -410,7 +432,11 @@ CREATE TABLE IF NOT EXISTS webhook.test_attempt (
     fault         text,
     verdict       text        NOT NULL,
     request       bytea       NOT NULL,
-    response_head bytea
+    response_head bytea,                                             -- status line and headers, of a success too
+    event_type    text        NOT NULL DEFAULT 'endpoint.test',
+    at_fault      text,                                              -- in a word: redirect, certificate, address, timeout, receiver, answer
+    timing        jsonb       NOT NULL DEFAULT '{}',                 -- dns, connect, tls, first_byte, total: ms, or null
+    response_body bytea                                              -- its beginning
 );
 CREATE INDEX IF NOT EXISTS test_attempt_endpoint_id ON webhook.test_attempt (endpoint_id, id);
 
@@ -422,6 +448,144 @@ CREATE TABLE IF NOT EXISTS webhook.config_change (
     changed_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
     forget      boolean     NOT NULL DEFAULT false                   -- events were erased: what the endpoint's lane has in memory is read again
 );
+
+
+-- ─── Panel and API ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+-- Keys are 256 random bits and shown once; here is their SHA-256. No account: an operator's.
+CREATE TABLE IF NOT EXISTS webhook.api_key (
+    id           bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT api_key_pkey PRIMARY KEY,
+    account_id   text,
+    name         text        NOT NULL DEFAULT '',
+    prefix       text        NOT NULL,                               -- its first characters, so that people know which is which
+    hash         bytea       NOT NULL CONSTRAINT api_key_hash UNIQUE,
+    created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_by   text        NOT NULL,
+    expires_at   timestamptz,
+    last_used_at timestamptz,                                        -- within a minute
+    revoked_at   timestamptz,
+    CONSTRAINT api_key_account_id_length CHECK (octet_length(account_id) BETWEEN 1 AND 255),
+    CONSTRAINT api_key_name_length CHECK (char_length(name) <= 200)
+);
+CREATE INDEX IF NOT EXISTS api_key_account_id ON webhook.api_key (account_id, id);
+
+-- An address that lets its bearer in: the platform's backend asks for one and sends its customer there. No account: an operator's.
+CREATE TABLE IF NOT EXISTS webhook.login_link (
+    id         bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT login_link_pkey PRIMARY KEY,
+    account_id text,
+    hash       bytea       NOT NULL CONSTRAINT login_link_hash UNIQUE,
+    uses_left  integer     NOT NULL,
+    session_s  integer     NOT NULL,                                 -- how long a login by it lasts
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_by text        NOT NULL,
+    expires_at timestamptz NOT NULL,
+    revoked_at timestamptz,                                          -- its logins end too
+    CONSTRAINT login_link_account_id_length CHECK (octet_length(account_id) BETWEEN 1 AND 255),
+    CONSTRAINT login_link_uses_count CHECK (uses_left >= 0)
+);
+CREATE INDEX IF NOT EXISTS login_link_account_id ON webhook.login_link (account_id, id);
+CREATE INDEX IF NOT EXISTS login_link_expires_at ON webhook.login_link (expires_at);
+
+-- A login in a browser. The cookie has the id and a signature; what it may do is here.
+CREATE TABLE IF NOT EXISTS webhook.login (
+    id         bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT login_pkey PRIMARY KEY,
+    account_id text,
+    actor      text        NOT NULL,
+    key_id     bigint,                                               -- it ends when this key is revoked or expires
+    link_id    bigint,
+    proxy_user text,                                                 -- the trusted proxy must go on saying so
+    began_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    expires_at timestamptz NOT NULL
+);
+CREATE INDEX IF NOT EXISTS login_expires_at ON webhook.login (expires_at);
+
+-- Who changed what through panel and API. Written before the change, and its status after it: none is a change that was interrupted.
+CREATE TABLE IF NOT EXISTS webhook.audit (
+    id         bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT audit_pkey PRIMARY KEY,
+    at         timestamptz NOT NULL DEFAULT clock_timestamp(),
+    actor      text        NOT NULL,
+    account_id text,                                                 -- whose key or login it was; NULL: an operator
+    action     text        NOT NULL,
+    subject    text        NOT NULL,
+    address    text        NOT NULL,
+    status     smallint
+);
+CREATE INDEX IF NOT EXISTS audit_account_id ON webhook.audit (account_id, id);
+
+-- Who is told by mail what happens to endpoints: of one account's, or (audience '') operators, of all.
+CREATE TABLE IF NOT EXISTS webhook.alert_recipient (
+    id         bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT alert_recipient_pkey PRIMARY KEY,
+    audience   text        NOT NULL,
+    address    text        NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_by text        NOT NULL,
+    CONSTRAINT alert_recipient_once UNIQUE (audience, address),
+    CONSTRAINT alert_recipient_audience_length CHECK (octet_length(audience) <= 255),
+    CONSTRAINT alert_recipient_address_form CHECK (address ~ '^[!-?A-~]+@[!-?A-~]+$' AND octet_length(address) <= 254)
+);
+
+-- What an audience is to be told by mail: waiting → mailed or given_up; held, while its hour's mails are used up. Written with the event that says
+-- the same; a mail that tells of several has its Message-ID in all of them.
+CREATE TABLE IF NOT EXISTS webhook.alert (
+    id          bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT alert_pkey PRIMARY KEY,
+    audience    text        NOT NULL,
+    account_id  text        NOT NULL,
+    endpoint_id bigint      NOT NULL,
+    type        text        NOT NULL,
+    said        json        NOT NULL,
+    at          timestamptz NOT NULL DEFAULT clock_timestamp(),
+    state       text        NOT NULL DEFAULT 'waiting',
+    tries       smallint    NOT NULL DEFAULT 0,
+    due_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
+    mail        text,
+    mailed_at   timestamptz,
+    CONSTRAINT alert_state_known CHECK (state IN ('waiting', 'held', 'mailed', 'given_up')),
+    CONSTRAINT alert_mailed_by_a_mail CHECK (state <> 'mailed' OR (mail IS NOT NULL AND mailed_at IS NOT NULL))
+);
+CREATE INDEX IF NOT EXISTS alert_due ON webhook.alert (due_at) WHERE state IN ('waiting', 'held');
+CREATE INDEX IF NOT EXISTS alert_mailed ON webhook.alert (audience, mailed_at) WHERE state = 'mailed';
+CREATE INDEX IF NOT EXISTS alert_audience ON webhook.alert (audience, id);
+
+-- The built-in receiver: addresses of ours that show what they get, to people who have no server yet. They end after a day.
+CREATE TABLE IF NOT EXISTS webhook.receiver (
+    id         bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT receiver_pkey PRIMARY KEY,
+    account_id text        NOT NULL,
+    token      text        NOT NULL CONSTRAINT receiver_token UNIQUE,
+    answer     text        NOT NULL DEFAULT 'ok',
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_by text        NOT NULL,
+    expires_at timestamptz NOT NULL,
+    CONSTRAINT receiver_account_id_length CHECK (octet_length(account_id) BETWEEN 1 AND 255),
+    CONSTRAINT receiver_token_form CHECK (token ~ '^[A-Za-z0-9_-]{43}$'),
+    CONSTRAINT receiver_answer_known CHECK (answer IN ('ok', 'error', 'gone', 'throttle', 'slow'))
+);
+CREATE INDEX IF NOT EXISTS receiver_account_id ON webhook.receiver (account_id, id);
+
+-- What a receiver got: the newest hundred, with the beginning of each body.
+CREATE TABLE IF NOT EXISTS webhook.received (
+    id          bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT received_pkey PRIMARY KEY,
+    receiver_id bigint      NOT NULL CONSTRAINT received_receiver REFERENCES webhook.receiver ON DELETE CASCADE,
+    at          timestamptz NOT NULL DEFAULT clock_timestamp(),
+    headers     jsonb       NOT NULL,                                -- [[name, value]], in their order
+    body        bytea       NOT NULL,
+    body_bytes  integer     NOT NULL,                                -- of all of it
+    signature   text        NOT NULL,
+    endpoint_id bigint,                                              -- whose keys it was held against
+    status      smallint    NOT NULL,
+    CONSTRAINT received_signature_known CHECK (signature IN ('valid', 'missing', 'old', 'wrong', 'unknown'))
+);
+CREATE INDEX IF NOT EXISTS received_receiver_id ON webhook.received (receiver_id, id);
+
+-- What was answered under an Idempotency-Key, in the transaction that did it.
+CREATE TABLE IF NOT EXISTS webhook.idempotency_key (
+    scope        text        NOT NULL,                               -- whose: an account's, or the operators'
+    key          text        NOT NULL,
+    request_hash bytea       NOT NULL,
+    answer       json        NOT NULL DEFAULT '{}',
+    created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT idempotency_key_pkey PRIMARY KEY (scope, key)
+);
+CREATE INDEX IF NOT EXISTS idempotency_key_created_at ON webhook.idempotency_key (created_at);
 
 
 -- ─── Functions and triggers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -466,7 +630,7 @@ $$;
 -- Not of `credentials` or `secret` alone: to encrypt them under another key changes nothing. Who edits credentials writes `signing` as well.
 CREATE OR REPLACE TRIGGER endpoint_changed
     AFTER INSERT OR DELETE OR UPDATE OF account_id, url, timeout_ms, rate_per_s, rate_burst, in_flight_max, retry_schedule_s, ordering, state,
-        signing, body_format, omit, extra_signature
+        signing, body_format, omit, extra_signature, response_control
     ON webhook.endpoint FOR EACH ROW EXECUTE FUNCTION webhook.note_config_change();
 CREATE OR REPLACE TRIGGER endpoint_secret_changed
     AFTER INSERT OR DELETE OR UPDATE OF endpoint_id, scheme, expires_at
@@ -489,6 +653,28 @@ BEGIN
 END
 $$;
 
+-- Tell of one of an account's endpoints, once to each of three: the account's endpoints, by an event; the endpoints of the operators' account, if
+-- there is one, by an event that says whose it was; and people, by mails that wait to be sent. Returns the id of the account's event.
+CREATE OR REPLACE FUNCTION webhook.tell(about bigint, event_type text, said json) RETURNS bigint
+    LANGUAGE plpgsql SET search_path = pg_catalog
+    AS $$
+DECLARE
+    whose text;
+    told  bigint;
+BEGIN
+    INSERT INTO webhook.outbox (account_id, type, payload)
+    SELECT e.account_id, event_type, said FROM webhook.endpoint AS e WHERE e.id = about
+    RETURNING account_id, id INTO whose, told;
+    INSERT INTO webhook.outbox (account_id, type, payload)
+    SELECT i.operator_account, event_type, (jsonb_build_object('account_id', whose) || said::jsonb)::json
+    FROM webhook.instance AS i WHERE i.operator_account <> whose;
+    INSERT INTO webhook.alert (audience, account_id, endpoint_id, type, said)
+    SELECT a.audience, whose, about, event_type, said
+    FROM (SELECT DISTINCT r.audience FROM webhook.alert_recipient AS r WHERE r.audience IN ('', whose)) AS a;
+    RETURN told;
+END
+$$;
+
 -- Tell an account about one of its endpoints, by an event for its *other* endpoints: the subscriptions of the endpoint itself are divided
 -- around that one id, so that the event matches them on no path.
 CREATE OR REPLACE FUNCTION webhook.tell_of_endpoint(about bigint, event_type text, why text, failed_since timestamptz) RETURNS void
@@ -498,18 +684,15 @@ DECLARE
     since CONSTANT text := to_char(failed_since AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"');
     told  bigint;
 BEGIN
-    INSERT INTO webhook.outbox (account_id, type, payload)
-    SELECT e.account_id, event_type,
-           CASE event_type
+    SELECT webhook.tell(about, event_type, CASE event_type
                WHEN 'endpoint.disabled' THEN json_build_object(
                    'endpoint', who, 'reason', why, 'failing_since', since, 'held_events',
                    coalesce((SELECT l.backlog FROM webhook.lane AS l WHERE l.endpoint_id = about), 0))
                ELSE json_build_object('endpoint', who, 'reason', why, 'failing_since', since)
-           END
+           END) INTO told
     FROM webhook.endpoint AS e
     CROSS JOIN LATERAL json_build_object('id', e.id, 'name', e.name, 'url', e.url) AS who
-    WHERE e.id = about
-    RETURNING id INTO told;
+    WHERE e.id = about;
     WITH own AS (
         UPDATE webhook.subscription SET until_id = told - 1
         WHERE endpoint_id = about AND until_id IS NULL AND pattern IN ('*', 'endpoint.*', event_type)
@@ -518,6 +701,96 @@ BEGIN
     INSERT INTO webhook.subscription (endpoint_id, pattern, since_id) SELECT about, pattern, told FROM own;
 END
 $$;
+
+-- What an endpoint's filters come to with the catalogue as it is: {"values": {name: [value]}, "fields": {type: {name: [[path]]}}}, each JSON
+-- pointer taken apart. NULL: no filters. Subscriptions and replays keep it by value (dispatcher/domain/filters.py).
+CREATE OR REPLACE FUNCTION webhook.filter_rule(filters jsonb) RETURNS jsonb
+    LANGUAGE sql STABLE SET search_path = pg_catalog
+    AS $$
+    SELECT jsonb_build_object('values', filters, 'fields', coalesce(jsonb_object_agg(t.name, t.fields) FILTER (WHERE t.fields IS NOT NULL), '{}'))
+    FROM (
+        SELECT e.name, (
+            SELECT jsonb_object_agg(f.key, (
+                SELECT jsonb_agg(to_jsonb(ARRAY(
+                    SELECT replace(replace(n.name, '~1', '/'), '~0', '~')
+                    FROM unnest(string_to_array(substr(p.pointer, 2), '/')) WITH ORDINALITY AS n (name, at) ORDER BY n.at
+                )))
+                FROM jsonb_array_elements_text(f.value) AS p (pointer)
+            ))
+            FROM jsonb_each(e.filter_fields) AS f
+            WHERE filters ? f.key
+        ) AS fields
+        FROM webhook.event_type AS e
+    ) AS t
+    HAVING filters <> '{}'
+$$;
+
+-- Whether an event passes a rule. As dispatcher/domain/filters.py has it: fields are compared as text; strings, whole numbers of up to 18
+-- digits and true/false have one; in a payload that can't be read there are no fields. `\u0000` is JSON, but no text here.
+CREATE OR REPLACE FUNCTION webhook.passes(rule jsonb, event_type text, payload json) RETURNS boolean
+    LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog
+    AS $$
+DECLARE
+    readable json;
+    field    text;
+BEGIN
+    IF rule IS NULL OR starts_with(event_type, 'endpoint.') THEN
+        RETURN true;
+    END IF;
+    readable := replace(payload::text, '\u0000', '\ufffd')::json;
+    FOR field IN SELECT jsonb_object_keys(rule -> 'values') LOOP
+        IF NOT EXISTS (
+            SELECT FROM jsonb_array_elements(rule #> ARRAY['fields', event_type, field]) AS p (steps)
+            CROSS JOIN LATERAL (SELECT ARRAY(SELECT jsonb_array_elements_text(p.steps)) AS path) AS q
+            WHERE (rule #> ARRAY['values', field]) ? (readable #>> q.path)
+              AND CASE json_typeof(readable #> q.path)
+                  WHEN 'string' THEN true WHEN 'boolean' THEN true
+                  WHEN 'number' THEN (readable #>> q.path) ~ '^-?[0-9]{1,18}$'
+                  ELSE false END
+        ) THEN
+            RETURN false;
+        END IF;
+    END LOOP;
+    RETURN true;
+EXCEPTION
+    WHEN data_exception THEN
+        RETURN false;
+END
+$$;
+
+-- A subscription has the filters that its endpoint has when it is opened.
+CREATE OR REPLACE FUNCTION webhook.give_rule() RETURNS trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog
+    AS $$
+BEGIN
+    NEW.rule := (SELECT webhook.filter_rule(e.filters) FROM webhook.endpoint AS e WHERE e.id = NEW.endpoint_id);
+    RETURN NEW;
+END
+$$;
+
+CREATE OR REPLACE TRIGGER subscription_has_rule BEFORE INSERT ON webhook.subscription
+    FOR EACH ROW EXECUTE FUNCTION webhook.give_rule();
+
+-- The catalogue says otherwise where a field is: what that changes for a subscription holds from the next id on.
+CREATE OR REPLACE FUNCTION webhook.renew_rules() RETURNS trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog
+    AS $$
+DECLARE
+    at CONSTANT bigint := webhook.last_id();
+BEGIN
+    WITH closed AS (
+        UPDATE webhook.subscription AS s SET until_id = greatest(s.since_id, at)
+        FROM webhook.endpoint AS e
+        WHERE e.id = s.endpoint_id AND s.until_id IS NULL AND e.filters <> '{}' AND s.rule IS DISTINCT FROM webhook.filter_rule(e.filters)
+        RETURNING s.endpoint_id, s.pattern
+    )
+    INSERT INTO webhook.subscription (endpoint_id, pattern, since_id) SELECT endpoint_id, pattern, at FROM closed;
+    RETURN NULL;
+END
+$$;
+
+CREATE OR REPLACE TRIGGER event_type_changed AFTER INSERT OR DELETE OR UPDATE OF name, filter_fields ON webhook.event_type
+    FOR EACH STATEMENT EXECUTE FUNCTION webhook.renew_rules();
 
 -- ─── Partitions ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 -- What a running dispatcher needs done to the partitions, whoever owns them. Each function sees for itself that what it is asked is safe.

@@ -204,6 +204,8 @@ async def retries_due_at_once(bench: Bench, figures: Figures, size: int) -> None
     await bench.db.execute(
         "INSERT INTO webhook.retry SELECT $1, id, 0, 2, now() - interval '1 hour', now(), 'status' FROM webhook.outbox", endpoint
     )  # fmt: skip
+    # As it was left: with the checkpoint before them the head would read a million settled events first, and the small ones wait for that.
+    await bench.db.execute("UPDATE webhook.checkpoint SET position = webhook.last_id()")
     await bench.db.execute("VACUUM ANALYZE")
     async with bench.dispatching(figures):
         await bench.until("SELECT NOT EXISTS (SELECT FROM webhook.retry)", within_s=1_800)

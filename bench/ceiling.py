@@ -1,5 +1,6 @@
-"""The ceiling: the least that an asyncio HTTP client can cost. FROZEN: it shares no code with the product and is never tuned, so that figures of
-different days can be compared. It sends one ready-made request over and over on kept-alive connections and waits for each answer.
+"""The ceiling: the least that an asyncio HTTP client can cost. FROZEN: it shares no code with the product and is never
+tuned, so that figures of different days can be compared. It sends one ready-made request over and over on kept-alive
+connections and waits for each answer.
 
     python -m bench.ceiling HOST PORT CONNECTIONS POSTS BODY_BYTES    →  {"posts": …, "wall_s": …, "cpu_s": …}
 """

@@ -7,17 +7,26 @@ does to us is never an exception but an `Outcome` (domain/outcome.py).
 
 
 class DispatcherError(Exception):
-    """Refuse something, with a sentence for a person. `code` names it for scripts (`--json`)."""
+    """Refuse something, with a sentence for a person. `code` names it for scripts (`--json`). `remedy` is what to do about it at the command
+    line, in its own words: the text has it, `message` doesn't."""
 
     code = "error"
     exit_code = 1
 
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        super().__init__(message if remedy is None else f"{message}; {remedy}")
+        self.message = message
+
 
 class InputError(DispatcherError):
-    """What was asked for is malformed or out of range; nothing was changed."""
+    """What was asked for is malformed or out of range; nothing was changed. `field` says which part of it, if one is to blame."""
 
     code = "bad_input"
     exit_code = 2
+
+    def __init__(self, message: str, *, remedy: str | None = None, field: str | None = None) -> None:
+        super().__init__(message, remedy=remedy)
+        self.field = field
 
 
 class NotFoundError(DispatcherError):
@@ -32,6 +41,12 @@ class StateError(DispatcherError):
 
     code = "wrong_state"
     exit_code = 4
+
+
+class ForbiddenError(DispatcherError):
+    """Whoever asks is known and may not do this."""
+
+    code = "forbidden"
 
 
 class DatabaseRefusedError(DispatcherError):
@@ -64,6 +79,12 @@ class ForcedStopError(DispatcherError):
             f"stopped at once by a second signal ({name}); what was in flight will be sent again by the next start"
         )
         self.exit_code = 128 + number
+
+
+class BusyError(DispatcherError):
+    """There is no room for this now, or it would take too long; nothing was changed."""
+
+    code = "busy"
 
 
 class DatabaseAwayError(DispatcherError):

@@ -2,10 +2,13 @@
 
 import logging
 import sys
+from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import orjson
 import structlog
+
+from dispatcher.domain.text import clean
 
 if TYPE_CHECKING:
     from dispatcher.settings import Settings
@@ -28,6 +31,7 @@ def configure(settings: "Settings", *, stream: Any = None) -> None:
             # Plain tracebacks: the pretty ones print local variables, and passwords among them.
             processors=[
                 *shared,
+                _clean,
                 structlog.dev.ConsoleRenderer(
                     colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback
                 ),
@@ -47,6 +51,11 @@ def configure(settings: "Settings", *, stream: Any = None) -> None:
             logger_factory=structlog.BytesLoggerFactory(stream.buffer),
             cache_logger_on_first_use=False,
         )
+
+
+def _clean(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Take from the values what a terminal would obey: an answer's words may be among them."""
+    return {key: clean(value) if isinstance(value, str) else value for key, value in event.items()}
 
 
 def _level(settings: "Settings") -> int:

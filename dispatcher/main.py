@@ -12,14 +12,16 @@ from typing import Any
 
 import structlog
 
-from dispatcher.engine.engine import Engine
+from dispatcher.engine.engine import Engine, State
 from dispatcher.errors import ForcedStopError, InputError
+from dispatcher.mail.mailer import Mailer
 from dispatcher.ports import Limits
 from dispatcher.settings import Settings
 from dispatcher.store.partitions import PgPartitions
 from dispatcher.store.postgres import PgStore
 from dispatcher.transport.pool import Pool
 from dispatcher.transport.tls import make_tls_context
+from dispatcher.web.server import WebServer
 
 _log = structlog.get_logger(room="main")
 
@@ -28,12 +30,13 @@ _log = structlog.get_logger(room="main")
 GC_THRESHOLDS = (50_000, 20, 100)
 
 
-DESCRIPTORS_SPARE = 100  # for the database, logs, name look-ups and the listener of whoever embeds us
+DESCRIPTORS_SPARE = 100  # for the database, logs, name look-ups and listeners; connections to the panel come on top
 
 
 def make_transport(settings: Settings) -> Pool:
+    spare = DESCRIPTORS_SPARE + (0 if settings.web_listen is None else settings.web_connections_max)
     limits = Limits(
-        sockets_max=allowed_sockets(settings.sockets_max),
+        sockets_max=allowed_sockets(settings.sockets_max, spare),
         sockets_per_origin_max=settings.sockets_per_origin_max,
         idle_s=settings.idle_socket_s,
         connect_s=settings.connect_timeout_s,
@@ -91,6 +94,12 @@ async def serve(settings: Settings, dsn: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     loop.set_exception_handler(log_unhandled)
+    beside = []
+    if settings.web_listen is not None:
+        beside.append(asyncio.create_task(make_web(settings, dsn, transport).run_beside()))
+    if settings.mail_server is not None:
+        mailer = Mailer(settings, settings.mail_server, dsn, lambda: engine.state is State.OWNER)
+        beside.append(asyncio.create_task(mailer.run()))
     tune_gc()
     try:
         await engine.run()
@@ -99,6 +108,9 @@ async def serve(settings: Settings, dsn: str) -> None:
             raise
         raise ForcedStopError(signals[1], signal.Signals(signals[1]).name) from None
     finally:
+        for other in beside:
+            other.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
         await transport.close()
 
 
@@ -109,19 +121,39 @@ def log_unhandled(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None
     _log.error("loop.unhandled", problem=context.get("message"), error=None if exc is None else repr(exc), exc_info=exc)
 
 
-def allowed_sockets(wanted: int) -> int:
+def make_web(settings: Settings, dsn: str, transport: Pool) -> WebServer:
+    return WebServer(settings, dsn, transport)
+
+
+async def serve_web(settings: Settings, dsn: str) -> None:
+    """Serve panel and API alone, until SIGTERM or SIGINT."""
+    transport = make_transport(settings)
+    server = asyncio.create_task(make_web(settings, dsn, transport).run())
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.cancel)
+    try:
+        await server
+    except asyncio.CancelledError:
+        if not server.cancelled():
+            raise
+    finally:
+        await transport.close()
+
+
+def allowed_sockets(wanted: int, spare: int = DESCRIPTORS_SPARE) -> int:
     """Raise the limit of descriptors as far as it goes, and return how many sockets that leaves, at most `wanted`.
 
     Running out of descriptors would look like a receiver's failure; so the pool is made smaller than the limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + DESCRIPTORS_SPARE
+    needed = wanted + spare
     if soft != resource.RLIM_INFINITY and soft < needed:
         soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return wanted
-    allowed = max(1, soft - DESCRIPTORS_SPARE)
+    allowed = max(1, soft - spare)
     _log.warning(
         "descriptors.few",
         limit=hard,

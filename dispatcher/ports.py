@@ -53,9 +53,11 @@ class Page:
 @dataclass(slots=True)
 class HeadPage(Page):
     """`events` holds ids of the young gaps that have appeared, then ids above the head. `last_id`: the last id handed out, read after
-    this page's snapshot: so it bounds the *next* page, and the pages need one round trip each instead of two."""
+    this page's snapshot: so it bounds the *next* page, and the pages need one round trip each instead of two. `config_seq`: the newest
+    change of configuration in this snapshot; what was committed after a change is never read without it."""
 
     last_id: int
+    config_seq: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,8 +298,11 @@ class Store(Protocol):
 
     async def note_failing(self, failing_since_us: dict[int, int | None]) -> None: ...
 
+    async def tell_failing(self, endpoint_id: int, failing_since_us: int) -> None:
+        """Tell the account's other endpoints, by an operational event, that this one has been failing for long; once until it recovers."""
+
     async def tell_recovered(self, endpoint_id: int, failing_since_us: int) -> None:
-        """Tell the account's endpoints, by an operational event, that this one takes deliveries again."""
+        """Tell the account's other endpoints that this one takes deliveries again, if they were told that it is failing."""
 
     async def disable_endpoint(self, endpoint_id: int, reason: str, failing_since_us: int | None) -> None: ...
 
@@ -440,10 +445,44 @@ class Limits:
     dns_ttl_s: float = 30.0
 
 
+TRACED_BODY_BYTES = 4_096
+
+
+@dataclass(slots=True)
+class Trace:
+    """What a test wants to know of its POST besides the outcome: when it came how far, in seconds of one clock (None: it didn't), and what was
+    answered, of a success too. Filled in by the transport; a delivery has none and pays nothing for it."""
+
+    began: float | None = None  # to look the name up; what waiting for room took is not in it
+    resolved: float | None = None
+    connected: float | None = None  # to the peer, or to the proxy and through it
+    secured: float | None = None  # by TLS; of plain http never
+    sent: float | None = None
+    answered: float | None = None  # the first byte
+    ended: float | None = None
+    address: str | None = None  # of the peer; not with a proxy, where it is the proxy's to know
+    head: bytes = b""  # status line and headers of the final answer, as they came
+    body: bytes = b""  # its first TRACED_BODY_BYTES, without chunk framing; of what isn't HTTP, what came
+
+    def timing_ms(self) -> dict[str, float | None]:
+        """Return how long each part took; None: it was not come to, or isn't needed. They follow each other; `total` is from the beginning to
+        the end of the answer, or of patience."""
+        return {
+            "dns": _ms(self.began, self.resolved), "connect": _ms(self.resolved, self.connected), "tls": _ms(self.connected, self.secured),
+            "first_byte": _ms(self.sent, self.answered), "total": _ms(self.began, self.ended),
+        }  # fmt: skip
+
+
+def _ms(since: float | None, until: float | None) -> float | None:
+    return None if since is None or until is None else round((until - since) * 1_000, 3)
+
+
 class Connection(Protocol):
-    def post(self, request: bytes, timeout_s: float, on_done: Callable[[Outcome], None]) -> None:
+    def post(
+        self, request: bytes, timeout_s: float, on_done: Callable[[Outcome], None], commands: bool = False
+    ) -> None:
         """Send one ready-made request. `on_done` is called exactly once, never from within this call; the connection looks after
-        itself then: back to its pool, or closed."""
+        itself then: back to its pool, or closed. `commands`: a success is looked through for one too, which takes a parse."""
 
 
 class Transport(Protocol):
@@ -462,9 +501,11 @@ class Transport(Protocol):
         *,
         fresh: bool = False,
         turn_of: Hashable = None,
+        trace: Trace | None = None,
     ) -> None:
         """Ask for a connection; wait for room, name and handshake hold no slot of the engine's. `on_ready` is called once, later, with a
         connection that must be used or released, or with the outcome that says why there is none. `fresh`: not a kept-alive one. Where
-        an origin has no room, those who wait for it (`turn_of`: an endpoint) take turns, however many POSTs each waits with."""
+        an origin has no room, those who wait for it (`turn_of`: an endpoint) take turns, however many POSTs each waits with. With a
+        `trace`, which wants a fresh one, the connection is for one POST and fills it in."""
 
     async def close(self) -> None: ...

@@ -5,10 +5,13 @@ first. A bad value stops the start
 with a sentence that names the setting. README's table is held to this one by a test.
 """
 
+import ipaddress
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, FilePath, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
@@ -19,13 +22,23 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from dispatcher.domain.address import AddressPolicy, parse_networks
+from dispatcher.domain.address import AddressPolicy, ReceiverSite, parse_networks, parse_ports
+from dispatcher.domain.mail import MailServer, check_address, parse_smtp
 from dispatcher.domain.proxy import Proxy, parse_proxy
 from dispatcher.domain.sealing import Keyring, parse_keys
+from dispatcher.domain.url import receiver_site
 from dispatcher.errors import InputError
 
 ENV_PREFIX = "DISPATCHER_"
-SECRETS = ("database_url", "proxy_url", "encryption_keys")  # no message and no listing shows them
+LOGO_TYPES = {
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".webp": "image/webp",
+}
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+SECRETS = ("database_url", "proxy_url", "encryption_keys", "smtp_url")  # no message and no listing shows them
 
 
 def default_data_dir() -> Path:
@@ -116,6 +129,10 @@ class Settings(BaseSettings):
         "",
         description="Networks that endpoints may be in although they are private, comma-separated CIDRs; http:// is allowed there too.",
     )
+    allowed_ports: Annotated[str, NoDecode] = Field(
+        "80,443,1024-65535",
+        description="Ports that endpoints' URLs may have, comma-separated, ranges too. Below 1024 other protocols listen.",
+    )
     user_agent: str = Field(
         "dispatcher/1 (webhooks)", max_length=200, pattern=r"^[!-~][ -~]*$", description="User-Agent of every POST."
     )
@@ -142,6 +159,12 @@ class Settings(BaseSettings):
     )
     disable_after_s: int = Field(
         432_000, ge=60, le=31_536_000, description="An endpoint that failed this long without one success is disabled."
+    )
+    failing_after_s: int = Field(
+        900,
+        ge=0,
+        le=31_536_000,
+        description="An endpoint that failed this long without one success is told of as failing.",
     )
     breaker_failures: int = Field(
         7, ge=1, le=1_000, description="Consecutive failures that open an endpoint's breaker."
@@ -188,6 +211,82 @@ class Settings(BaseSettings):
         20_000, ge=100, le=1_000_000, description="Results that may wait for the database; above, no POST starts."
     )
     grace_s: float = Field(15, ge=0, le=600, description="At SIGTERM, how long POSTs in flight may take to finish.")
+
+    # ── panel and API ──
+    web_listen: str | None = Field(
+        None,
+        description="host:port where `run` serves panel and API. Unset: it doesn't; `dispatcher web` takes 127.0.0.1:8080.",
+    )
+    public_url: str | None = Field(
+        None,
+        description="What people and programs outside use for it: https://hooks.example.com/webhooks. Unset: http:// and where it listens.",
+    )
+    web_base_path: str | None = Field(
+        None,
+        description="The path before every path as requests arrive, if a proxy changes it. Unset: that of public_url.",
+    )
+    web_connect: str | None = Field(
+        None,
+        description="address:port at which this process reaches panel and API, for the built-in receiver. Unset: web_listen's.",
+    )
+    web_pool_size: int = Field(
+        4, ge=1, le=50, description="Database connections of panel and API; two more for long work."
+    )
+    web_statement_timeout_s: float = Field(
+        5, ge=0.1, le=120, description="Longest statement of a request; the counts before a replay too."
+    )
+    web_connections_max: int = Field(1_000, ge=10, le=20_000, description="Connections to panel and API in all.")
+    web_streams_max: int = Field(400, ge=1, le=10_000, description="Live streams of events to browsers in all.")
+    frame_ancestors: str = Field(
+        "", description="Origins that may show the panel in a frame, comma-separated. Needs an https:// public_url."
+    )
+    web_trusted_proxies: str = Field(
+        "", description="Networks of proxies whose X-Forwarded-For is believed, and web_login_header, comma-separated."
+    )
+    web_login_header: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z][A-Za-z0-9-]{0,63}$",
+        description="Header in which a trusted proxy names the operator that it has let in, such as X-Forwarded-User.",
+    )
+    session_s: int = Field(43_200, ge=60, le=2_592_000, description="An operator's login lasts so long.")
+    portal_session_s: int = Field(
+        28_800, ge=60, le=2_592_000, description="A customer's login by a portal link lasts so long."
+    )
+    portal_link_s: int = Field(600, ge=10, le=604_800, description="A portal link can be opened for so long.")
+    source_addresses: str = Field(
+        "", description="Addresses that POSTs come from, comma-separated, for customers' firewalls. Told, not used."
+    )
+    product_name: str = Field(
+        "Webhooks", min_length=1, max_length=60, description="What panel and API call themselves."
+    )
+    logo_url: str | None = Field(None, description="Logo in the panel: an https:// address.")
+    logo_file: FilePath | None = Field(
+        None, description="Logo in the panel: an SVG, PNG, JPEG or WebP file that it serves itself."
+    )
+    accent_color: str = Field(
+        "#1f5fbf",
+        pattern=r"^#[0-9a-fA-F]{6}$",
+        description="Colour of buttons and links in the panel; on dark: accent_color_dark.",
+    )
+    accent_color_dark: str = Field(
+        "#7fb0ff", pattern=r"^#[0-9a-fA-F]{6}$", description="The same on a dark background."
+    )
+
+    # ── mail ──
+    smtp_url: str | None = Field(
+        None,
+        repr=False,
+        description="Mail server for alerts: smtp://user:password@host:587 (STARTTLS), smtps://… (TLS) or smtp+plain://…. Unset: no mail.",
+    )
+    mail_from: str | None = Field(
+        None, validate_default=True, description="Address that mails come from; needed with smtp_url."
+    )
+    mail_sender_name: str | None = Field(
+        None, min_length=1, max_length=60, description="Name that mails come from. Unset: product_name."
+    )
+    alert_mails_per_hour: int = Field(
+        10, ge=1, le=1_000, description="Mails an hour to an account's recipients; what is beyond is told in one."
+    )
 
     # ── logs ──
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level logged.")
@@ -253,6 +352,16 @@ class Settings(BaseSettings):
             return Keyring(parse_keys(self.encryption_keys_file.read_text()))
         return Keyring()
 
+    @field_validator("allowed_ports", mode="before")
+    @classmethod
+    def _check_ports(cls, value: Any) -> Any:
+        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        try:
+            parse_ports(text)
+        except InputError as exc:
+            raise ValueError(str(exc)) from exc
+        return text
+
     @field_validator("proxy_url")
     @classmethod
     def _check_proxy(cls, value: str | None) -> str | None:
@@ -263,13 +372,146 @@ class Settings(BaseSettings):
                 raise ValueError(str(exc)) from exc
         return value
 
+    @field_validator("smtp_url")
+    @classmethod
+    def _check_smtp(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_smtp(value)
+            except InputError as exc:
+                raise ValueError(str(exc)) from exc
+        return value
+
+    @field_validator("mail_from")
+    @classmethod
+    def _check_mail_from(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and info.data.get("smtp_url") is not None:
+            raise ValueError("mails come from somebody: set it beside smtp_url")
+        if value is not None:
+            try:
+                check_address(value)
+            except InputError as exc:
+                raise ValueError(str(exc)) from exc
+        return value
+
+    @field_validator("web_listen", "web_connect")
+    @classmethod
+    def _check_listen(cls, value: str | None) -> str | None:
+        if value is not None:
+            split_listen(value)
+        return value
+
+    @field_validator("public_url")
+    @classmethod
+    def _check_public_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.query
+            or parts.fragment
+            or "@" in parts.netloc
+        ):
+            raise ValueError("give an address such as https://hooks.example.com/webhooks")
+        _check_path(parts.path)
+        return value.rstrip("/")
+
+    @field_validator("web_base_path")
+    @classmethod
+    def _check_base_path(cls, value: str | None) -> str | None:
+        return None if value is None else _check_path(value)
+
+    @field_validator("frame_ancestors")
+    @classmethod
+    def _check_ancestors(cls, value: str, info: ValidationInfo) -> str:
+        if value and not (info.data.get("public_url") or "").startswith("https://"):
+            raise ValueError("browsers keep a frame's cookies under https:// only; set public_url too")
+        for origin in _listed(value):
+            if not re.fullmatch(r"https?://(\*\.)?[A-Za-z0-9.-]+(:[0-9]{1,5})?", origin):
+                raise ValueError(
+                    "give origins separated by commas, such as https://app.example.com,https://*.example.org"
+                )
+        return value
+
+    @field_validator("web_trusted_proxies", "source_addresses")
+    @classmethod
+    def _check_listed_networks(cls, value: str) -> str:
+        for network in _listed(value):
+            ipaddress.ip_network(network)  # its ValueError says what is wrong
+        return value
+
+    @field_validator("web_login_header")
+    @classmethod
+    def _check_login_header(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and not info.data.get("web_trusted_proxies"):
+            raise ValueError("anybody could send it; say in web_trusted_proxies whom to believe")
+        return value
+
+    @field_validator("logo_url")
+    @classmethod
+    def _check_logo(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https://[A-Za-z0-9.-]+(:[0-9]{1,5})?/[!#-&(-+\--:<-~]*", value):
+            raise ValueError("give an https:// address of a picture")
+        return value
+
+    @field_validator("logo_file")
+    @classmethod
+    def _check_logo_file(cls, value: Path | None) -> Path | None:
+        if value is not None and value.suffix.lower() not in LOGO_TYPES:
+            raise ValueError(f"a logo's file ends in {', '.join(LOGO_TYPES)}")
+        return value
+
+    @field_validator("product_name", "mail_sender_name")
+    @classmethod
+    def _check_product_name(cls, value: str | None) -> str | None:
+        if value is not None and not value.isprintable():
+            raise ValueError("give printable characters")
+        return value
+
+    @property
+    def frame_origins(self) -> tuple[str, ...]:
+        return _listed(self.frame_ancestors)
+
+    @property
+    def trusted_proxies(self) -> tuple[Network, ...]:
+        return tuple(ipaddress.ip_network(network) for network in _listed(self.web_trusted_proxies))
+
     @property
     def proxy(self) -> Proxy | None:
         return None if self.proxy_url is None else parse_proxy(self.proxy_url)
 
     @property
+    def mail_server(self) -> MailServer | None:
+        return None if self.smtp_url is None or self.mail_from is None else parse_smtp(self.smtp_url)
+
+    @property
     def address_policy(self) -> AddressPolicy:
-        return AddressPolicy(allowed_networks=parse_networks(self.allowed_networks), allow_http=self.allow_http)
+        return AddressPolicy(
+            allowed_networks=parse_networks(self.allowed_networks),
+            allow_http=self.allow_http,
+            ports=parse_ports(self.allowed_ports),
+            receiver=self.receiver_site,
+        )
+
+    @property
+    def receiver_site(self) -> ReceiverSite | None:
+        """Where the built-in receiver is; None: the settings don't say where to reach it."""
+        where = self.web_connect or self.web_listen
+        if where is None:
+            return None
+        host, port = split_listen(where)
+        host = _ONE_OF_ALL.get(host, host)
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            return None  # a name may come to mean something else
+        if port == 0:
+            return None
+        public = self.public_url or f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        mount = urlsplit(public).path if self.web_base_path is None else self.web_base_path
+        return receiver_site(public, mount, host, port)
 
     @classmethod
     def settings_customise_sources(
@@ -283,6 +525,29 @@ class Settings(BaseSettings):
         path = os.environ.get("DISPATCHER_CONFIG")
         toml = (TomlConfigSettingsSource(settings_cls, Path(path)),) if path else ()
         return (init_settings, env_settings, *toml)
+
+
+# Who listens on all addresses, or by this machine's name, is reached at:
+_ONE_OF_ALL = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}  # noqa: S104 - not bound to  # nosec B104
+
+
+def split_listen(text: str) -> tuple[str, int]:
+    """Split host:port, [::1]:port too."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 <= int(port) <= 65_535:
+        raise ValueError("give host:port, such as 127.0.0.1:8080 or 0.0.0.0:8080")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _check_path(path: str) -> str:
+    path = path.rstrip("/")
+    if path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", path):
+        raise ValueError("a path has plain words between slashes, such as /webhooks")
+    return path
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def load(config: Path | None = None, **overrides: Any) -> Settings:

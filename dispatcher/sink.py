@@ -78,7 +78,7 @@ class Behaviour:
 
     `delay_s` plus a uniform share of `delay_jitter_s` pass before anything is sent. Then `fail_rate` of the requests
     get `fail_status`, and the others get what `mode` says: "answer" gives `status` and `body`, the rest are hostile.
-    `retry_after` goes with either status. "slow_headers" sends the answer one byte every `drip_s`.
+    `retry_after`, and `command` as webhook-delivery, go with either status. "slow_headers" sends the answer one byte every `drip_s`.
     """
 
     delay_s: float = 0
@@ -87,6 +87,7 @@ class Behaviour:
     fail_status: int = 500
     status: int = 204
     retry_after: str | None = None
+    command: str | None = None
     mode: Mode = "answer"
     body: bytes = b""
     drip_s: float = 1.0
@@ -103,6 +104,8 @@ class Behaviour:
             raise InputError(f"an answer with status {self.status} has no body; give another status or no body")
         if self.retry_after is not None and not self.retry_after.isprintable():
             raise InputError("Retry-After is one printable line: seconds or an HTTP date")
+        if self.command is not None and not self.command.isprintable():
+            raise InputError("webhook-delivery is one printable line: disable, or abort-message")
         if self.mode not in get_args(Mode):
             raise InputError(f"mode {self.mode!r} is unknown; give one of {', '.join(get_args(Mode))}")
 
@@ -150,7 +153,7 @@ class Sink:
         self._host = ""
         self._scheme = "http"
         self._on_event = on_event
-        self._rng = rng or random.Random()  # noqa: S311 — dice for failures and jitter, no secret
+        self._rng = rng or random.Random()  # noqa: S311 — dice for failures and jitter, no secret  # nosec B311
         self._one_key = read_key(secrets) if isinstance(secrets, str) else None
         by_path = secrets if isinstance(secrets, Mapping) else {}
         self._keys = {path.encode(): read_key(secret) for path, secret in by_path.items()}
@@ -354,6 +357,8 @@ class _Plan(NamedTuple):
 
 def _plan(behaviour: Behaviour) -> _Plan:
     extra = "" if behaviour.retry_after is None else f"retry-after: {behaviour.retry_after}\r\n"
+    if behaviour.command is not None:
+        extra += f"webhook-delivery: {behaviour.command}\r\n"
     status = behaviour.status
     whole = _render(status, extra, behaviour.body)
     chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -590,6 +595,7 @@ def _ask_for_client(tls: ssl.SSLContext, ca_file: str) -> None:
 @click.option("--delay", default=0.0, show_default=True, help="Seconds before the answer.")
 @click.option("--fail-rate", default=0.0, show_default=True, help="Share of the requests answered 500 instead, 0 to 1.")
 @click.option("--retry-after", help="Retry-After of each answer: seconds, or an HTTP date.")
+@click.option("--command", help="webhook-delivery of each answer: disable, or abort-message.")
 @click.option("--mode", default="answer", show_default=True, type=click.Choice(get_args(Mode)), help="Misbehave.")
 @click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False), help="PEM chain; serves HTTPS.")
 @click.option("--tls-key", type=click.Path(exists=True, dir_okay=False), help="PEM key, unless it is in --tls-cert.")
@@ -608,6 +614,7 @@ def sink_command(
     delay: float,
     fail_rate: float,
     retry_after: str | None,
+    command: str | None,
     mode: Mode,
     tls_cert: str | None,
     tls_key: str | None,
@@ -637,7 +644,9 @@ def sink_command(
             _ask_for_client(tls, tls_client_ca)
     elif tls_key is not None or tls_client_ca is not None:
         raise InputError("--tls-key and --tls-client-ca need --tls-cert")
-    behaviour = Behaviour(delay_s=delay, fail_rate=fail_rate, status=status, retry_after=retry_after, mode=mode)
+    behaviour = Behaviour(
+        delay_s=delay, fail_rate=fail_rate, status=status, retry_after=retry_after, command=command, mode=mode
+    )
     stop = asyncio.Event()
 
     def show(event: Received) -> None:

@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 import uvloop
 
-from dispatcher.store import embedded
+from dispatcher.store import embedded, event_types
 
 SCHEMA = (Path(__file__).parent.parent / "schema.sql").read_text()
 
@@ -51,6 +51,9 @@ async def template(server: embedded.EmbeddedServer) -> str:
         await connection.execute("CREATE DATABASE template_webhook")
     async with connected(dsn_of(server.dsn, "template_webhook")) as connection:
         await connection.execute(SCHEMA)
+        await event_types.install(
+            connection, event_types.DEFAULT_CATALOGUE.read_bytes()
+        )  # as `dispatcher migrate` does
     return "template_webhook"
 
 

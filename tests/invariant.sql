@@ -1,6 +1,6 @@
 -- DESIGN §4's invariant, to be asked from outside at any instant: one row a violation, in one snapshot.
 --
--- For every committed event and every subscription that matches it: its id is above the checkpoint, or in its gaps, or above the lane's
+-- For every committed event and every subscription that matches it, its filters too: its id is above the checkpoint, or in its gaps, or above the lane's
 -- settled mark, or in the lane's holes, or the subscription isn't taken up, or it has an attempt row in run 0. And where the newest attempt
 -- of a run isn't final, its retry row exists, for the next number, unless the run was canceled; where it is final there is none. Attempts of
 -- a run are numbered from 1 without a gap, and nothing follows a success. Number 0 is final too: the event had expired. What a resend or replay has passed has an attempt in it, and its
@@ -11,6 +11,7 @@ WITH wanted AS (
     JOIN webhook.endpoint AS e ON e.account_id = o.account_id AND e.state <> 'deleted'
     JOIN webhook.subscription AS s ON s.endpoint_id = e.id AND s.taken_up AND o.id > s.since_id AND (s.until_id IS NULL OR o.id <= s.until_id)
      AND (s.pattern = '*' OR s.pattern = o.type OR (s.pattern LIKE '%.*' AND starts_with(o.type, left(s.pattern, -1))))
+     AND webhook.passes(s.rule, o.type, o.payload)
 ), run AS (
     SELECT a.event_id, a.endpoint_id, a.run, count(*) FILTER (WHERE a.number > 0) AS attempts, max(a.number) AS last, count(*) FILTER (WHERE a.fault IS NULL) AS successes,
            max(a.number) FILTER (WHERE a.fault IS NULL) AS succeeded,
@@ -31,6 +32,17 @@ WHERE w.event_id <= c.position
   AND NOT w.event_id <@ c.gaps
   AND (l.endpoint_id IS NULL OR (w.event_id <= l.settled AND NOT w.event_id <@ l.holes))
   AND NOT EXISTS (SELECT FROM webhook.attempt AS a WHERE a.event_id = w.event_id AND a.endpoint_id = w.endpoint_id AND a.run = 0)
+UNION ALL
+SELECT 'sent, though no subscription is for it', a.event_id, a.endpoint_id
+FROM webhook.attempt AS a
+JOIN webhook.endpoint AS e ON e.id = a.endpoint_id AND e.state <> 'deleted'
+JOIN webhook.outbox AS o ON o.id = a.event_id
+WHERE a.run = 0 AND EXISTS (SELECT FROM webhook.subscription AS s WHERE s.endpoint_id = a.endpoint_id AND s.rule IS NOT NULL) AND NOT EXISTS (
+    SELECT FROM webhook.subscription AS s
+    WHERE s.endpoint_id = a.endpoint_id AND o.id > s.since_id AND (s.until_id IS NULL OR o.id <= s.until_id)
+      AND (s.pattern = '*' OR s.pattern = o.type OR (s.pattern LIKE '%.*' AND starts_with(o.type, left(s.pattern, -1))))
+      AND webhook.passes(s.rule, o.type, o.payload)
+)
 UNION ALL
 SELECT 'failed, and no retry row follows', r.event_id, r.endpoint_id
 FROM run AS r
@@ -65,7 +77,7 @@ JOIN webhook.outbox AS o ON o.account_id = e.account_id AND o.id > u.after_id AN
     SELECT FROM unnest(u.patterns) AS s (pattern)
     WHERE s.pattern = '*' OR s.pattern = o.type OR (s.pattern LIKE '%.*' AND starts_with(o.type, left(s.pattern, -1)))
  )
-WHERE u.source = 'log' AND NOT u.only_failed AND u.state <> 'canceled'
+WHERE u.source = 'log' AND NOT u.only_failed AND u.state <> 'canceled' AND webhook.passes(u.rule, o.type, o.payload)
   AND NOT EXISTS (SELECT FROM webhook.attempt AS a WHERE a.event_id = o.id AND a.endpoint_id = u.endpoint_id AND a.run = u.id)
 UNION ALL
 SELECT 'run ' || p.run_id || ' counts otherwise than its attempts say', NULL, u.endpoint_id

@@ -162,9 +162,10 @@ UNDELIVERED = """
 SELECT o.id AS event_id, s.endpoint_id
 FROM webhook.outbox o
 JOIN webhook.endpoint e ON e.account_id = o.account_id AND e.state <> 'deleted'
-JOIN (SELECT DISTINCT endpoint_id, pattern, since_id, until_id FROM webhook.subscription) s ON s.endpoint_id = e.id
+JOIN (SELECT DISTINCT endpoint_id, pattern, since_id, until_id, rule FROM webhook.subscription) s ON s.endpoint_id = e.id
  AND o.id > s.since_id AND (s.until_id IS NULL OR o.id <= s.until_id)
  AND (s.pattern = '*' OR s.pattern = o.type OR (s.pattern LIKE '%.*' AND starts_with(o.type, left(s.pattern, -1))))
+ AND webhook.passes(s.rule, o.type, o.payload)
 WHERE NOT EXISTS (
     SELECT FROM webhook.attempt a WHERE a.event_id = o.id AND a.endpoint_id = e.id AND a.run = 0 AND a.fault IS NULL
 )

@@ -388,3 +388,9 @@ def test_the_demo_accounts_for_every_event() -> None:
     assert report["owed"] == report["delivered"] + report["dead_letters"]
     assert report["open"] == 0
     assert report["counters"]["failed"] > 0, "the flaky endpoint failed"
+
+
+def test_a_large_payload_is_sent_with_an_advice(run: Cli) -> None:
+    for size, advised in ((19_998, False), (19_999, True)):
+        result = run("event", "send", "acct_1", "a.b", '"' + "x" * size + '"')
+        assert (result.exit_code, "larger than 20 kB" in result.stderr) == (0, advised)

@@ -115,9 +115,7 @@ def test_disable_and_enable_in_a_script(run: Cli, live: str) -> None:
     assert f"dispatcher endpoint enable {live}" in run.refused("endpoint", "resume", live)
     emit(run, 2)
     message = run.refused("endpoint", "enable", live)
-    assert (
-        "has held events since it was disabled (2): say --send to send them, oldest first, or --skip never" in message
-    )
+    assert "choose whether to send or to skip them; say --send to send them, oldest first, or --skip never" in message
     enabled = run.json("endpoint", "enable", live, "--skip")
     assert (enabled["state"], enabled["skipped"]) == ("live", 2)
     assert told(run) == [("endpoint.disabled", "by_operator"), ("endpoint.recovered", "enabled")]
@@ -386,3 +384,25 @@ def test_every_verb_has_json_and_help(run: Cli, verb: str) -> None:
     text = run.ok("endpoint", verb, "--help")
     assert "--json" in text
     assert f"dispatcher endpoint {verb}" in text, "an example"
+
+
+# ── filters ──
+
+
+def test_filters(run: Cli) -> None:
+    made = run.json("endpoint", "create", "a", "https://example.com/hook", "--filter", "from=+27821234567", "--filter", "status=delivered",
+                    "--filter", "status=failed")  # fmt: skip
+    assert made["filters"] == {"from": ["+27821234567"], "status": ["delivered", "failed"]}
+    endpoint = str(made["id"])
+    assert re.search(
+        r"^filters +from=\+27821234567  status=delivered,failed$", run.ok("endpoint", "show", endpoint), re.M
+    )
+    assert run.json("endpoint", "update", endpoint, "--filter", "to=1=2")["filters"] == {"to": ["1=2"]}, (
+        "all of them are replaced"
+    )
+    assert run.json("endpoint", "update", endpoint, "--no-filters")["filters"] == {}
+    assert "not FIELD=VALUE" in run.refused("endpoint", "update", endpoint, "--filter", "status")
+    assert "campaign_id, from, keyword, reference, status, to" in run.refused(
+        "endpoint", "update", endpoint, "--filter", "colour=red"
+    )
+    assert "not both" in run.refused("endpoint", "update", endpoint, "--filter", "to=1", "--no-filters")

@@ -15,7 +15,7 @@ from tests.test_cli import Cli, empty, run
 
 __all__ = ["empty", "run"]  # fixtures
 
-ENDLESS = {"run", "demo", "sink", "tail"}  # they serve until they are told to stop
+ENDLESS = {"run", "demo", "sink", "tail", "web"}  # they serve until they are told to stop
 
 
 def verbs(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:

@@ -36,6 +36,7 @@ KEYS = {
     "contact.opted_in": "contact method keyword scope inbound_message_id last_message_id reference",
     "batch.completed": "batch counts cost",
     "account.balance_low": "balance limit estimated_hours_left",
+    "endpoint.failing": "endpoint reason failing_since",
     "endpoint.disabled": "endpoint reason failing_since held_events",
     "endpoint.recovered": "endpoint reason failing_since",
     "endpoint.events_expired": "endpoint deliveries from to",

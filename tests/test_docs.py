@@ -61,6 +61,12 @@ def test_every_verb_teaches_and_is_in_the_readme() -> None:
         assert re.search(rf"\b{re.escape(path.split()[-1])}\b", README), f"{path} is not in the README"
 
 
+def test_every_test_that_the_threat_model_names_is_there() -> None:
+    named = re.findall(r"`(tests/\S+)`", (ROOT / "docs" / "security.md").read_text())
+    assert len(named) > 30
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text()):

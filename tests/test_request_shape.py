@@ -395,7 +395,7 @@ async def test_no_secret_is_ever_logged(dsn: str, transport: str, logged: io.Byt
         r.sink.set_behaviour("/hook", Behaviour())
         view = await admin(r).rotate_secret(view.id, scheme="v1a")
         await admin(r).update(view.id, {"basic": "user:basic-hunter2"}, live=True)
-        failing = await admin(r).create("acct", {"url": "https://127.0.0.1:9/hook"} | pem, live=True)
+        failing = await admin(r).create("acct", {"url": "https://127.0.0.1:1024/hook"} | pem, live=True)
         await until(lambda: r.has_taken_up(failing.id))
         await r.emit()
         await until(lambda: r.engine.counters.failed >= 4)

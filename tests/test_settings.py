@@ -69,6 +69,8 @@ BOUNDS = {  # setting: least, most. Written down once more, so that a bound that
     "memory_bytes_max": (1_048_576, 17_179_869_184),
     "retry_age_max_s": (1, 2_592_000),
     "disable_after_s": (60, 31_536_000),
+    "failing_after_s": (0, 31_536_000),
+    "alert_mails_per_hour": (1, 1_000),
     "breaker_failures": (1, 1_000),
     "breaker_wait_s": (0.05, 3_600),
     "breaker_wait_max_s": (0.05, 86_400),
@@ -79,6 +81,13 @@ BOUNDS = {  # setting: least, most. Written down once more, so that a bound that
     "record_wait_ms": (0, 1_000),
     "unrecorded_max": (100, 1_000_000),
     "grace_s": (0, 600),
+    "web_pool_size": (1, 50),
+    "web_statement_timeout_s": (0.1, 120),
+    "web_connections_max": (10, 20_000),
+    "web_streams_max": (1, 10_000),
+    "session_s": (60, 2_592_000),
+    "portal_session_s": (60, 2_592_000),
+    "portal_link_s": (10, 604_800),
 }
 
 
@@ -203,6 +212,17 @@ def test_bad_allowed_networks(value):
     assert refusal(allowed_networks=value).startswith("setting DISPATCHER_ALLOWED_NETWORKS: ")
 
 
+@pytest.mark.parametrize("value", ["443,8000-8999", "443 8000-8999", ["443", "8000-8999"]])
+def test_allowed_ports(value):
+    assert load(allowed_ports=value).address_policy.ports == (range(443, 444), range(8000, 9000))
+    assert load(allowed_ports=443).address_policy.ports == (range(443, 444),)
+
+
+@pytest.mark.parametrize("value", ["", "0", "65536", "443-80", "https", "443;80"])
+def test_bad_allowed_ports(value):
+    assert refusal(allowed_ports=value).startswith("setting DISPATCHER_ALLOWED_PORTS: ")
+
+
 @pytest.mark.parametrize(
     ("value", "proxy"),
     [
@@ -306,6 +326,55 @@ def test_a_bound_of_the_logs_size_is_optional(monkeypatch):
         assert refusal().startswith("setting DISPATCHER_RETENTION_BYTES_MAX: ")
 
 
+# Panel and API: setting, (good values, bad values)
+
+WEB = [
+    ("web_listen", ("127.0.0.1:8080", "[::1]:0", "localhost:65535"), ("8080", "a:b", "a:65536", ":80")),
+    ("web_connect", ("127.0.0.1:8080", "[::1]:1"), ("8080", "a:65536")),
+    ("public_url", ("https://a.example", "http://a:1/b/c"), ("a.example", "ftp://a", "https://a/?b", "https://u:p@a/", "https://a/b c")),
+    ("web_base_path", ("", "/a", "/a/b-c"), ("a", "/a b", "//a", "/{a}")),
+    ("web_trusted_proxies", ("", "10.0.0.0/8, ::1"), ("10.0.0.1/8", "proxy")),
+    ("source_addresses", ("192.0.2.1,2001:db8::/32",), ("many",)),
+    ("mail_from", ("alerts@acme.example",), ("alerts", "a@b\nc", "A <a@b.example>")),
+    ("mail_sender_name", ("Acme",), ("", "a\nb", "x" * 61)),
+    ("product_name", ("Acme hooks",), ("", "a\nb", "x" * 61)),
+    ("logo_url", ("https://a.example/logo.svg?v=2",), ("http://a.example/l.svg", "https://a.example/;b", "javascript:alert(1)")),
+    ("logo_file", (), (__file__, "/nothing/here.svg")),
+    ("accent_color", ("#12abEF",), ("red", "#fff", "#12345g", "#123456;")),
+    ("accent_color_dark", ("#12abef",), ("#fff",)),
+    ("frame_ancestors", ("",), ("https://app.example.com",)),  # without a public_url of https://
+    ("web_login_header", (), ("X-User",)),  # without trusted proxies
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "good", "bad"), WEB, ids=lambda v: v if isinstance(v, str) else "")
+def test_panel_and_api(name, good, bad):
+    for value in good:
+        assert getattr(load(**{name: value}), name) == value
+    for value in bad:
+        assert refusal(**{name: value}).startswith(f"setting {ENV_PREFIX}{name.upper()}: ")
+
+
+def test_what_a_frame_and_a_proxy_need():
+    settings = load(
+        public_url="https://a.example/hooks/", frame_ancestors="https://app.example.com, https://*.b.example:8443"
+    )
+    assert settings.public_url == "https://a.example/hooks"
+    assert settings.frame_origins == ("https://app.example.com", "https://*.b.example:8443")
+    for origin in ("app.example.com", "https://a.example/path", "*", "https://a;b"):
+        assert "origins" in refusal(public_url="https://a.example", frame_ancestors=origin)
+    assert load(web_trusted_proxies="10.0.0.1", web_login_header="X-User").web_login_header == "X-User"
+    assert refusal(web_trusted_proxies="10.0.0.1", web_login_header="X User").startswith(
+        "setting DISPATCHER_WEB_LOGIN_HEADER: "
+    )
+
+
+def test_a_logo(tmp_path):
+    logo = tmp_path / "logo.svg"
+    logo.write_text("<svg/>")
+    assert load(logo_file=logo).logo_file == logo
+
+
 def test_paths_and_texts():
     settings = load(data_dir="/a/b", ca_file=__file__, database_url="postgresql://h/d")
     assert (settings.data_dir, settings.ca_file, settings.database_url) == (
@@ -322,15 +391,18 @@ def test_every_setting_is_tried_here():
         "doorbell",
         "transport",
         "proxy_url",
+        "smtp_url",  # tests/mail/test_mailer.py
         "log_level",
         "log_format",
         "user_agent",
         "allow_http",
         "retry_schedule_s",
         "allowed_networks",
+        "allowed_ports",
         "retention_bytes_max",
         "encryption_keys",
         "encryption_keys_file",
+        *(name for name, _, _ in WEB),
     }
     assert set(FIELDS) == tried | {"data_dir", "ca_file", "database_url"}
 

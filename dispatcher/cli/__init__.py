@@ -7,16 +7,18 @@ from pathlib import Path
 import click
 
 from dispatcher import errors
-from dispatcher.cli.common import Context
+from dispatcher.cli.common import Context, say
 from dispatcher.cli.completion import completion
 from dispatcher.cli.dead_letter import dead_letter
 from dispatcher.cli.endpoint import endpoint
 from dispatcher.cli.erase import erase
 from dispatcher.cli.event import event, tail
+from dispatcher.cli.event_type import event_type
+from dispatcher.cli.key import key
 from dispatcher.cli.partitions import maintain, partitions
 from dispatcher.cli.replay import replay, resend
 from dispatcher.cli.rotate_key import rotate_key_command
-from dispatcher.cli.service import demo, migrate, run
+from dispatcher.cli.service import demo, migrate, run, web
 from dispatcher.cli.status import status
 from dispatcher.sink import sink_command
 
@@ -73,6 +75,7 @@ def cli(context: click.Context, config: Path | None) -> None:
 
 for command in (
     run,
+    web,
     status,
     demo,
     migrate,
@@ -83,6 +86,8 @@ for command in (
     replay,
     dead_letter,
     erase,
+    key,
+    event_type,
     partitions,
     maintain,
     rotate_key_command,
@@ -97,7 +102,7 @@ def main() -> None:
     try:
         cli(standalone_mode=True)
     except errors.DispatcherError as exc:
-        click.echo(f"error: {exc}", err=True)
+        say(f"error: {exc}", err=True)
         sys.exit(exc.exit_code)
 
 

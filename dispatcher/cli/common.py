@@ -13,6 +13,7 @@ import orjson
 import uvloop
 
 from dispatcher import settings as settings_module
+from dispatcher.domain.text import clean
 from dispatcher.errors import DatabaseAwayError
 from dispatcher.settings import Settings
 from dispatcher.store import embedded
@@ -170,8 +171,18 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
     return uvloop.run(work)
 
 
-def print_json(value: Any) -> None:
-    click.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2, default=str).decode())
+def say(text: str = "", *, err: bool = False) -> None:
+    """Print text for people, with nothing in it that a terminal would obey. What comes from outside may stand in any line."""
+    click.echo(clean(text, keep="\n"), err=err)
+
+
+# What JSON may hold as it is, and a terminal obeys or a reader is misled by. It can only stand in strings, where an escape means the same.
+_UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def print_json(value: Any, *, indent: bool = True) -> None:
+    text = orjson.dumps(value, option=orjson.OPT_INDENT_2 if indent else None, default=str).decode()
+    click.echo(_UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def print_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], nothing: str) -> None:
@@ -188,6 +199,4 @@ def print_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], nothing: st
 def _cell(value: Any) -> str:
     if value is None:
         return "–"
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return str(value)
+    return clean(",".join(map(str, value)) if isinstance(value, list) else str(value))

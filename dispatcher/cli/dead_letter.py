@@ -16,6 +16,7 @@ from dispatcher.cli.common import (
     print_json,
     print_rows,
     run_async,
+    say,
     with_connection,
 )
 from dispatcher.cli.event import attempt_line
@@ -95,7 +96,7 @@ def list_letters(context: Context, /, state: str, after: int, limit: int, json_o
     columns = ("id", "endpoint_id", "event_id", "type", "died", "attempts", "answer", "state", "reason")
     print_rows(rows, columns, "There are no such dead letters.")
     if len(found) == limit:
-        click.echo(f"… more: --after {found[-1]['id']}")
+        say(f"… more: --after {found[-1]['id']}")
 
 
 def _state(letter: dict[str, Any]) -> str:
@@ -130,9 +131,9 @@ def show(context: Context, letter_id: int, json_out: bool) -> None:
         f"attempts     {shown['attempts']}, the last: {answer}",
         f"payload      {payload if payload is not None else '– (given up)'}",
     ]
-    click.echo("\n".join(lines))
+    say("\n".join(lines))
     for attempt in shown["made"]:
-        click.echo(attempt_line(attempt))
+        say(attempt_line(attempt))
 
 
 @dead_letter.command()
@@ -161,12 +162,10 @@ def resend(
     sendable = [one for one in totals if one.why_not is None]
     for one in totals:
         if one.why_not:
-            click.echo(
-                f"Endpoint {one.endpoint_id} {one.why_not}: its {one.letters:,} dead letters can't be sent.", err=True
-            )
+            say(f"Endpoint {one.endpoint_id} {one.why_not}: its {one.letters:,} dead letters can't be sent.", err=True)
         elif not json_out or not yes:
             held = "" if one.endpoint_state == "live" else f"  ({one.endpoint_state}: waits until it is live again)"
-            click.echo(
+            say(
                 f"endpoint {one.endpoint_id}  {one.url}  {one.letters:,} dead letters  {speed(rate_per_s, one.rate_per_s, one.events)}{held}",
                 err=json_out,
             )
@@ -180,7 +179,7 @@ def resend(
         print_json([run.as_dict() for run in made])
         return
     for run in made:
-        click.echo(
+        say(
             f"run {run.id}: {run.total:,} to endpoint {run.endpoint_id}. `dispatcher replay show {run.id} --watch` follows it."
         )
 
@@ -219,14 +218,14 @@ def discard(context: Context, /, ids: tuple[int, ...], all_: bool, yes: bool, js
         return
     if not json_out or not yes:
         for one in totals:
-            click.echo(f"endpoint {one.endpoint_id}  {one.url}  {one.letters:,} dead letters", err=json_out)
+            say(f"endpoint {one.endpoint_id}  {one.url}  {one.letters:,} dead letters", err=json_out)
     ask(f"Discard {letters:,} dead letters for good?", yes=yes)
     with bar(total=letters, quiet=json_out, what="discarding") as step:
         done = with_connection(settings, lambda c: dead_letters.discard(c, fixed, step=step))
     if json_out:
         print_json({"discarded": done})
     else:
-        click.echo(f"{done:,} dead letters discarded")
+        say(f"{done:,} dead letters discarded")
 
 
 def _choose(settings: Settings, ids: tuple[int, ...], all_: bool, chosen: dict[str, Any]) -> tuple[Filter, list[Total]]:
@@ -245,4 +244,4 @@ def _nothing(json_out: bool, empty: Any) -> None:
     if json_out:
         print_json(empty)
     else:
-        click.echo("There are no such open dead letters.")
+        say("There are no such open dead letters.")

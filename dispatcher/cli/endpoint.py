@@ -1,22 +1,32 @@
 """`dispatcher endpoint …`: create, test, go live; then look after it."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
 
-from dispatcher.cli.common import DURATION, ID, Context, admin, as_json, print_json, print_rows, run_async, with_admin
+from dispatcher.cli.common import (
+    DURATION,
+    ID,
+    Context,
+    as_json,
+    connected,
+    print_json,
+    print_rows,
+    run_async,
+    say,
+    with_admin,
+)
 from dispatcher.cli.shape import described, shape_changes, shape_options, unset_options
-from dispatcher.demo.events import sample
-from dispatcher.domain.shape import make_shape
 from dispatcher.domain.signing import SCHEMES
-from dispatcher.domain.url import parse_url
-from dispatcher.engine.trial import TEST_TYPE, Trial, try_endpoint
+from dispatcher.domain.text import clean
+from dispatcher.engine.trial import TEST_TYPE, Trial
 from dispatcher.errors import InputError, SealedError
 from dispatcher.main import make_transport
 from dispatcher.settings import Settings
 from dispatcher.store.admin import CONFIG_FIELDS, Admin, Choice, EndpointDetails, EndpointView, Waiting, counted
+from dispatcher.web.trial import shown_trial, try_and_record
 
 
 @click.group()
@@ -40,6 +50,18 @@ def _config_options(command: Any) -> Any:
                 "event_types",
                 multiple=True,
                 help="Event type: exact, prefix (message.*) or *. Repeat it. [default: *]",
+            ),
+            click.option(
+                "--filter",
+                "filters",
+                multiple=True,
+                metavar="FIELD=VALUE",
+                help="Only events with this value in this field. Repeat it: one of a field's values is enough, each field must have one.",
+            ),
+            click.option(
+                "--response-control/--no-response-control",
+                default=None,
+                help="Obey `webhook-delivery: disable` and `abort-message` in its answers. [default: no]",
             ),
             click.option("--timeout-ms", type=int, help="Bound on one POST. [default: 10000]"),
             click.option("--rate", "rate_per_s", type=float, help="POSTs a second at most. [default: unlimited]"),
@@ -76,6 +98,12 @@ def _config(given: dict[str, Any]) -> dict[str, Any]:
     config = shape | {key: value for key, value in given.items() if value not in (None, ())}
     if "event_types" in config:
         config["event_types"] = list(config["event_types"])
+    if "filters" in config:
+        config["filters"] = _filters(config["filters"])
+    if config.pop("no_filters", False):
+        if "filters" in config:
+            raise InputError("give --filter or --no-filters, not both")
+        config["filters"] = {}
     if "retry_schedule" in config:
         text = config.pop("retry_schedule")
         try:
@@ -83,6 +111,16 @@ def _config(given: dict[str, Any]) -> dict[str, Any]:
         except ValueError as exc:
             raise InputError(f"--retry-schedule {text!r} is not a list of seconds such as 5,30,120") from exc
     return config
+
+
+def _filters(given: Iterable[str]) -> dict[str, list[str]]:
+    filters: dict[str, list[str]] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--filter {text!r} is not FIELD=VALUE, such as status=delivered")
+        filters.setdefault(name, []).append(value)
+    return filters
 
 
 @endpoint.command()
@@ -107,16 +145,16 @@ def create(
     if json_out:
         print_json(view.as_dict() | _for_receiver(view))
         return
-    click.echo(f"endpoint {view.id} ({view.state})")
+    say(f"endpoint {view.id} ({view.state})")
     for label, value in _for_receiver(view).items():
         if value is not None:
-            click.echo(f"{label.replace('_', ' '):8} {value}")
+            say(f"{label.replace('_', ' '):8} {value}")
     if live:
-        click.echo("It gets events from now on.")
+        say("It gets events from now on.")
     else:
-        click.echo("It gets nothing yet. Next:")
-        click.echo(f"  dispatcher endpoint test {view.id}")
-        click.echo(f"  dispatcher endpoint go-live {view.id}")
+        say("It gets nothing yet. Next:")
+        say(f"  dispatcher endpoint test {view.id}")
+        say(f"  dispatcher endpoint go-live {view.id}")
 
 
 def _for_receiver(view: EndpointView) -> dict[str, str | None]:
@@ -144,67 +182,33 @@ def test(context: Context, endpoint_id: int, event_type: str, json_out: bool) ->
     """
     settings = context.settings()
     view, trial = run_async(_test(settings, endpoint_id, event_type))
-    response = None if trial.outcome.response_head is None else trial.outcome.response_head.decode("utf-8", "replace")
+    shown = shown_trial(event_type, trial)
     if json_out:
-        print_json(
-            {
-                "endpoint_id": endpoint_id, "passed": trial.passed, "verdict": trial.verdict, "status": trial.outcome.status,
-                "fault": trial.outcome.fault.value if trial.outcome.fault else None, "duration_ms": trial.duration_us / 1000,
-                "request": trial.request.decode("utf-8", "replace"), "response": response,
-            }
-        )  # fmt: skip
+        print_json({"endpoint_id": endpoint_id, **shown})
     else:
-        click.echo(f"{trial.verdict}   ({trial.duration_us / 1000:.1f} ms)")
-        if response:
-            click.echo("\n" + "\n".join("  " + line for line in response.splitlines()[:30]))
+        say(f"{trial.verdict}   ({trial.duration_us / 1000:.1f} ms)")
+        parts = [
+            f"{name.replace('_', ' ')} {took:.1f} ms" for name, took in shown["timing"].items() if took is not None
+        ]
+        if parts:
+            say("  " + ", ".join(parts))
+        if shown["response"]:
+            say("\n" + "\n".join("  " + line for line in shown["response"].splitlines()[:30]))
         if trial.passed and (view.state == "draft" or view.proposed):
-            click.echo(f"Next:\n  dispatcher endpoint go-live {endpoint_id}")
+            say(f"Next:\n  dispatcher endpoint go-live {endpoint_id}")
     if not trial.passed:
         raise SystemExit(1)
 
 
 async def _test(settings: Settings, endpoint_id: int, event_type: str) -> tuple[EndpointView, Trial]:
-    async with admin(settings) as opened:
-        view = await opened.get(endpoint_id)
+    async with connected(settings) as connection:
         transport = make_transport(settings)
         try:
-            trial = await try_endpoint(
-                transport,
-                parse_url(view.to_test["url"], settings.address_policy),
-                view.secrets,
-                view.account_id,
-                timeout_s=view.to_test["timeout_ms"] / 1000,
-                user_agent=settings.user_agent,
-                event_type=event_type,
-                data=_sample(event_type, view),
-                shape=make_shape(view.to_test),
-            )
+            return await try_and_record(
+                connection, Admin(connection, settings), transport, settings, endpoint_id, event_type, "dispatcher endpoint test"
+            )  # fmt: skip
         finally:
             await transport.close()
-        outcome = trial.outcome
-        await opened.record_test(
-            view,
-            passed=trial.passed,
-            duration_us=trial.duration_us,
-            status=outcome.status,
-            fault=outcome.fault.value if outcome.fault else None,
-            verdict=trial.verdict,
-            request=trial.request,
-            response_head=outcome.response_head,
-        )
-        return view, trial
-
-
-def _sample(event_type: str, view: EndpointView) -> dict[str, Any]:
-    if event_type == TEST_TYPE:
-        return {
-            "endpoint": {"id": view.id, "name": view.to_test["name"], "url": view.to_test["url"]},
-            "sent_by": "dispatcher endpoint test",
-        }
-    try:
-        return sample(event_type)
-    except KeyError as exc:
-        raise InputError(f"there is no sample of {event_type!r}; leave out --type to send {TEST_TYPE}") from exc
 
 
 @endpoint.command("go-live")
@@ -221,7 +225,7 @@ def go_live(context: Context, endpoint_id: int, force: bool, json_out: bool) -> 
     """
     view = with_admin(context.settings(), lambda a: a.go_live(endpoint_id, force=force))
     if force and not view.tested:
-        click.echo(
+        say(
             f"warning: endpoint {endpoint_id} went live WITHOUT a passed test: nobody knows whether {view.config['url']} takes its events",
             err=True,
         )
@@ -253,7 +257,7 @@ def list_endpoints(context: Context, account_id: str | None, state: str | None, 
     columns = ("id", "account_id", "state", "event_types", "backlog", "url", "name")
     print_rows(rows, columns, "There are no endpoints. `dispatcher endpoint create ACCOUNT URL` makes one.")
     if len(rows) == 1_000:
-        click.echo(f"… more: --after {rows[-1]['id']}")
+        say(f"… more: --after {rows[-1]['id']}")
 
 
 @endpoint.command()
@@ -286,7 +290,7 @@ def show(context: Context, endpoint_id: int, show_secret: bool, subscriptions: b
         print_json(view.as_dict() | details.as_dict() | {"secrets": secrets} | revealed)
         return
     for label, value in _described(view, details, secret=show_secret, subscriptions=subscriptions):
-        click.echo(f"{label:16} {value}".rstrip())
+        say(f"{label:16} {clean(str(value))}".rstrip())
 
 
 @endpoint.command()
@@ -295,6 +299,7 @@ def show(context: Context, endpoint_id: int, show_secret: bool, subscriptions: b
 @_config_options
 @shape_options
 @unset_options
+@click.option("--no-filters", is_flag=True, help="No field filters any more: every event of its types.")
 @click.option("--live", is_flag=True, help="In force at once, without a test: for operators and scripts.")
 @as_json
 @click.pass_obj
@@ -309,7 +314,7 @@ def update(context: Context, /, endpoint_id: int, live: bool, json_out: bool, **
         raise InputError("nothing to change was given; see --help")
     view = with_admin(context.settings(), lambda a: a.update(endpoint_id, changes, live=live))
     if changes.get("extra_signature") and not json_out:
-        click.echo(f"extra signature key {view.to_test['extra_signature_key']}")
+        say(f"extra signature key {view.to_test['extra_signature_key']}")
     if view.state == "draft" or live:
         _report(view, json_out, f"endpoint {endpoint_id} changed")
     elif view.proposed is None:
@@ -418,9 +423,9 @@ def _ask(view: EndpointView, waiting: Waiting) -> Choice | None:
     if not waiting.held:
         return None
     since = f"{view.state_changed_at:{_TIME}} ({view.state_reason})"
-    click.echo(f"endpoint {view.id} is disabled since {since}; held since then: {counted(waiting.held)}", err=True)
+    say(f"endpoint {view.id} is disabled since {since}; held since then: {counted(waiting.held)}", err=True)
     if waiting.before or waiting.retries:
-        click.echo(f"in either case it gets what waits from before: {_before(waiting)}", err=True)
+        say(f"in either case it gets what waits from before: {_before(waiting)}", err=True)
     answer: Choice = click.prompt("Send or skip what was held?", type=click.Choice(["send", "skip"]), err=True)
     return answer
 
@@ -470,11 +475,11 @@ def rotate_secret(
         print_json(view.as_dict() | given | {"scheme": new.scheme, "old_sign_until": until})
         return
     for label, value in given.items():
-        click.echo(f"{label.replace('_', ' '):8} {value}")
+        say(f"{label.replace('_', ' '):8} {value}")
     if until is None:
-        click.echo("The old one signs no more.")
+        say("The old one signs no more.")
     else:
-        click.echo(f"The old {'one signs' if len(old) == 1 else 'ones sign'} too until {until:{_TIME}}.")
+        say(f"The old {'one signs' if len(old) == 1 else 'ones sign'} too until {until:{_TIME}}.")
 
 
 @endpoint.command()
@@ -505,9 +510,7 @@ def delete(context: Context, endpoint_id: int, yes: bool, json_out: bool) -> Non
     if json_out:
         print_json({"id": endpoint_id, "state": "deleted", "discarded": discarded})
     else:
-        click.echo(
-            f"endpoint {endpoint_id} is deleted; deliveries that waited for it and are never sent: {discarded:,}"
-        )
+        say(f"endpoint {endpoint_id} is deleted; deliveries that waited for it and are never sent: {discarded:,}")
 
 
 _TIME = "%Y-%m-%d %H:%M:%S UTC"
@@ -518,7 +521,7 @@ def _report(view: EndpointView, json_out: bool, sentence: str, **more: Any) -> N
     if json_out:
         print_json(view.as_dict() | more)
     else:
-        click.echo(sentence)
+        say(sentence)
 
 
 def _described(
@@ -582,6 +585,8 @@ def _value(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {hidden}" for name, hidden in value.items()) or "–"
+        if any(isinstance(given, list) for given in value.values()):  # filters
+            return "  ".join(f"{name}={','.join(given)}" for name, given in value.items())
+        return ", ".join(f"{name}: {hidden}" for name, hidden in value.items()) or "–"  # headers
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return text or "–"

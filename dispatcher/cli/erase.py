@@ -5,7 +5,17 @@ from typing import Any
 
 import click
 
-from dispatcher.cli.common import ID, Context, as_json, connected, print_json, print_rows, run_async, with_connection
+from dispatcher.cli.common import (
+    ID,
+    Context,
+    as_json,
+    connected,
+    print_json,
+    print_rows,
+    run_async,
+    say,
+    with_connection,
+)
 from dispatcher.cli.terminal import about, ask, ask_to_type, bars, busy, yes_option
 from dispatcher.store import erasure
 from dispatcher.store.erasure import AccountData, Erased, EventData
@@ -56,7 +66,7 @@ def account(context: Context, account_id: str, yes: bool, json_out: bool) -> Non
             f"tests          {_many(found.tests)}",
             *_waits(wait_s),
         ]
-        click.echo("\n".join(lines), err=json_out)
+        say("\n".join(lines), err=json_out)
     ask_to_type("This can't be undone. Type the account's id to erase it", account_id, yes=yes)
     totals = {
         "endpoints": float(found.endpoints), "events": _float(found.events), "answers": _float(found.response_heads),
@@ -66,9 +76,7 @@ def account(context: Context, account_id: str, yes: bool, json_out: bool) -> Non
         with bars(totals, quiet=json_out) as step:
             done = with_connection(settings, lambda c: erasure.erase_account(c, settings, account_id, step=step))
     except KeyboardInterrupt:
-        click.echo(
-            f"Interrupted: part of account {account_id} is erased. Repeat the command to erase the rest.", err=True
-        )
+        say(f"Interrupted: part of account {account_id} is erased. Repeat the command to erase the rest.", err=True)
         raise SystemExit(130) from None
     _print(done, json_out)
 
@@ -101,7 +109,7 @@ def event(context: Context, event: str, yes: bool, json_out: bool) -> None:
             f"still owed     {found.owed:,} deliveries will not be made",
             *_waits(wait_s),
         ]
-        click.echo("\n".join(lines), err=json_out)
+        say("\n".join(lines), err=json_out)
     ask("Erase it? This can't be undone.", yes=yes)
 
     async def work(step: Any) -> Erased:
@@ -112,9 +120,7 @@ def event(context: Context, event: str, yes: bool, json_out: bool) -> None:
         with bars({"waiting": wait_s}, quiet=json_out) as step:
             done = run_async(work(step))
     except KeyboardInterrupt:
-        click.echo(
-            "Interrupted. Repeat the command with the outbox id to be sure that nothing came in meanwhile.", err=True
-        )
+        say("Interrupted. Repeat the command with the outbox id to be sure that nothing came in meanwhile.", err=True)
         raise SystemExit(130) from None
     _print(done, json_out)
 
@@ -173,7 +179,7 @@ def list_erasures(context: Context, account_id: str | None, after: int, json_out
     )
     print_rows(rows, columns, "Nothing was erased.")
     if len(found) == 1_000:
-        click.echo(f"… more: --after {found[-1].id}")
+        say(f"… more: --after {found[-1].id}")
 
 
 def _print(done: Erased, json_out: bool) -> None:
@@ -186,4 +192,4 @@ def _print(done: Erased, json_out: bool) -> None:
         "tests": done.tests,
     }  # fmt: skip
     parts = [f"{count:,} {name}" for name, count in counts.items() if count]
-    click.echo(f"{what} erased: {', '.join(parts) or 'nothing was left of it'}  (erasure {done.id})")
+    say(f"{what} erased: {', '.join(parts) or 'nothing was left of it'}  (erasure {done.id})")

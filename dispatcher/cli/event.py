@@ -8,12 +8,15 @@ from typing import Any
 import click
 import orjson
 
-from dispatcher.cli.common import ID, Context, admin, as_json, print_json, run_async, with_admin
+from dispatcher.cli.common import ID, Context, admin, as_json, print_json, run_async, say, with_admin
 from dispatcher.errors import InputError
 from dispatcher.settings import Settings
 
 TAIL_POLL_S = 0.3
 TAIL_WINDOW_IDS = 50_000  # attempts of older events (retries) are not shown by tail; `event show` has them
+
+
+PAYLOAD_BYTES_ADVISED = 20_000  # Standard Webhooks, "Payload size"
 
 
 @click.group()
@@ -54,10 +57,15 @@ def send(
     event_id, public_id = with_admin(
         context.settings(), lambda a: a.send(account_id, event_type, payload, occurred_at, **options)
     )
+    if len(payload.encode()) > PAYLOAD_BYTES_ADVISED:
+        say(
+            "note: the payload is larger than 20 kB; every endpoint gets all of it, so rather send an id to look it up by, or a link",
+            err=True,
+        )
     if json_out:
         print_json({"id": event_id, "event_id": public_id})
     else:
-        click.echo(f"{event_id}  {public_id}")
+        say(f"{event_id}  {public_id}")
 
 
 @event.command()
@@ -78,23 +86,23 @@ def show(context: Context, reference: str, json_out: bool) -> None:
     if json_out:
         print_json(shown | {"payload": None if payload is None else orjson.Fragment(payload.encode())})
         return
-    click.echo(
+    say(
         f"{shown['id']}  {shown['event_id']}  {shown['type']}  account {shown['account_id']}  {shown['created_at']:%Y-%m-%d %H:%M:%S.%f} UTC"
     )
     options = [f"{label} {shown[name]}" for name, label in _OPTIONS.items() if shown[name] is not None]
     if options:
         click.echo("  " + ", ".join(options))
     if not shown["in_log"]:
-        click.echo("Retention has taken it from the outbox; this is what its dead letters and attempts tell.")
+        say("Retention has taken it from the outbox; this is what its dead letters and attempts tell.")
     if not shown["deliveries"]:
-        click.echo("No endpoint was subscribed to it.")
+        say("No endpoint was subscribed to it.")
     for delivery in shown["deliveries"]:
-        click.echo(f"endpoint {delivery['endpoint_id']}  {delivery['url']}  {delivery['fate']}")
+        say(f"endpoint {delivery['endpoint_id']}  {delivery['url']}  {delivery['fate']}")
         if len(delivery["runs"]) > 1:
             for run in delivery["runs"]:
-                click.echo(f"  run {run['run']} ({run['kind']}): {run['fate']}")
+                say(f"  run {run['run']} ({run['kind']}): {run['fate']}")
         for attempt in delivery["attempts"]:
-            click.echo(attempt_line(attempt))
+            say(attempt_line(attempt))
 
 
 _OPTIONS = {"ordering_key": "ordering key", "expires_at": "expires at", "priority": "priority"}
@@ -151,10 +159,10 @@ async def _tail(
 
 def _print_attempt(attempt: dict[str, Any], json_out: bool) -> None:
     if json_out:
-        click.echo(orjson.dumps(attempt, default=str))
+        print_json(attempt, indent=False)
         return
     answer = attempt["status"] if attempt["fault"] in (None, "status") else attempt["fault"]
-    click.echo(
+    say(
         f"{attempt['started_at']:%H:%M:%S.%f}  endpoint {attempt['endpoint_id']:<6} event {attempt['event_id']:<10} {attempt['type']:22} "
         f"attempt {attempt['number']}  {attempt['duration_us'] / 1000:7.1f} ms  {answer}"
     )

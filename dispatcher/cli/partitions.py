@@ -16,6 +16,7 @@ from dispatcher.cli.common import (
     print_json,
     print_rows,
     run_async,
+    say,
     with_connection,
 )
 from dispatcher.engine.clock import Clock
@@ -89,9 +90,9 @@ def maintain(context: Context, json_out: bool) -> None:
     if json_out:
         print_json({"made": made, "complete": complete})
     else:
-        click.echo(f"{made} partition{'' if made == 1 else 's'} made" if made else "nothing to do")
+        say(f"{made} partition{'' if made == 1 else 's'} made" if made else "nothing to do")
     if not complete:
-        click.echo("an open transaction holds a lock that is needed; run it again", err=True)
+        say("an open transaction holds a lock that is needed; run it again", err=True)
         raise SystemExit(1)
 
 

@@ -20,6 +20,7 @@ from dispatcher.cli.common import (
     print_json,
     print_rows,
     run_async,
+    say,
     with_connection,
 )
 from dispatcher.cli.terminal import RATE, about, ask, bar, busy, yes_option
@@ -118,7 +119,7 @@ def start(
         if json_out:
             print_json({"total": 0, "run": None})
         else:
-            click.echo(
+            say(
                 f"There is nothing to send: {_what(selection.only_failed)} of type {', '.join(selection.patterns)} in this range: none."
             )
         return
@@ -153,7 +154,7 @@ def _describe(selection: Selection, rate_per_s: float | None, *, err: bool) -> N
         lines.append(
             f"note       the endpoint is behind: about {to.backlog:,} events wait for their first attempt; those in the range are sent twice"
         )
-    click.echo("\n".join(lines), err=err)
+    say("\n".join(lines), err=err)
 
 
 def _what(only_failed: bool) -> str:
@@ -191,8 +192,8 @@ async def _waits(connection: Connection, run: RunView) -> list[str]:
 def _made(settings: Settings, made: tuple[RunView, list[str]], wait: bool, json_out: bool) -> None:
     run, notes = made
     if not json_out:
-        click.echo(f"run {run.id}: {run.kind} of {run.total:,} to endpoint {run.endpoint_id}")
-        click.echo("\n".join(notes) or f"Follow it with `dispatcher replay show {run.id} --watch`.")
+        say(f"run {run.id}: {run.kind} of {run.total:,} to endpoint {run.endpoint_id}")
+        say("\n".join(notes) or f"Follow it with `dispatcher replay show {run.id} --watch`.")
     if wait:
         _follow(settings, run.id, json_out)
     elif json_out:
@@ -251,7 +252,7 @@ def list_runs(
     )
     print_rows(rows, columns, nothing)
     if len(found) == limit:
-        click.echo(f"… more: --after {found[-1].id}")
+        say(f"… more: --after {found[-1].id}")
 
 
 @replay.command()
@@ -285,7 +286,7 @@ def show(context: Context, run: int, watch: bool, json_out: bool) -> None:
         return
     _print(found, due)
     for note in notes:
-        click.echo(note)
+        say(note)
 
 
 def _print(run: RunView, due: datetime | None = None) -> None:
@@ -304,7 +305,7 @@ def _print(run: RunView, due: datetime | None = None) -> None:
         f"dead       {run.dead:,}",
         f"made       {run.created_at:%Y-%m-%d %H:%M:%S} UTC",
     ]
-    click.echo("\n".join(lines + ([f"note       {run.note}"] if run.note else [])))
+    say("\n".join(lines + ([f"note       {run.note}"] if run.note else [])))
 
 
 def _follow(settings: Settings, run_id: int, json_out: bool) -> None:
@@ -312,12 +313,12 @@ def _follow(settings: Settings, run_id: int, json_out: bool) -> None:
     try:
         ended = run_async(_watch(settings, run_id, json_out))
     except KeyboardInterrupt:
-        click.echo(f"Run {run_id} goes on; `dispatcher replay show {run_id} --watch` follows it again.", err=True)
+        say(f"Run {run_id} goes on; `dispatcher replay show {run_id} --watch` follows it again.", err=True)
         raise SystemExit(130) from None
     if json_out:
         print_json(ended.as_dict())
     else:
-        click.echo(
+        say(
             f"run {ended.id} {ended.state}: {ended.delivered:,} delivered, {ended.dead:,} dead letters, {ended.attempted:,} attempted "
             f"of {ended.total:,}"
         )
@@ -360,7 +361,7 @@ async def _poll(connection: Connection, run: RunView, show: Callable[[RunView], 
 
 
 def _line(run: RunView) -> None:
-    click.echo(
+    say(
         f"run {run.id} {run.state}: attempted {run.attempted:,} of {run.total:,}, delivered {run.delivered:,}, retrying {run.retrying:,}, "
         f"dead {run.dead:,}",
         err=True,

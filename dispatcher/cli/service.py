@@ -1,14 +1,14 @@
-"""`dispatcher run`, `migrate` and `demo`."""
+"""`dispatcher run`, `web`, `migrate` and `demo`."""
 
 import click
 import structlog
 
 from dispatcher import log
-from dispatcher.cli.common import Context, as_json, connection_to, database, print_json, run_async
+from dispatcher.cli.common import Context, as_json, connection_to, database, print_json, run_async, say
 from dispatcher.demo.run import run_demo
 from dispatcher.domain.sealing import new_encryption_key
 from dispatcher.errors import TakenOverError
-from dispatcher.main import serve
+from dispatcher.main import serve, serve_web
 from dispatcher.ports import FencedError
 from dispatcher.settings import Settings
 from dispatcher.store.migrate import check
@@ -50,6 +50,29 @@ async def _run(settings: Settings) -> None:
 
 
 @click.command()
+@click.pass_obj
+def web(context: Context) -> None:
+    """Serve the panel and the API alone, beside a dispatcher that runs elsewhere, until SIGTERM or Ctrl-C.
+
+    `dispatcher run` serves them too where DISPATCHER_WEB_LISTEN is set. The first login: `dispatcher key create`, or `dispatcher key link`.
+
+    \b
+    DISPATCHER_WEB_LISTEN=0.0.0.0:8080 DISPATCHER_PUBLIC_URL=https://hooks.example.com dispatcher web
+    """
+    settings = context.settings()
+    log.configure(settings)
+    run_async(_web(settings))
+
+
+async def _web(settings: Settings) -> None:
+    async with database(settings) as dsn:
+        async with connection_to(dsn, "check") as connection:
+            for warning in await check(connection, settings):
+                _log.warning("database.check", warning=warning)
+        await serve_web(settings, dsn)
+
+
+@click.command()
 @as_json
 @click.pass_obj
 def migrate(context: Context, json_out: bool) -> None:
@@ -69,7 +92,7 @@ def migrate(context: Context, json_out: bool) -> None:
         if json_out:
             print_json({"version": migrated.version, "done": list(migrated.done)})
         else:
-            click.echo("\n".join(migrated.done) or f"up to date: schema version {migrated.version}")
+            say("\n".join(migrated.done) or f"up to date: schema version {migrated.version}")
 
     run_async(work())
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from dispatcher.cli.common import Context, as_json, print_json, print_rows, with_connection
+from dispatcher.cli.common import Context, as_json, print_json, print_rows, say, with_connection
 from dispatcher.cli.terminal import about
 from dispatcher.store.status import ALIVE, COUNT_MAX, NONE, SILENT, read_status
 
@@ -26,9 +26,9 @@ def status(context: Context, json_out: bool) -> None:
         print_json(found)
     else:
         for line in describe(found):
-            click.echo(line)
+            say(line)
         if found["lanes"]["top"]:
-            click.echo()
+            say()
             _print_lanes(found["lanes"]["top"])
     if found["owner"]["state"] != ALIVE:
         raise SystemExit(1)

@@ -181,7 +181,7 @@ async def _make_endpoint(admin: Admin, sink: Sink, sample: Sample, rate: float) 
 
 async def _produce(admin: Admin, tally: Tally, rate: float, enough: asyncio.Event) -> None:
     """Insert events at `rate`, in small statements, as a platform would."""
-    platform = SmsPlatform(random.Random(), [ACCOUNT])  # noqa: S311 - samples
+    platform = SmsPlatform(random.Random(), [ACCOUNT])  # noqa: S311 - samples  # nosec B311
     began, produced = time.monotonic(), 0
     while not enough.is_set():
         due = min(500, int((time.monotonic() - began) * rate) - produced)
@@ -345,7 +345,7 @@ async def _either(ready: Any, task: asyncio.Task[None]) -> None:
 @contextmanager
 def _temporary_directory() -> Iterator[Path]:
     # Under /tmp by name: a socket's path may have 107 bytes, and some systems' TMPDIR alone has more than half of that.
-    directory = Path(tempfile.mkdtemp(prefix="dispatcher-demo-", dir="/tmp"))
+    directory = Path(tempfile.mkdtemp(prefix="dispatcher-demo-", dir="/tmp"))  # made for us alone  # nosec B108
     try:
         yield directory
     finally:

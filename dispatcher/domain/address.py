@@ -31,15 +31,33 @@ Network = IPv4Network | IPv6Network
 
 
 @dataclass(frozen=True, slots=True)
+class ReceiverSite:
+    """The built-in receiver, from settings alone. Its URLs are scheme://host:port + `path` + a token, exactly; they are requested as `mount` +
+    the token, at `address` and `listen_port`, a literal address: nothing is looked up for them."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str  # /webhooks/r/
+    mount: str  # the same as requests arrive
+    address: str
+    listen_port: int
+
+
+@dataclass(frozen=True, slots=True)
 class AddressPolicy:
     """Judge addresses by the table, with the operator's exceptions.
 
     An address in `allowed_networks` may be connected to whatever the table says, cloud metadata included: the operator
-    knows that network. `allow_http` lifts the ban on plain http, not the table.
+    knows that network. `allow_http` lifts the ban on plain http, not the table. `ports` are those that a URL may have,
+    anywhere: a POST can be made to look like what a mail server or a database reads. `receiver` is the one URL that isn't judged
+    by its address (domain/url.py).
     """
 
     allowed_networks: tuple[Network, ...] = ()
     allow_http: bool = False
+    ports: tuple[range, ...] = (range(1, 65_536),)
+    receiver: ReceiverSite | None = None
 
     def refusal(self, address: str | Address, scheme: str = "https") -> str | None:
         """Say why `address` may not be connected to, as a fragment of a sentence; None if it may."""
@@ -69,6 +87,27 @@ def parse_networks(text: str) -> tuple[Network, ...]:
     A bare address stands for itself. Raise InputError on the first that isn't a network.
     """
     return tuple(_network(part) for part in re.split(r"[\s,]+", text) if part)
+
+
+def parse_ports(text: str) -> tuple[range, ...]:
+    """Read ports and ranges of ports separated by commas or white space, e.g. "443, 8000-8999".
+
+    Raise InputError on the first that isn't one, or if there is none."""
+    ports = tuple(_ports(part) for part in re.split(r"[\s,]+", text) if part)
+    if not ports:
+        raise InputError("no port is allowed, so nothing could be sent: write 443, or 1-65535 for all")
+    return ports
+
+
+_PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
+
+
+def _ports(part: str) -> range:
+    found = _PORTS.fullmatch(part)
+    low, high = (0, 0) if found is None else (int(found[1]), int(found[2] or found[1]))
+    if not 1 <= low <= high <= 65_535:
+        raise InputError(f"{part!r} is neither a port nor a range of ports: write 443 or 8000-8999, from 1 to 65535")
+    return range(low, high + 1)
 
 
 # First match wins, so a narrower row stands before the block around it. A name completes the sentence "<address> is …".

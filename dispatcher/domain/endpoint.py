@@ -1,8 +1,9 @@
 """Endpoints and subscriptions as the engine sees them: immutable values, replaced as a whole when the configuration
 changes.
 
-A subscription is endpoint × pattern × the ids it is valid for; an event matches iff since_id < id ≤ until_id, on every
-path and also years later. A pattern is an exact type, a prefix (`message.*`), or `*`.
+A subscription is endpoint × pattern × the ids it is valid for, and the endpoint's field filters as they were; an event
+matches iff since_id < id ≤ until_id and it passes, on every path and also years later. A pattern is an exact type, a
+prefix (`message.*`), or `*`.
 """
 
 import hashlib
@@ -14,6 +15,8 @@ from typing import NewType
 
 import orjson
 
+from dispatcher.domain.event import Event
+from dispatcher.domain.filters import Payloads, Rule
 from dispatcher.domain.ordering import Ordering
 from dispatcher.domain.run import Run
 from dispatcher.domain.shape import PLAIN, Shape
@@ -42,9 +45,17 @@ class Subscription:
     since_id: int
     until_id: int = FOREVER
     taken_up: bool = True
+    rule: Rule | None = None  # None: no filters
 
     def matches(self, event_type: str, event_id: int) -> bool:
+        """Tell whether it is valid for an event as far as type and id go."""
         return self.since_id < event_id <= self.until_id and pattern_matches(self.pattern, event_type)
+
+    def is_for(self, event: Event, payloads: Payloads) -> bool:
+        if not self.matches(event.type, event.id):
+            return False
+        condition = None if self.rule is None else self.rule.condition(event.type)
+        return condition is None or condition.holds(payloads.of(event))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +74,11 @@ class Endpoint:
     in_flight_max: int | None = None
     retry_schedule_s: tuple[int, ...] | None = None
     failing_since_us: int | None = None
+    failing_told: bool = False  # its account knows that it is failing
     state_reason: str | None = None
     runs: tuple[Run, ...] = ()  # that haven't finished
     shape: Shape = PLAIN
+    response_control: bool = False  # an answer's webhook-delivery header is obeyed
     reload_at_us: int | None = None  # a secret expires then, with no change to tell of it
     ordering: Ordering | None = None  # None: off
 

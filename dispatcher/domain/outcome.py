@@ -6,7 +6,7 @@ table, as a pure function: `now` and `rng` come in. It follows Standard Webhooks
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from enum import Enum
@@ -27,6 +27,16 @@ class Fault(Enum):
     STALE = "stale"  # a kept-alive connection that turned out to be closed; sent again at once, never recorded
 
 
+class Command(Enum):
+    """What a receiver may ask in an answer's `webhook-delivery` header. Obeyed only where its endpoint says so."""
+
+    DISABLE = "disable"  # send nothing more to this endpoint
+    ABORT = "abort-message"  # don't try this event again
+
+
+COMMAND_HEADER = b"webhook-delivery"
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """status: of the final answer, if its head arrived. response_head: the raw beginning of a failed answer. detail: for people."""
@@ -36,17 +46,30 @@ class Outcome:
     retry_after: str | None = None
     response_head: bytes | None = None
     detail: str = ""
+    command: Command | None = None  # of a whole answer, a success too
 
     @property
     def delivered(self) -> bool:
         return self.fault is None
 
 
-def outcome_of_answer(status: int, retry_after: str | None = None, response_head: bytes | None = None) -> Outcome:
+def outcome_of_answer(
+    status: int, retry_after: str | None = None, response_head: bytes | None = None, command: Command | None = None
+) -> Outcome:
     """Return the outcome of a whole answer. Redirects are never followed: a 3xx is a failure."""
     if 200 <= status <= 299:
+        if command is not None:
+            return Outcome(None, status, command=command)
         return _DELIVERED.get(status) or Outcome(None, status)
-    return Outcome(Fault.STATUS, status, retry_after, response_head)
+    return Outcome(Fault.STATUS, status, retry_after, response_head, command=command)
+
+
+def command_of(value: str) -> Command | None:
+    """Read a `webhook-delivery` header; None if it says nothing that we know."""
+    return _COMMANDS.get(value.strip().lower())
+
+
+_COMMANDS = {command.value: command for command in Command}
 
 
 _DELIVERED = {
@@ -82,6 +105,7 @@ class RetryPolicy:
     last: str = "of the schedule"
 
 
+BY_RECEIVER = "by_receiver"  # why an endpoint was disabled
 RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S = 1.0, 3_600.0
 JITTER_LOW, JITTER_HIGH = 0.8, 1.2  # so that deliveries that failed together don't come back together
 
@@ -122,6 +146,17 @@ def decide(
     return Decision(
         Verdict.RETRY, due_in_s=wait_s, lane_wait_s=asked or 0.0, counts=not polite, reason=describe(outcome)
     )
+
+
+def heeding(decision: Decision, command: Command) -> Decision:
+    """Return what becomes of a failure whose receiver may ask for more than HTTP's statuses say.
+
+    An aborted delivery is a dead letter at once, not something less: it is shown, and may be resent when its receiver has
+    learnt better. It says nothing about the endpoint's health. A delivery whose answer disables the endpoint keeps its retry,
+    which is held like the endpoint's other events."""
+    if command is Command.ABORT:
+        return replace(decision, verdict=Verdict.DEAD, due_in_s=0.0, counts=False, reason="aborted by its receiver")
+    return replace(decision, disable_reason=decision.disable_reason or BY_RECEIVER)
 
 
 def retry_after_s(value: str | None, now: datetime) -> float | None:

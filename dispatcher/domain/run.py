@@ -8,6 +8,9 @@ forgotten the events.
 from dataclasses import dataclass
 from enum import Enum
 
+from dispatcher.domain.event import Event
+from dispatcher.domain.filters import Payloads, Rule
+
 ORIGINAL = 0
 
 
@@ -24,7 +27,8 @@ class RunState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One resend or replay that hasn't finished: ids in (after_id, upto_id] whose type matches a pattern.
+    """One resend or replay that hasn't finished: ids in (after_id, upto_id] whose type matches a pattern, and which pass the field filters
+    that the endpoint had when it was made (`rule`; a resend has none).
 
     `only_failed`: of those, deliveries with a failed attempt, none that succeeded in any run, and no retry to come.
     `settled`, `attempted`, `delivered`, `dead`: how far it was when it was read; who runs it knows better.
@@ -42,3 +46,9 @@ class Run:
     attempted: int = 0
     delivered: int = 0
     dead: int = 0
+    rule: Rule | None = None
+
+    def is_for(self, event: Event, payloads: Payloads) -> bool:
+        """Tell whether an event of its range, of a type that matches, passes."""
+        condition = None if self.rule is None else self.rule.condition(event.type)
+        return condition is None or condition.holds(payloads.of(event))

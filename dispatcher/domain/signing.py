@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from dispatcher.errors import InputError
 
-SECRET_PREFIX = "whsec_"  # noqa: S105 - the standard's prefix, not a secret
+SECRET_PREFIX = "whsec_"  # noqa: S105 - the standard's prefix, not a secret  # nosec B105
 PRIVATE_PREFIX, PUBLIC_PREFIX = "whsk_", "whpk_"
 SCHEMES = ("v1", "v1a")
 SECRET_BYTES_MIN, SECRET_BYTES_MAX = 24, 64  # the standard's bounds

@@ -15,6 +15,11 @@ families of that:
 Path and query stay as they were given, to the byte: receivers route by them. They may hold secrets, as may a user
 name; hence no message quotes more than the host. Nothing is resolved here: a name is judged when its addresses are
 known, a literal address right away. Parsing the `url` of a result gives that result again.
+
+The built-in receiver is the one exception, and a narrow one. A URL is its when scheme, host, port and path are, to the
+character, what settings say, and the path ends in a token and nothing else. Its origin has a host that no URL can have, so
+that no other URL shares its connections; the request target is the receiver's; and the transport goes to the listener's
+address, which is a setting too. So all that a customer can do with it is to POST to a receiver, which anybody can.
 """
 
 import re
@@ -24,13 +29,15 @@ from typing import NamedTuple
 
 import idna
 
-from dispatcher.domain.address import Address, AddressPolicy
+from dispatcher.domain.address import Address, AddressPolicy, ReceiverSite
 from dispatcher.domain.client import ClientIdentity
 from dispatcher.errors import InputError
 
 URL_CHARS_MAX = 2048  # what common receivers and proxies take as a whole; the request head has its own bound
 HOST_CHARS_MAX = 253  # RFC 1035, 2.3.4: 255 bytes on the wire, which is 253 characters without the trailing dot
 DEFAULT_PORTS = {"https": 443, "http": 80}
+RECEIVER_HOST = "(receiver)"  # of the built-in receiver's origin
+TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")  # of a receiver: 256 random bits
 
 
 class Origin(NamedTuple):
@@ -63,8 +70,15 @@ class Target:
 def parse_url(text: object, policy: AddressPolicy) -> Target:
     """Read an endpoint's URL from outside; raise InputError with the trouble and its remedy."""
     scheme, authority, request_target = _split(_checked(text))
+    own = None if policy.receiver is None else _own_receiver(scheme, authority, request_target, policy.receiver)
+    if own is not None:
+        return own
     _check_scheme(scheme, policy)
     host, address, port = _read_authority(authority, DEFAULT_PORTS[scheme])
+    if not any(port in ports for ports in policy.ports):
+        raise InputError(
+            f"The URL's port {port} is refused: the operator allows {_said(policy.ports)} (DISPATCHER_ALLOWED_PORTS)."
+        )
     if address is not None and (reason := policy.refusal(address, scheme)) is not None:
         raise InputError(f"The URL's address is refused: {reason}.")
 
@@ -74,6 +88,43 @@ def parse_url(text: object, policy: AddressPolicy) -> Target:
     # Checked again: a "/" was added, or an international name grew, and what is stored must be readable again.
     url = _checked(f"{scheme}://{host_header}{request_target}")
     return Target(url, Origin(scheme, host, port), request_target, host_header, address)
+
+
+def receiver_site(public_url: str, mount: str, address: str, listen_port: int) -> ReceiverSite:
+    """Return where the built-in receiver is: what its URLs begin with, and where requests for them go."""
+    scheme, authority, path = _split(_checked(public_url))
+    host, _, port = _read_authority(authority, DEFAULT_PORTS[scheme])
+    return ReceiverSite(scheme, host, port, path.rstrip("/") + "/r/", mount + "/r/", address, listen_port)
+
+
+def receiver_url(site: ReceiverSite, token: str) -> str:
+    """Return the URL of the receiver with this token."""
+    return f"{site.scheme}://{_host_header(site)}{site.path}{token}"
+
+
+def receiver_token(target: Target, site: ReceiverSite | None) -> str | None:
+    """Return the token of the built-in receiver that a URL is of, if it is of one."""
+    return target.request_target[len(site.mount) :] if site and target.origin.host == RECEIVER_HOST else None
+
+
+def _own_receiver(scheme: str, authority: str, request_target: str, site: ReceiverSite) -> Target | None:
+    token = request_target.removeprefix(site.path)
+    if scheme != site.scheme or request_target != site.path + token or not TOKEN.fullmatch(token):
+        return None
+    host, _, port = _read_authority(authority, DEFAULT_PORTS[scheme])
+    if (host, port) != (site.host, site.port):
+        return None
+    origin = Origin("http", RECEIVER_HOST, site.listen_port)
+    return Target(receiver_url(site, token), origin, site.mount + token, _host_header(site), None)
+
+
+def _host_header(site: ReceiverSite) -> str:
+    host = f"[{site.host}]" if ":" in site.host else site.host
+    return host if site.port == DEFAULT_PORTS[site.scheme] else f"{host}:{site.port}"
+
+
+def _said(ports: tuple[range, ...]) -> str:
+    return ", ".join(str(r.start) if len(r) == 1 else f"{r.start} to {r.stop - 1}" for r in ports)
 
 
 def _checked(text: object) -> str:

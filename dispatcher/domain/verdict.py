@@ -1,6 +1,9 @@
-"""A test's verdict in words: what happened, and what its owner should do about it."""
+"""A test's verdict: what happened in words, what its owner should do about it, and what is at fault."""
 
 from dispatcher.domain.outcome import Fault, Outcome
+from dispatcher.domain.text import clean
+
+LOCATION_CHARS_MAX = 300
 
 _BY_STATUS = {
     400: "the endpoint did not like the request; it must accept any JSON body with the webhook-… headers",
@@ -25,8 +28,30 @@ _BY_FAULT = {
 }
 
 
-def verdict(outcome: Outcome) -> str:
-    """Return one sentence for the owner of the endpoint."""
+# What to look at, in a word. `answer`: the receiver's code; `receiver`: its server, or the network before it.
+_AT_FAULT = {
+    Fault.TIMEOUT: "timeout",
+    Fault.CONNECT: "receiver",
+    Fault.DNS: "address",
+    Fault.TLS: "certificate",
+    Fault.PROTOCOL: "receiver",
+    Fault.RESET: "receiver",
+    Fault.BLOCKED: "address",
+    Fault.STALE: "receiver",
+}
+
+
+def at_fault(outcome: Outcome) -> str | None:
+    """Return what is at fault: redirect, certificate, address, timeout, receiver or answer; None if it passed."""
+    if outcome.fault is None:
+        return None
+    if outcome.fault is not Fault.STATUS:
+        return _AT_FAULT[outcome.fault]
+    return "redirect" if 300 <= (outcome.status or 0) <= 399 else "answer"
+
+
+def verdict(outcome: Outcome, location: str | None = None) -> str:
+    """Return one sentence for the owner of the endpoint. `location`: where a redirect leads, as the receiver says."""
     if outcome.fault is None:
         return f"{outcome.status}: passed"
     if outcome.fault is not Fault.STATUS:
@@ -34,7 +59,8 @@ def verdict(outcome: Outcome) -> str:
         return f"{outcome.fault.value}: {_BY_FAULT[outcome.fault]}{detail}"
     status = outcome.status or 0
     if 300 <= status <= 399:
-        return f"{status}: redirects are not followed; give the final address"
+        final = f": {clean(location[:LOCATION_CHARS_MAX])}" if location else ""
+        return f"{status}: redirects are not followed; give the final address{final}"
     if status in _BY_STATUS:
         return f"{status}: {_BY_STATUS[status]}"
     if status >= 500:

@@ -450,7 +450,7 @@ class CatchUp:
             return
         taken = 0
         for event in page.events:
-            if event.id in run.hands:
+            if event.id in run.hands or not run.spec.is_for(event, lane.payloads):
                 continue
             run.hands[event.id] = None
             lane.retries.append(DueRetry(event, run.spec.id, 1, 0))

@@ -31,9 +31,6 @@ _log = structlog.get_logger(room="config")
 POLL_S = 0.4
 LEASE_S = 0.9
 AWAY_WAIT_S = 0.1
-# A recovery is told of after so long a trouble. A shorter one is over before anybody has looked into it, and its retries were minutes late;
-# who is told of each restart of a receiver soon reads none of it.
-TOLD_AFTER_S = 3_600
 
 
 class ConfigWatcher:
@@ -53,7 +50,9 @@ class ConfigWatcher:
         self._changed = changed
         self._after_read = after_read
         self._wake = asyncio.Event()
+        self._looked = asyncio.Event()
         self._failing: dict[int, int | None] = {}  # endpoint → since µs, to be noted
+        self._failing_long: dict[int, int] = {}  # endpoint → since when, to be told
         self._recovered: dict[int, int] = {}  # endpoint → since when it had been failing, to be told
         self._disable: dict[int, tuple[str, int | None]] = {}
         self._reload_at: dict[int, int] = {}  # endpoint → µs, when it reads differently without a change
@@ -63,11 +62,28 @@ class ConfigWatcher:
     def ring(self) -> None:
         self._wake.set()
 
+    async def reached(self, seq: int) -> None:
+        """Return when every change up to `seq` has been applied."""
+        while self._seq < seq:
+            self._wake.set()
+            self._looked.clear()
+            await self._looked.wait()
+
     def note_failing(self, lane: Lane, was_us: int | None) -> None:
-        """A lane began to fail, or delivers again after it had been failing since `was_us`."""
+        """A lane began to fail, or delivers again after it had been failing since `was_us`. Who was told of the one is told of the other."""
         self._failing[lane.id] = lane.failing_since_us
-        if was_us is not None and self._clock.wall_us() - was_us >= TOLD_AFTER_S * 1_000_000:
-            self._recovered[lane.id] = was_us
+        if was_us is not None and lane.failing_told:
+            lane.failing_told = False
+            if self._failing_long.pop(lane.id, None) is None:
+                self._recovered[lane.id] = was_us
+
+    def tell_failing(self, lane: Lane) -> None:
+        """A lane has been failing for long: its account is told once, until it has recovered."""
+        assert lane.failing_since_us is not None
+        lane.failing_told = True
+        if self._recovered.pop(lane.id, None) is None:  # of that nobody was told yet, so nothing has changed
+            self._failing_long[lane.id] = lane.failing_since_us
+        self._wake.set()
 
     def disable(self, lane: Lane, reason: str) -> None:
         """Ask for the endpoint to be disabled; its lane stops when the change comes back."""
@@ -113,6 +129,7 @@ class ConfigWatcher:
             # A read that is under way may have seen them: first it is applied, then all of it is let go of.
             self._after_read(partial(self._forget, endpoint_id))
         self._seq = changes.seq
+        self._looked.set()
         if began + LEASE_S > self._sender.lease_until:
             lapsed = self._sender.lease_until <= now
             self._sender.lease_until = began + LEASE_S
@@ -144,6 +161,15 @@ class ConfigWatcher:
             await self._store.tell_recovered(endpoint_id, since_us)
             _log.info("endpoint.recovered", endpoint_id=endpoint_id)
             del self._recovered[endpoint_id]
+        for endpoint_id, since_us in list(self._failing_long.items()):
+            del self._failing_long[endpoint_id]  # first: a recovery meanwhile is to be told of too
+            try:
+                await self._store.tell_failing(endpoint_id, since_us)
+            except StoreAwayError:
+                if endpoint_id not in self._recovered:
+                    self._failing_long[endpoint_id] = since_us
+                raise
+            _log.warning("endpoint.failing", endpoint_id=endpoint_id)
         if self._failing:
             notes, self._failing = self._failing, {}
             try:

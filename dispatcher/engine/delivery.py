@@ -1,12 +1,12 @@
 """One POST on its way: from being taken out of its lane, over its outcome and the decision, until it is recorded."""
 
-from collections import deque
 from collections.abc import Callable
 
 from dispatcher.domain.event import Event
 from dispatcher.domain.outcome import Decision, Outcome
 from dispatcher.domain.run import ORIGINAL
 from dispatcher.engine.lane import Lane
+from dispatcher.engine.line import Line
 
 
 class Share:
@@ -17,7 +17,7 @@ class Share:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
-        self.line: deque[Lane] = deque()
+        self.line = Line()
 
 
 class Delivery:

@@ -74,7 +74,7 @@ class Engine:
         self._settings = settings
         self._owner = owner
         self._clock = clock or Clock()
-        self._rng = rng or random.Random()  # noqa: S311 - jitter
+        self._rng = rng or random.Random()  # noqa: S311 - jitter  # nosec B311
         self._make_gaps = make_gaps
         self._partitions = partitions  # None: nobody keeps them, as in most tests
         self._stop = asyncio.Event()
@@ -205,6 +205,8 @@ class Incarnation:
             look=lambda lane: self.reader.catch_up.look(lane),
             disable=lambda lane, reason: self.config.disable(lane, reason),
             failing=lambda lane, was_us: self.config.note_failing(lane, was_us),
+            tell_failing=lambda lane: self.config.tell_failing(lane),
+            failing_after_s=settings.failing_after_s,
             disable_after_s=settings.disable_after_s,
         )
         gate = ReadGate()
@@ -215,6 +217,7 @@ class Incarnation:
             counters,
             offered=self.sender.offer,
             position=lambda: self.recorder.position_under_way,
+            configured=lambda seq: self.config.reached(seq),
             doorbell=settings.doorbell == "on",
             poll_s=settings.poll_ms / 1000,
             gate=gate,

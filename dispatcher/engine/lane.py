@@ -32,6 +32,7 @@ from dispatcher.domain.breaker import CLOSED, BreakerLimits, BreakerState, Circu
 from dispatcher.domain.bucket import TokenBucket
 from dispatcher.domain.endpoint import Endpoint, EndpointState
 from dispatcher.domain.event import Event
+from dispatcher.domain.filters import Payloads
 from dispatcher.domain.outcome import RetryPolicy
 from dispatcher.domain.pace import Pace
 from dispatcher.domain.ranges import IdRanges
@@ -82,17 +83,27 @@ class LaneLimits:
 
 class Lane:
     __slots__ = (
-        "backlog", "blocked_until", "breaker", "bucket", "connecting", "cursor", "endpoint", "failing_since_us",
+        "backlog", "blocked_until", "breaker", "bucket", "connecting", "cursor", "endpoint", "failing_since_us", "failing_told",
         "gone", "hands", "has_row", "held", "holes", "id", "in_flight", "in_flight_limit",
         "in_flight_max", "in_ready", "key_policy", "keys", "last_success", "late", "latency_s", "limits", "live",
-        "look_at", "low_in_flight", "may_expire", "moved", "next_retry_us", "pace", "paced_successes", "queue",
+        "look_at", "low_in_flight", "may_expire", "moved", "next_retry_us", "pace", "paced_successes", "payloads", "queue",
         "requests", "retries", "retry_hands", "retry_policy", "runs", "runs_done", "stalled", "stat", "timer_at",
         "turn", "untried", "urgent", "urgent_after", "urgent_turns",
     )  # fmt: skip
 
-    def __init__(self, endpoint: Endpoint, limits: LaneLimits, now: float, *, live: bool, cursor: int) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        limits: LaneLimits,
+        now: float,
+        *,
+        live: bool,
+        cursor: int,
+        payloads: Payloads | None = None,
+    ) -> None:
         self.id: int = endpoint.id
         self.limits = limits
+        self.payloads = Payloads() if payloads is None else payloads  # shared by all lanes: a page may be for several
         # towards the log
         self.live = live
         self.cursor = cursor  # means nothing while live
@@ -136,6 +147,7 @@ class Lane:
         self.in_ready = False
         self.timer_at = float("inf")
         self.failing_since_us = endpoint.failing_since_us
+        self.failing_told = endpoint.failing_told
         self.configure(endpoint, now)
 
     def __repr__(self) -> str:
@@ -187,6 +199,7 @@ class Lane:
     def put_live_again(self) -> None:
         """Somebody resumed or enabled it: how it did before that says nothing, least of all for how long it has been failing."""
         self.failing_since_us = self.endpoint.failing_since_us
+        self.failing_told = self.endpoint.failing_told
         if not self.in_flight:  # their results belong to the breaker that let them start
             self.breaker = CircuitBreaker(self.limits.breaker)
             self.in_flight_limit = min(IN_FLIGHT_START, self.in_flight_max)
@@ -195,7 +208,7 @@ class Lane:
 
     def is_for(self, event: Event) -> bool:
         """Tell whether a subscription is valid for the event."""
-        return any(s.matches(event.type, event.id) for s in self.endpoint.subscriptions)
+        return any(s.is_for(event, self.payloads) for s in self.endpoint.subscriptions)
 
     def pass_over(self, head: int) -> None:
         """Move a lagging lane's cursor over ids for which no subscription is valid, unread: ten million that were skipped cost nothing."""
@@ -377,6 +390,11 @@ class Lane:
         """Its result is committed, and no read that began before that is still to be processed."""
         self.hands.pop(event_id, None)
         self.late.discard(event_id)
+
+    @property
+    def is_plain(self) -> bool:
+        """It has no holes and no row: its mark says it all."""
+        return self.live and not self.has_row and not self.late and not self.holes and self.keys is None
 
     @property
     def is_settled(self) -> bool:

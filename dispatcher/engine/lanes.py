@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from dispatcher.domain.endpoint import Endpoint, EndpointState, Subscription, pattern_matches
 from dispatcher.domain.event import TOLD_TO_OTHERS, Event
+from dispatcher.domain.filters import Condition, Payloads
 from dispatcher.engine.lane import Lane, LaneLimits
 
 TYPES_CACHED_MAX = 1_000  # per account; producers may invent types without end
 
-Route = tuple[Lane, int, int]  # lane, since_id, until_id
+Route = tuple[Lane, int, int, Condition | None]  # lane, since_id, until_id, what its filters ask
 
 
 class Memory:
@@ -58,6 +59,7 @@ class Lanes:
         self.running: dict[Lane, None] = {}  # lanes with runs
         self.taking_up: set[int] = set()  # subscriptions whose lane went back to since_id; to be written
         self._limits = limits
+        self._payloads = Payloads()
         self._by_id: dict[int, Lane] = {}
         self._accounts: dict[str, dict[int, Lane]] = {}
         self._routes: dict[str, dict[str, tuple[Route, ...]]] = {}
@@ -75,7 +77,7 @@ class Lanes:
         return self._accounts.get(account_id, {}).values()
 
     def routes(self, account_id: str, event_type: str) -> tuple[Route, ...]:
-        """Return the lanes that an event of this account and type may concern; the caller compares ids."""
+        """Return the lanes that an event of this account and type may concern; the caller compares ids, and fields if any are asked for."""
         by_type = self._routes.get(account_id)
         if by_type is not None:
             found = by_type.get(event_type)
@@ -85,7 +87,12 @@ class Lanes:
         if not lanes:
             return ()
         found = tuple(
-            (lane, subscription.since_id, subscription.until_id)
+            (
+                lane,
+                subscription.since_id,
+                subscription.until_id,
+                None if subscription.rule is None else subscription.rule.condition(event_type),
+            )
             for lane in lanes.values()
             for subscription in lane.endpoint.subscriptions
             if pattern_matches(subscription.pattern, event_type)
@@ -97,13 +104,13 @@ class Lanes:
 
     def wanting(self, event: Event) -> Sequence[Lane]:
         """Return each lane once that the event is for."""
-        lanes = wanting(self.routes(event.account_id, event.type), event.id)
+        lanes = wanting(self.routes(event.account_id, event.type), event, self._payloads)
         if event.type in TOLD_TO_OTHERS:
             return [lane for lane in lanes if not event.is_about(lane.id)]
         return lanes
 
     def add(self, endpoint: Endpoint, now: float, *, live: bool, cursor: int) -> Lane:
-        lane = Lane(endpoint, self._limits, now, live=live, cursor=cursor)
+        lane = Lane(endpoint, self._limits, now, live=live, cursor=cursor, payloads=self._payloads)
         if lane.runs:
             self.running[lane] = None
         self._by_id[lane.id] = lane
@@ -233,9 +240,18 @@ def is_wanted(endpoint: Endpoint) -> bool:
     return endpoint.state is not EndpointState.DRAFT
 
 
-def wanting(routes: Sequence[Route], event_id: int) -> Sequence[Lane]:
-    """Return each lane once whose subscription is valid for the id."""
+def wanting(routes: Sequence[Route], event: Event, payloads: Payloads) -> Sequence[Lane]:
+    """Return each lane once whose subscription is valid for the event. Its payload is parsed only if a filter asks, and once."""
+    event_id = event.id
     if len(routes) == 1:  # mostly: one endpoint an account
-        lane, since_id, until_id = routes[0]
-        return (lane,) if since_id < event_id <= until_id else ()
-    return list(dict.fromkeys(lane for lane, since_id, until_id in routes if since_id < event_id <= until_id))
+        lane, since_id, until_id, condition = routes[0]
+        if not since_id < event_id <= until_id:
+            return ()
+        return (lane,) if condition is None or condition.holds(payloads.of(event)) else ()
+    return list(
+        dict.fromkeys(
+            lane
+            for lane, since_id, until_id, condition in routes
+            if since_id < event_id <= until_id and (condition is None or condition.holds(payloads.of(event)))
+        )
+    )

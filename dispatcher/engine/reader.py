@@ -31,6 +31,7 @@ from dispatcher.ports import HeadPage, Started, Store
 _log = structlog.get_logger(room="reader")
 
 HEAD_ROWS = 1_000
+HEAD_OFFERS = 5_000  # deliveries that one page may become at once: events for ten thousand endpoints each would hold the loop for seconds
 POLL_S = 0.0005  # between polls while events were just coming
 POLLS_AT_ONCE = 2  # a timer of uvloop's waits a millisecond at the least, a poll takes a fifth of one
 POLLS_BEFORE_SLEEP = 6
@@ -41,7 +42,8 @@ FULL_WAIT_S = 0.02  # at the memory bound: 400 deliveries at 20,000 a second
 
 
 class Reader:
-    """`offered` is called for each lane that got something to send; `position` tells the highest position written or being written."""
+    """`offered` is called for each lane that got something to send; `position` tells the highest position written or being written;
+    `configured` waits until a change of configuration has been applied."""
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class Reader:
         *,
         offered: Callable[[Lane], None],
         position: Callable[[], int],
+        configured: Callable[[int], Awaitable[None]],
         doorbell: bool,
         poll_s: float,
         gate: ReadGate,
@@ -66,10 +69,12 @@ class Reader:
         self._counters = counters
         self._offered = offered
         self._position = position
+        self._configured = configured
         self._doorbell = doorbell
         self._poll_s = poll_s
         self._last_id = 0  # the last id handed out, as of the read before
         self._start_last_id = 0
+        self._head_rows = HEAD_ROWS
         self._wake = asyncio.Event()
         self._rung = True  # the head must be read
         self._rings = 0
@@ -237,40 +242,45 @@ class Reader:
             self._gate.begin()
             page = await self._store.head(self.head, limit, READ_BYTES_MAX, young, attempted=attempted)
             self._counters.head_reads += 1
-            moved = self._apply_head(page)
+            await self._configured(page.config_seq)  # an edit holds for whatever is committed after it
+            more = self._apply_head(page)
             self._gate.applied()
-            came = came or moved
-            if not page.full:
+            came = came or bool(page.events)
+            if not more:
                 return came
 
     def _apply_head(self, page: HeadPage) -> bool:
+        """Give a page's events to their lanes, as many as may be at once; return whether there is more to read."""
         now = self._clock.now()
-        old_head = self.head
-        attempted = page.attempted
-        split = 0
-        # Before the head moves: a lane without room for one of these falls behind at the old head, or it would never see what lies above.
+        old_head, attempted = self.head, page.attempted
+        offers = applied = 0
+        above: list[int] = []
         for event in page.events:
-            if event.id > old_head:
+            if offers >= HEAD_OFFERS:
                 break
-            self.gaps.found_young(event.id)
-            self._found(event, attempted[split] if attempted is not None else (), now)
-            split += 1
-        above = page.events[split:]
-        last_seen = above[-1].id if above else old_head
-        self.head = last_seen if page.full else max(self._last_id, last_seen)
-        self.gaps.passed(old_head, self.head, [event.id for event in above], now)
-        for n, event in enumerate(above, start=split):
-            self._offer(event, attempted[n] if attempted is not None else (), now)
+            skip = attempted[applied] if attempted is not None else ()
+            applied += 1
+            if event.id <= old_head:  # these come first: a lane without room for one falls behind at the old head
+                self.gaps.found_young(event.id)
+                offers += self._found(event, skip, now)
+            else:
+                above.append(event.id)
+                offers += self._offer(event, skip, now)
+        is_cut = applied < len(page.events)
+        self._head_rows = max(1, applied) if is_cut else min(HEAD_ROWS, 2 * self._head_rows)
+        more = page.full or is_cut
+        last_seen = above[-1] if above else old_head
+        self.head = last_seen if more else max(self._last_id, last_seen)
+        self.gaps.passed(old_head, self.head, above, now)
         self.gaps.age(now)
         self._last_id = max(self._last_id, page.last_id)
-        self._counters.events_read += len(page.events)
-        return bool(page.events)
+        self._counters.events_read += applied
+        return more
 
-    def _offer(self, event: Event, skip: Sequence[int], now: float) -> None:
-        """Give an event above the old head to its live lanes; a lane without room falls behind before it."""
-        wanted = False
-        for lane in self._lanes.wanting(event):
-            wanted = True
+    def _offer(self, event: Event, skip: Sequence[int], now: float) -> int:
+        """Give an event above the old head to its live lanes; a lane without room falls behind before it. Return how many want it."""
+        wanting = self._lanes.wanting(event)
+        for lane in wanting:
             if not lane.live:
                 lane.passed_by(event)
                 if lane.urgent_after is not None:
@@ -284,14 +294,14 @@ class Reader:
                     self._offered(lane)
                 else:
                     lane.backlog += 1
-        if not wanted:
+        if not wanting:
             self._counters.events_unwanted += 1
+        return len(wanting)
 
-    def _found(self, event: Event, skip: Sequence[int], now: float) -> None:
-        """Give an event that appeared in a gap to its lanes. A lagging lane whose cursor is below meets it by itself."""
-        wanted = False
-        for lane in self._lanes.wanting(event):
-            wanted = True
+    def _found(self, event: Event, skip: Sequence[int], now: float) -> int:
+        """Give an event that appeared in a gap to its lanes. A lagging lane with its cursor below meets it itself. Return how many want it."""
+        wanting = self._lanes.wanting(event)
+        for lane in wanting:
             if event.id in lane.hands or lane.id in skip or event.id in lane.holes:
                 continue
             if not lane.live and event.id > lane.cursor:
@@ -308,8 +318,9 @@ class Reader:
                 lane.backlog += 1
                 self._lanes.fall_behind(lane, self.head, drop=lane.cant_send(now))
                 self.catch_up.look(lane)
-        if not wanted:
+        if not wanting:
             self._counters.events_unwanted += 1
+        return len(wanting)
 
     async def _head_room(self) -> int:
         """Return how many rows the head may bring; 0 at the memory bound."""
@@ -317,14 +328,14 @@ class Reader:
         least = min(HEAD_ROWS, memory.events_max) // 4  # a read for a handful of rows costs what one for hundreds costs
         room = 0 if memory.is_full else memory.events_max - memory.events
         if room >= least:
-            return min(HEAD_ROWS, room)
+            return min(self._head_rows, room)
         largest, mean = self._lanes.largest()
         if largest is not None and largest.queued() > 4 * mean + 64:
             # One lane's crowd, not the process's limit: that lane lags, the head goes on.
             self._lanes.fall_behind(largest, self.head, drop=True)
             self.catch_up.look(largest)
             self._counters.crowded_out += 1
-            return least if not memory.is_full else 0
+            return min(self._head_rows, least) if not memory.is_full else 0
         self._rung = True  # come back for the head
         self._counters.memory_waits += 1
         await self._wait(FULL_WAIT_S)

@@ -288,18 +288,21 @@ class Recorder:
             if r.is_first:
                 done[r.lane].add(r.event.id)
         self._let_slow_ones_be_late()
-        lanes = list(self._lanes.unsettled)
-        for lane in lanes:
-            lane.trim_keys()
-        marks = {lane: lane.mark(head, done.get(lane, NOTHING)) for lane in lanes}
-        late = {lane: lane.open_late(done.get(lane, NOTHING)) for lane in lanes}
         position = head
-        for lane, mark in marks.items():
+        marks: dict[Lane, int] = {}
+        for lane in self._lanes.unsettled:
+            lane.trim_keys()
+            mark = lane.mark(head, done.get(lane, NOTHING))
             if lane.live and (lane.has_row or mark >= written):
                 position = min(position, max(mark, written))
+            if (
+                mark < written or not lane.is_plain
+            ):  # of the others there is nothing to say: `position` will be at or below their marks
+                marks[lane] = mark
         position = max(position, written)
+        late = {lane: lane.open_late(done.get(lane, NOTHING)) for lane in marks}
         gaps = self.gaps.ranges()
-        for lane in lanes:
+        for lane in marks:
             if lane.live and not lane.has_row and lane.keys is None:
                 gaps.update(late[lane])
         gaps.shrink(CHECKPOINT_GAPS_MAX)

@@ -1,11 +1,11 @@
 """The sender: gives ready lanes their turns, and takes each POST from slot to outcome to decision.
 
-Lanes with something to send stand in one line and get a few POSTs a turn. Turns bound how often slots are granted, not
-how long they are held, so three shares of the slots are bounded as well: a quarter for all lanes that are failing,
-another quarter for lanes that have not been tried yet (in one share with the failing, a new and healthy endpoint would
-wait for the timeouts of the dead), a half for slow ones. Who waits for time (tokens, breaker, Retry-After) stands in a
-heap of instants; who waits for room stands in the line of what it lacks. Waiting for a name, a connection or room at an
-origin holds no slot.
+Lanes with something to send stand in a line (line.py) and get a few POSTs a turn. Turns bound how often slots are
+granted, not how long they are held, so three shares of the slots are bounded as well: a quarter for all lanes that are
+failing, another quarter for lanes that have not been tried yet (in one share with the failing, a new and healthy
+endpoint would wait for the timeouts of the dead), a half for slow ones. Who waits for time (tokens, breaker,
+Retry-After) stands in a heap of instants; who waits for room stands in the line of what it lacks. Waiting for a name, a
+connection or room at an origin holds no slot.
 
 No task per delivery: a POST is a call to the connection and a call back. All methods are atomic.
 
@@ -17,14 +17,24 @@ second by the same rule.
 import asyncio
 import heapq
 import random
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 
 import structlog
 
 from dispatcher.domain.event import Event
-from dispatcher.domain.outcome import DELIVER, Decision, Fault, Outcome, Verdict, decide, describe
+from dispatcher.domain.outcome import (
+    BY_RECEIVER,
+    DELIVER,
+    Command,
+    Decision,
+    Fault,
+    Outcome,
+    Verdict,
+    decide,
+    describe,
+    heeding,
+)
 from dispatcher.domain.pace import THROTTLING
 from dispatcher.domain.run import ORIGINAL
 from dispatcher.domain.url import Origin
@@ -33,12 +43,14 @@ from dispatcher.engine.counters import Counters
 from dispatcher.engine.delivery import Delivery, Share
 from dispatcher.engine.lane import SLOW_S, Lane
 from dispatcher.engine.lanes import Lanes
+from dispatcher.engine.line import Line
 from dispatcher.engine.recorder import Recorder
 from dispatcher.ports import Connection, Transport
 
 _log = structlog.get_logger(room="sender")
 
 TURN_POSTS = 4  # a lane's POSTs per turn
+TURNS_AT_ONCE = 200  # then answers have their turn: ten thousand new lanes in the line, of which none got a slot, took 130 ms at once
 _EXPIRED, _SETTLE_EXPIRED = Outcome(Fault.EXPIRED), Decision(Verdict.EXPIRED)
 
 
@@ -58,6 +70,8 @@ class Sender:
         look: Callable[[Lane], None],
         disable: Callable[[Lane, str], None],
         failing: Callable[[Lane, int | None], None],
+        tell_failing: Callable[[Lane], None],
+        failing_after_s: int,
         disable_after_s: int,
     ) -> None:
         self.lease_until = float("-inf")
@@ -74,11 +88,13 @@ class Sender:
         self._look = look
         self._disable = disable
         self._failing_changed = failing
+        self._tell_failing = tell_failing
+        self._failing_after_us = failing_after_s * 1_000_000
         self._disable_after_us = disable_after_s * 1_000_000
         self._failing = Share(max(1, slots // 4))
         self._untried = Share(max(1, slots // 4))
         self._slow = Share(max(1, slots // 2))
-        self._line: deque[Lane] = deque()
+        self._line = Line()
         self._timers: list[tuple[float, int, Lane]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timer_when = float("inf")
@@ -128,11 +144,14 @@ class Sender:
     def _pump(self) -> None:
         self._pumping = False
         # Now, at every turn: a process that was frozen in the middle of this must not finish it as if no time had passed.
-        while self._line and self.may_start(now := self._clock.now()):
+        for _ in range(TURNS_AT_ONCE):
+            if not self._line or not self.may_start(now := self._clock.now()):
+                return
             lane = self._line.popleft()
             lane.in_ready = False
             self._serve(lane, now)
             self._call_next()
+        self.pump_soon()
 
     def _call_next(self) -> None:
         """Call the first of each share's line that has room. After every turn, because who was called may have no use for the room (nothing
@@ -351,7 +370,8 @@ class Sender:
 
     def _post(self, delivery: Delivery, connection: Connection) -> None:
         self._counters.attempts += 1
-        connection.post(self._request(delivery), delivery.lane.endpoint.timeout_s, delivery.done)
+        endpoint = delivery.lane.endpoint
+        connection.post(self._request(delivery), endpoint.timeout_s, delivery.done, endpoint.response_control)
 
     def _request(self, delivery: Delivery) -> bytes:
         """Render the request; the timestamp is this attempt's."""
@@ -379,6 +399,8 @@ class Sender:
         if outcome.fault is None:
             delivery.decision = DELIVER
             self._counters.delivered += 1
+            if outcome.command is Command.DISABLE and lane.endpoint.response_control:
+                self._disable(lane, BY_RECEIVER)
             lane.succeeded(now, latency_s, delivery.probe)
             if lane.failing_since_us is not None:
                 was_us, lane.failing_since_us = lane.failing_since_us, None
@@ -387,6 +409,8 @@ class Sender:
             age_s = (delivery.started_us - delivery.first_attempt_us) / 1e6
             policy = lane.key_policy if delivery.holds_key else lane.retry_policy
             decision = decide(outcome, delivery.number, age_s, policy, self._clock.wall(), self._rng)
+            if outcome.command is not None and lane.endpoint.response_control:
+                decision = heeding(decision, outcome.command)
             delivery.decision = decision
             self._failed(delivery, outcome, decision, now, latency_s)
         self._lanes.memory.let_go(delivery.event)
@@ -410,6 +434,8 @@ class Sender:
                 self._failing_changed(lane, None)
             elif delivery.started_us - lane.failing_since_us > self._disable_after_us:
                 self._disable(lane, "consecutive_failures")
+            elif not lane.failing_told and delivery.started_us - lane.failing_since_us >= self._failing_after_us:
+                self._tell_failing(lane)
             if opened:
                 self._counters.breaker_opened += 1
                 _log.warning(

@@ -1,4 +1,4 @@
-"""What people do to endpoints and events, as transactions: the command line's verbs today, the API's tomorrow.
+"""What people do to endpoints and events, as transactions: for the command line, the API and the panel.
 
 An endpoint's *configuration* is a plain dict: `CONFIG_FIELDS`, and what shapes its requests (domain/shape.py), of which the
 credentials are sealed in the database and opened only where they are needed: without their key an endpoint can still be
@@ -14,7 +14,8 @@ configuration is appended under a lock that every other one waits for.
 """
 
 import asyncio
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -24,13 +25,16 @@ import orjson
 
 from dispatcher.domain.endpoint import FORCED, FOREVER, check_patterns, config_hash
 from dispatcher.domain.event import PublicIds, check_event_type
+from dispatcher.domain.filters import check_filters
 from dispatcher.domain.ordering import OFF, parse_ordering
+from dispatcher.domain.principal import OPERATOR, Principal
 from dispatcher.domain.sealing import Keyring, credentials_place, draft_place, secret_place
 from dispatcher.domain.shape import CREDENTIALS, SHAPE, checked, merged, shown
 from dispatcher.domain.signing import SCHEMES, check_key, new_key, public_key, scheme_of, signing_in
-from dispatcher.domain.url import parse_url
+from dispatcher.domain.url import parse_url, receiver_token
 from dispatcher.errors import InputError, NotFoundError, SealedError, StateError
 from dispatcher.settings import Settings
+from dispatcher.store import receivers
 from dispatcher.store.credentials import open_credentials, seal_credentials
 from dispatcher.store.fates import deliveries
 from dispatcher.store.migrate import ADMIN
@@ -48,10 +52,14 @@ CONFIG_FIELDS = (
     "in_flight_max",
     "retry_schedule_s",
     "ordering",
+    "filters",
+    "response_control",
 )
+# What an endpoint has that asks for nothing; not part of the configuration's hash, as in hashes from before there was a choice.
+OPTIONS: dict[str, Any] = {"ordering": OFF, "filters": {}, "response_control": False}
 DEFAULTS: dict[str, Any] = {
     "name": "", "event_types": ["*"], "timeout_ms": 10_000, "rate_per_s": None, "rate_burst": None, "in_flight_max": None,
-    "retry_schedule_s": None, "ordering": OFF,
+    "retry_schedule_s": None, **OPTIONS,
 }  # fmt: skip
 _PLAIN_FIELDS = (*CONFIG_FIELDS, *SHAPE)
 _RANGES = {
@@ -60,6 +68,7 @@ _RANGES = {
     "rate_burst": (1, 100_000, "POSTs"),
     "in_flight_max": (1, 4_000, "POSTs"),
 }
+WHICH = "`dispatcher endpoint list` shows which there are"
 COUNTED_MAX = 1_000_000  # what a person is told before deciding; a discard is counted to its end
 SECRETS_MAX = 5  # of a scheme that sign at a time: each costs a signature and 48 bytes of header a POST
 OVERLAP_S = 86_400.0  # a day to bring a receiver to its new secret
@@ -67,7 +76,7 @@ OVERLAP_MAX_S = 30 * 86_400.0
 STOPPED_S = 1.2  # no POST starts later than a second after a pause, and its result is recorded soon after it ended
 
 Choice = Literal["send", "skip"]
-Interval = tuple[str, int, int]  # pattern, since_id, until_id
+Interval = tuple[str, int, int, str | None]  # pattern, since_id, until_id, what its filters come to
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +156,7 @@ class EndpointView:
         """Of what decides what is sent where. Of the secrets the newest only: that an older one expires takes nothing back. Nobody who can
         read the hash can try out passwords on it: the secrets are in it."""
         config = self.to_test
-        usual = SHAPE | CREDENTIALS | {"ordering": OFF}  # left out, as in hashes from before there was a choice
+        usual = SHAPE | CREDENTIALS | OPTIONS
         given = {name: value for name, value in config.items() if name not in usual or value != usual[name]}
         newest = [next(iter(signing_in(self.secrets, scheme)), None) for scheme in config["signing"].split(",")]
         return config_hash(given | {"secrets": newest})
@@ -188,6 +197,18 @@ class EndpointView:
 
 
 @dataclass(frozen=True, slots=True)
+class NewEvent:
+    """What a producer that can't INSERT sends, but for its data."""
+
+    account_id: str
+    type: str
+    occurred_at: datetime | None = None
+    ordering_key: str | None = None
+    expires_at: datetime | None = None
+    priority: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Waiting:
     """Deliveries without an attempt: `held` since it was paused or disabled, `before` from before that (or at all, if it is neither), each
     counted up to a million and one; and those that wait for a retry. `skipping`: since it was paused, events are not held."""
@@ -217,10 +238,13 @@ class EndpointDetails:
 
 
 class Admin:
-    def __init__(self, connection: Connection, settings: Settings) -> None:
+    """`principal`: who asks. What is another account's isn't there for it."""
+
+    def __init__(self, connection: Connection, settings: Settings, principal: Principal = OPERATOR) -> None:
         self._db = connection
         self._settings = settings
         self._keyring = settings.keyring
+        self._principal = principal
         self._key: bytes | None = None
 
     # ── endpoints: configuration and the gate before going live ──
@@ -230,8 +254,10 @@ class Admin:
     ) -> EndpointView:
         """Make a draft (or, with `live`, an endpoint that gets events from now on, without a test)."""
         if not account_id or len(account_id.encode()) > 255 or "\x00" in account_id:
-            raise InputError("an account id has 1 to 255 bytes")
-        full = self._checked(merged(DEFAULTS | SHAPE | CREDENTIALS, config))
+            raise InputError("an account id has 1 to 255 bytes", field="account_id")
+        self._principal.within(account_id)
+        full = await self._checked(merged(DEFAULTS | SHAPE | CREDENTIALS, config))
+        await self._check_receiver(full["url"], account_id)
         if secret is not None:
             check_key(secret, scheme_of(secret))
             if scheme_of(secret) not in full["signing"].split(","):
@@ -239,9 +265,7 @@ class Admin:
                     f"the secret is for scheme {scheme_of(secret)}, and this endpoint signs in {full['signing']}"
                 )
         async with self._db.transaction():
-            endpoint_id = await self._db.fetchval(
-                ADMIN.insert_endpoint, account_id, *(full[field] for field in CONFIG_FIELDS)
-            )
+            endpoint_id = await self._db.fetchval(ADMIN.insert_endpoint, account_id, *_columns(full))
             if any(full[name] != default for name, default in (SHAPE | CREDENTIALS).items()):
                 await self._put_shape(endpoint_id, full)
             if secret is not None:
@@ -253,15 +277,15 @@ class Admin:
 
     async def get(self, endpoint_id: int) -> EndpointView:
         row = await self._db.fetchrow(ADMIN.endpoint, endpoint_id)
-        if row is None:
-            raise NotFoundError(f"there is no endpoint {endpoint_id}; `dispatcher endpoint list` shows which there are")
+        if row is None or not self._principal.sees(row["account_id"]):
+            raise NotFoundError(f"there is no endpoint {endpoint_id}", remedy=WHICH)
         draft: dict[str, Any] = {} if row["draft"] is None else orjson.loads(row["draft"])
         stored_proposal = draft.pop("credentials", None)
         place = secret_place(endpoint_id)
         return EndpointView(
             id=row["id"], account_id=row["account_id"], state=row["state"], state_reason=row["state_reason"],
-            state_changed_at=row["state_changed_at"], paused_at_id=row["paused_at_id"], config={name: row[name] for name in _PLAIN_FIELDS},
-            proposed=SHAPE | {"ordering": row["ordering"]} | draft if draft else None,
+            state_changed_at=row["state_changed_at"], paused_at_id=row["paused_at_id"], config=_config(row),
+            proposed=SHAPE | {name: _config(row)[name] for name in OPTIONS} | draft if draft else None,
             signing=tuple(Secret(self._keyring, place, *s) for s in row["secrets"]),
             tested_hash=row["tested_hash"], failing_since=row["failing_since"], backlog=row["backlog"], retries=row["retries"],
             dead_letters=row["dead_letters"], expired=row["expired"], created_at=row["created_at"], keyring=self._keyring,
@@ -282,14 +306,19 @@ class Admin:
     async def endpoints(
         self, account_id: str | None, state: str | None, *, after: int = 0, limit: int = 1_000
     ) -> list[dict[str, Any]]:
-        return [dict(row) for row in await self._db.fetch(ADMIN.endpoints, account_id, state, after, limit)]
+        return [
+            dict(row)
+            for row in await self._db.fetch(ADMIN.endpoints, self._principal.within(account_id), state, after, limit)
+        ]
 
     async def update(self, endpoint_id: int, changes: dict[str, Any], *, live: bool = False) -> EndpointView:
         """Edit a draft in place; propose the edit of any other endpoint, or with `live` put it in force at once. An edit that leads back to
         what is in force is withdrawn."""
         async with self._db.transaction():
             view = await self._locked(endpoint_id)
-            full = self._checked(merged(view.to_test, changes))
+            full = await self._checked(merged(view.to_test, changes))
+            if full["url"] != view.to_test["url"]:
+                await self._check_receiver(full["url"], view.account_id)
             await self._put_missing_keys(endpoint_id, full["signing"], [secret.scheme for secret in view.signing])
             if view.state == "draft":
                 await self._put_config(endpoint_id, full)
@@ -313,7 +342,8 @@ class Admin:
                 )
             if not view.tested and not force:
                 raise StateError(
-                    f"this configuration of endpoint {endpoint_id} has not passed a test; run `dispatcher endpoint test {endpoint_id}` first"
+                    f"this configuration of endpoint {endpoint_id} has not passed a test",
+                    remedy=f"run `dispatcher endpoint test {endpoint_id}` first",
                 )
             if view.state == "draft":
                 reason = None if view.tested else FORCED
@@ -324,7 +354,8 @@ class Admin:
 
     async def record_test(
         self, view: EndpointView, *, passed: bool, duration_us: int, status: int | None, fault: str | None, verdict: str, request: bytes,
-        response_head: bytes | None,
+        response_head: bytes | None, event_type: str = "endpoint.test", at_fault: str | None = None,
+        timing: dict[str, float | None] | None = None, response_body: bytes | None = None,
     ) -> None:  # fmt: skip
         """Keep a test, and if it passed, that this exact configuration did."""
         async with self._db.transaction():
@@ -338,6 +369,10 @@ class Admin:
                 verdict,
                 request,
                 response_head,
+                event_type,
+                at_fault,
+                orjson.dumps(timing or {}).decode(),
+                response_body,
             )
             if passed:
                 await self._db.execute(ADMIN.put_tested, view.id, view.test_hash)
@@ -359,11 +394,14 @@ class Admin:
             scheme = scheme or view.config["signing"].split(",")[0]
             signing = [known for known in view.signing if known.scheme == scheme]
             if secret is not None and secret in [known.secret for known in signing]:
-                raise InputError(f"endpoint {endpoint_id} has this secret already; leave out --secret for a new one")
+                raise InputError(
+                    f"endpoint {endpoint_id} has this secret already", remedy="leave out --secret for a new one"
+                )
             if overlap_s and len(signing) >= SECRETS_MAX:
                 raise StateError(
-                    f"endpoint {endpoint_id} has {len(signing)} secrets that sign, which is the most; wait until one of them expires "
-                    "(`endpoint show --secret` tells when), or end them all at once with --overlap 0"
+                    f"endpoint {endpoint_id} has {len(signing)} secrets that sign, which is the most; "
+                    "wait until one of them expires, or end them all at once with an overlap of 0",
+                    remedy="`endpoint show --secret` tells when they expire",
                 )
             await self._db.execute(ADMIN.expire_secrets, endpoint_id, overlap_s, scheme)
             await self._put_secret(endpoint_id, secret or new_key(scheme))
@@ -389,7 +427,9 @@ class Admin:
         async with self._db.transaction():
             view = await self._locked(endpoint_id)
             if view.state == "disabled":
-                raise StateError(f"endpoint {endpoint_id} is disabled; use `dispatcher endpoint enable {endpoint_id}`")
+                raise StateError(
+                    f"endpoint {endpoint_id} is disabled", remedy=f"use `dispatcher endpoint enable {endpoint_id}`"
+                )
             if view.state != "paused":
                 raise StateError(f"endpoint {endpoint_id} is {view.state}; only paused endpoints can be resumed")
             skipped = await self._put_live_again(view, choice)
@@ -417,15 +457,16 @@ class Admin:
             if view.state != "disabled":
                 remedy = {"draft": "go-live", "paused": "resume"}.get(view.state)
                 raise StateError(
-                    f"endpoint {endpoint_id} is {view.state}; only disabled endpoints can be enabled"
-                    + (f", use `dispatcher endpoint {remedy} {endpoint_id}`" if remedy else "")
+                    f"endpoint {endpoint_id} is {view.state}; only disabled endpoints can be enabled",
+                    remedy=f"use `dispatcher endpoint {remedy} {endpoint_id}`" if remedy else None,
                 )
             if choice is None:
                 waiting = await self.waiting(view)
                 if waiting.held:
                     raise StateError(
                         f"endpoint {endpoint_id} has held events since it was disabled ({counted(waiting.held)}): "
-                        "say --send to send them, oldest first, or --skip never to send them"
+                        "choose whether to send or to skip them",
+                        remedy="say --send to send them, oldest first, or --skip never to send them",
                     )
             skipped = await self._put_live_again(view, choice)
             await self._tell(view, "endpoint.recovered", "enabled")
@@ -484,8 +525,8 @@ class Admin:
         if _is_skipping(view, intervals):
             if choice == "send":
                 raise StateError(
-                    f"endpoint {view.id} was paused with --skip: events since then were not held, so there is nothing to send; "
-                    "leave out --send"
+                    f"endpoint {view.id} was paused so that events since then were not held: there is nothing to send",
+                    remedy="leave out --send",
                 )
             skipped = await self._skip_unheld(view, at)
         elif choice == "skip":
@@ -499,7 +540,8 @@ class Admin:
         """Count what nobody was subscribed to because the pause said so."""
         since = view.held_since_id
         assert since is not None, "it is paused or disabled"
-        would_have = [(pattern, since, at) for pattern in view.config["event_types"]]
+        rule = await self._db.fetchval(ADMIN.rule, view.id)
+        would_have = [(pattern, since, at, rule) for pattern in view.config["event_types"]]
         skipped, _ = await self._count(view, _above(since, at), would_have, None)
         await self._discard(view, "skipped", since, at, skipped)
         return skipped
@@ -508,8 +550,8 @@ class Admin:
         self, view: EndpointView, ids: str, intervals: Sequence[Interval], limit: int | None
     ) -> tuple[int, int | None]:
         """Count events without an attempt in a multirange of ids; return the lowest too."""
-        columns = [list(column) for column in zip(*intervals, strict=True)] or [[], [], []]
-        row = await self._db.fetchrow(ADMIN.held, view.account_id, view.id, ids, *columns, limit)
+        *columns, rules = [list(column) for column in zip(*intervals, strict=True)] or [[], [], [], []]
+        row = await self._db.fetchrow(ADMIN.held, view.account_id, view.id, ids, *columns, limit, rules)
         return row["deliveries"], row["first_id"]
 
     async def _discard(self, view: EndpointView, reason: str, after_id: int, upto_id: int, deliveries: int) -> None:
@@ -519,7 +561,8 @@ class Admin:
     async def _intervals(self, endpoint_id: int) -> list[Interval]:
         rows = await self._db.fetch(ADMIN.subscriptions, endpoint_id)
         return [
-            (row["pattern"], row["since_id"], FOREVER if row["until_id"] is None else row["until_id"]) for row in rows
+            (row["pattern"], row["since_id"], FOREVER if row["until_id"] is None else row["until_id"], row["rule"])
+            for row in rows
         ]
 
     async def _tell(self, view: EndpointView, event_type: str, reason: str) -> None:
@@ -547,12 +590,14 @@ class Admin:
             await self._db.execute(ADMIN.put_reason, view.id, reason)
         elif reason is not None:
             await self._db.execute(ADMIN.put_reason, view.id, f"{view.state_reason or view.state}; {reason}")
-        await self._db.execute(ADMIN.close_subscriptions, view.id, config["event_types"], at)
+        # Other filters are other subscriptions: what was handed out up to now is still owed by the old ones.
+        kept = config["event_types"] if config["filters"] == view.config["filters"] else []
+        await self._db.execute(ADMIN.close_subscriptions, view.id, kept, at)
         if not skipping:
             await self._db.execute(ADMIN.open_subscriptions, view.id, config["event_types"], at)
 
     async def _put_config(self, endpoint_id: int, config: dict[str, Any]) -> None:
-        await self._db.execute(ADMIN.put_config, endpoint_id, *(config[name] for name in CONFIG_FIELDS))
+        await self._db.execute(ADMIN.put_config, endpoint_id, *_columns(config))
         await self._put_shape(endpoint_id, config)
 
     async def _put_shape(self, endpoint_id: int, config: dict[str, Any]) -> None:
@@ -586,26 +631,44 @@ class Admin:
             if scheme not in has:
                 await self._put_secret(endpoint_id, new_key(scheme))
 
-    def _checked(self, config: dict[str, Any]) -> dict[str, Any]:
+    async def _checked(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the configuration in its one form, or refuse it with a sentence."""
         config = dict(config)
         if "url" not in config:
             raise InputError("an endpoint needs a URL")
-        config["url"] = parse_url(config["url"], self._settings.address_policy).url
+        try:
+            config["url"] = parse_url(config["url"], self._settings.address_policy).url
+        except InputError as exc:
+            raise InputError(exc.message, field="url") from exc
         config["event_types"] = list(check_patterns(config["event_types"]))
         if len(config["name"]) > 200 or not config["name"].isprintable():
             raise InputError("an endpoint's name has at most 200 printable characters")
+        if config["filters"]:
+            known = [row["name"] for row in await self._db.fetch(ADMIN.filter_names)]
+            config["filters"] = check_filters(config["filters"], known)
         for name, (low, high, unit) in _RANGES.items():
             value = config[name]
             if value is not None and not low <= value <= high:
                 raise InputError(f"{name} is {value}; it must be {low:g} to {high:g} {unit}")
         if config["rate_burst"] is not None and config["rate_per_s"] is None:
-            raise InputError("rate_burst means nothing without rate_per_s; give both")
+            raise InputError("rate_burst means nothing without rate_per_s; give both", field="rate_burst")
         parse_ordering(config["ordering"])
         schedule = config["retry_schedule_s"]
         if schedule is not None and not (1 <= len(schedule) <= 50 and all(1 <= wait <= 2_592_000 for wait in schedule)):
             raise InputError("a retry schedule has 1 to 50 waits of 1 second to 30 days, such as 5,30,120")
         return config | checked(config)
+
+    async def _check_receiver(self, url: str, account_id: str) -> None:
+        """Refuse the address of a built-in receiver that isn't this account's, or has ended."""
+        policy = self._settings.address_policy
+        token = receiver_token(parse_url(url, policy), policy.receiver)
+        if token is None:
+            return
+        found = await receivers.by_token(self._db, token)
+        if found is None or found[1] != account_id:
+            raise InputError(
+                "this is the address of a built-in receiver that has ended, or of none of this account", field="url"
+            )
 
     # ── events ──
 
@@ -621,6 +684,7 @@ class Admin:
         priority: int | None = None,
     ) -> tuple[int, str]:
         """Append one event as a producer would; return its outbox id and its public id."""
+        self._principal.within(account_id)
         check_event_type(event_type)
         try:
             payload.encode()
@@ -632,13 +696,67 @@ class Admin:
             row = await self._db.fetchrow(
                 ADMIN.insert_event, account_id, event_type, payload, occurred_at, ordering_key, expires_at, priority
             )
-        except asyncpg.InvalidTextRepresentationError as exc:
-            raise InputError(f"the payload is not JSON: {exc.detail or exc}") from exc
-        except asyncpg.CheckViolationError as exc:
-            raise InputError(
-                _CHECKS.get(exc.constraint_name, str(exc)).format(bytes=self._settings.payload_bytes_max)
-            ) from exc
+        except _REFUSED as exc:
+            raise self._refusal(exc) from exc
         return row["id"], await self._public_id(row["id"], row["created_at"])
+
+    async def send_many(
+        self, events: Sequence[NewEvent], text: str, *, within: str | None = None
+    ) -> list[tuple[int, str]]:
+        """Append events in one statement; return (outbox id, public id) of each, in order. `text` is the JSON array that they were read
+        from, or an object that has it as `within`: what is there as `data` goes in byte by byte."""
+        for event in events:
+            self._principal.within(event.account_id)
+            check_event_type(event.type)
+        try:
+            rows = await self._db.fetch(
+                ADMIN.insert_events,
+                text,
+                within,
+                [event.account_id for event in events],
+                [event.type for event in events],
+                [event.occurred_at for event in events],
+                [event.ordering_key for event in events],
+                [event.expires_at for event in events],
+                [event.priority for event in events],
+            )
+        except _REFUSED as exc:
+            raise self._refusal(exc) from exc
+        public_ids = PublicIds(await self._id_key()).encode([(_us(row["created_at"]), row["id"]) for row in rows])
+        return [(row["id"], public_id.decode()) for row, public_id in zip(rows, public_ids, strict=True)]
+
+    async def once(
+        self, key: str | None, request: bytes, act: Callable[[], Awaitable[dict[str, Any]]]
+    ) -> tuple[dict[str, Any], bool]:
+        """Do something that changes the database, and answer; or under a key that was there before, answer as then, having done nothing.
+        Return the answer and whether it is an earlier one's. The key and what it did are one transaction."""
+        if key is None:
+            return await act(), False
+        scope = "operator" if self._principal.is_operator else f"account {self._principal.account_id}"
+        request_hash = hashlib.sha256(request).digest()
+        async with self._db.transaction():
+            if await self._db.fetchval(ADMIN.insert_idempotency_key, scope, key, request_hash):
+                answer = await act()
+                await self._db.execute(ADMIN.put_idempotent_answer, scope, key, orjson.dumps(answer).decode())
+                return answer, False
+        row = await self._db.fetchrow(ADMIN.idempotency_key, scope, key)
+        if row is None or row["request_hash"] != request_hash:
+            raise StateError("this Idempotency-Key was used for another request; a new request needs a new key")
+        return orjson.loads(row["answer"]), True
+
+    def _refusal(self, exc: asyncpg.PostgresError) -> InputError:
+        """Say what PostgreSQL didn't take."""
+        if isinstance(exc, asyncpg.CheckViolationError):
+            said = _CHECKS.get(exc.constraint_name, str(exc)).format(bytes=self._settings.payload_bytes_max)
+            return InputError(
+                said,
+                field={"outbox_payload_size": "data", "outbox_ordering_key_length": "ordering_key"}.get(
+                    exc.constraint_name
+                ),
+            )
+        if isinstance(exc, asyncpg.StatementTooComplexError):
+            return InputError("the payload is nested too deeply", field="data")
+        return InputError(f"the payload is not JSON: {exc.detail or exc}", field="data")
 
     async def show(self, reference: str) -> dict[str, Any]:
         """Tell what happened to one event: each endpoint that should have had it, run by run. `reference` is an outbox id or evt_….
@@ -649,14 +767,14 @@ class Admin:
         row, in_log = await self._db.fetchrow(ADMIN.event, event.id), True
         if row is None:
             row, in_log = await self._db.fetchrow(ADMIN.event_copy, event.id), False
-        if row is None or not event.fits(row["created_at"]):
+        if row is None or not event.fits(row["created_at"]) or not self._principal.sees(row["account_id"]):
             raise NotFoundError(f"there is no event {reference}: it was never committed, or retention has taken it")
         return {
             "id": event.id, "event_id": await self._public_id(event.id, row["created_at"]), "account_id": row["account_id"],
             "type": row["type"], "occurred_at": row["occurred_at"], "created_at": row["created_at"], "payload": row["payload"],
             "ordering_key": row["ordering_key"], "expires_at": row["expires_at"], "priority": row["priority"], "in_log": in_log,
             "deliveries": deliveries(
-                await self._db.fetch(ADMIN.event_deliveries, event.id, row["account_id"], row["type"]),
+                await self._db.fetch(ADMIN.event_deliveries, event.id, row["account_id"], row["type"], row["payload"] or "null"),
                 await self._db.fetch(ADMIN.event_attempts, event.id),
             ),
         }  # fmt: skip
@@ -690,12 +808,25 @@ class Admin:
         return self._key
 
 
+_REFUSED = (
+    asyncpg.InvalidTextRepresentationError, asyncpg.CheckViolationError, asyncpg.StatementTooComplexError,
+    asyncpg.UntranslatableCharacterError, asyncpg.DatetimeFieldOverflowError,
+)  # fmt: skip
 _CHECKS = {
     "outbox_payload_size": "the payload is larger than the outbox accepts ({bytes} bytes, DISPATCHER_PAYLOAD_BYTES_MAX)",
     "outbox_account_id_length": "an account id has 1 to 255 bytes",
     "outbox_type_form": "the event type is malformed",
     "outbox_ordering_key_length": "an ordering key has 1 to 255 bytes",
 }
+
+
+def _columns(config: dict[str, Any]) -> list[Any]:
+    """Return a configuration as the statements take it."""
+    return [orjson.dumps(config[field]).decode() if field == "filters" else config[field] for field in CONFIG_FIELDS]
+
+
+def _config(row: Any) -> dict[str, Any]:
+    return {field: orjson.loads(row[field]) if field == "filters" else row[field] for field in _PLAIN_FIELDS}
 
 
 def counted(deliveries: int) -> str:
@@ -705,7 +836,7 @@ def counted(deliveries: int) -> str:
 
 def _is_skipping(view: EndpointView, intervals: Sequence[Interval]) -> bool:
     """Tell whether the pause closed the subscriptions. One that holds leaves at least one open: an endpoint has some event type."""
-    return view.held_since_id is not None and all(until_id < FOREVER for _, _, until_id in intervals)
+    return view.held_since_id is not None and all(until_id < FOREVER for _, _, until_id, _ in intervals)
 
 
 def _above(after_id: int, upto_id: int) -> str:

@@ -23,8 +23,8 @@ CREATE TRIGGER outbox_doorbell AFTER INSERT ON webhook.outbox FOR EACH STATEMENT
 
 -- name: insert_endpoint
 INSERT INTO webhook.endpoint
-    (account_id, name, url, event_types, timeout_ms, rate_per_s, rate_burst, in_flight_max, retry_schedule_s, ordering)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+    (account_id, name, url, event_types, timeout_ms, rate_per_s, rate_burst, in_flight_max, retry_schedule_s, ordering, filters, response_control)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11::text::jsonb, $12)
 RETURNING id;
 
 -- name: insert_secret
@@ -33,7 +33,7 @@ INSERT INTO webhook.endpoint_secret (endpoint_id, scheme, secret, public_key) VA
 -- name: endpoint
 -- One endpoint with what people ask about it. FOR UPDATE is added where a verb goes on to change it.
 SELECT e.id, e.account_id, e.name, e.url, e.event_types, e.timeout_ms, e.rate_per_s, e.rate_burst, e.in_flight_max, e.retry_schedule_s,
-       e.signing, e.body_format, e.omit, e.extra_signature, e.credentials, e.ordering,
+       e.signing, e.body_format, e.omit, e.extra_signature, e.credentials, e.ordering, e.filters, e.response_control,
        e.state, e.state_reason, e.state_changed_at, e.paused_at_id, e.draft, e.tested_hash, e.failing_since, e.created_at,
        ARRAY(
            SELECT (s.scheme, s.secret, s.public_key, s.created_at, s.expires_at) FROM webhook.endpoint_secret AS s
@@ -65,7 +65,7 @@ ORDER BY e.id LIMIT $4;
 -- name: put_config
 UPDATE webhook.endpoint
 SET name = $2, url = $3, event_types = $4, timeout_ms = $5, rate_per_s = $6, rate_burst = $7, in_flight_max = $8, retry_schedule_s = $9,
-    ordering = $10, draft = NULL
+    ordering = $10, filters = $11::text::jsonb, response_control = $12, draft = NULL
 WHERE id = $1;
 
 -- name: has_sealed
@@ -87,7 +87,8 @@ UPDATE webhook.endpoint SET tested_hash = $2 WHERE id = $1;
 UPDATE webhook.endpoint
 SET state = $2, state_reason = $3, state_changed_at = clock_timestamp(),
     paused_at_id = CASE WHEN $2 IN ('paused', 'disabled') THEN coalesce(paused_at_id, $4::bigint) END,
-    failing_since = CASE WHEN $2 = 'live' THEN NULL ELSE failing_since END
+    failing_since = CASE WHEN $2 = 'live' THEN NULL ELSE failing_since END,
+    failing_told_at = CASE WHEN $2 = 'live' THEN NULL ELSE failing_told_at END
 WHERE id = $1;
 
 -- name: put_reason
@@ -100,7 +101,7 @@ SELECT webhook.tell_of_endpoint($1, $2, $3, $4);
 SELECT webhook.last_id();
 
 -- name: subscriptions
-SELECT pattern, since_id, until_id, taken_up FROM webhook.subscription WHERE endpoint_id = $1 ORDER BY id;
+SELECT pattern, since_id, until_id, taken_up, rule::text AS rule FROM webhook.subscription WHERE endpoint_id = $1 ORDER BY id;
 
 -- name: close_subscriptions
 -- But for the patterns of $2: what was handed out up to $3 is still owed, nothing above is.
@@ -120,6 +121,12 @@ WHERE NOT EXISTS (
     SELECT FROM webhook.subscription AS s WHERE s.endpoint_id = $1 AND s.pattern = p.pattern AND s.until_id IS NULL
 );
 
+-- name: filter_names
+SELECT DISTINCT f.name FROM webhook.event_type AS e CROSS JOIN jsonb_object_keys(e.filter_fields) AS f (name) ORDER BY f.name;
+
+-- name: rule
+SELECT webhook.filter_rule(filters)::text FROM webhook.endpoint WHERE id = $1;
+
 -- name: unsettled
 -- The ids up to $2 that were not settled for the endpoint when the dispatcher last wrote down where it is: above its mark, in its holes, in gaps.
 SELECT (
@@ -133,24 +140,25 @@ LEFT JOIN webhook.lane AS l ON l.endpoint_id = $1
 CROSS JOIN LATERAL (SELECT min(since_id) AS since_id FROM webhook.subscription WHERE endpoint_id = $1 AND NOT taken_up) AS u;
 
 -- name: held
--- How many events of account $1 in the ids $3 are for endpoint $2, by the patterns and bounds $4, $5, $6, and have had no attempt; and the
--- lowest of them. At most $7 are counted (NULL: all). 4 to 7 µs an event: half a million in 3 s. OFFSET 0, so that a range is an index's
+-- How many events of account $1 in the ids $3 are for endpoint $2, by the patterns, bounds and rules $4, $5, $6, $8, and have had no
+-- attempt; and the lowest of them. At most $7 are counted (NULL: all). 4 to 7 µs an event: half a million in 3 s. OFFSET 0, so that a range is an index's
 -- descent: without, it was planned as a filter over all of the account. LIMIT 1 likewise: without, as a hash of all attempts there are.
 SELECT count(*) AS deliveries, min(h.id) AS first_id
 FROM (
     SELECT o.id
     FROM unnest($3::text::int8multirange) AS r (ids)
     CROSS JOIN LATERAL (
-        SELECT id, type FROM webhook.outbox WHERE account_id = $1 AND id >= lower(r.ids) AND id < upper(r.ids) OFFSET 0
+        SELECT id, type, payload FROM webhook.outbox WHERE account_id = $1 AND id >= lower(r.ids) AND id < upper(r.ids) OFFSET 0
     ) AS o
     LEFT JOIN LATERAL (
         SELECT true AS was FROM webhook.attempt AS a WHERE a.event_id = o.id AND a.endpoint_id = $2 AND a.run = 0 LIMIT 1
     ) AS a ON true
     WHERE a.was IS NULL
       AND EXISTS (
-          SELECT FROM unnest($4::text[], $5::bigint[], $6::bigint[]) AS s (pattern, since_id, until_id)
+          SELECT FROM unnest($4::text[], $5::bigint[], $6::bigint[], $8::text[]) AS s (pattern, since_id, until_id, rule)
           WHERE s.since_id < o.id AND o.id <= s.until_id
             AND (s.pattern = '*' OR s.pattern = o.type OR (right(s.pattern, 2) = '.*' AND starts_with(o.type, left(s.pattern, -1))))
+            AND CASE WHEN s.rule IS NULL THEN true ELSE webhook.passes(s.rule::jsonb, o.type, o.payload) END
       )
     LIMIT $7
 ) AS h;
@@ -194,13 +202,37 @@ UPDATE webhook.endpoint SET credentials = NULL, draft = NULL WHERE id = $1;
 DELETE FROM webhook.endpoint_secret WHERE endpoint_id = $1;
 
 -- name: insert_test_attempt
-INSERT INTO webhook.test_attempt (endpoint_id, config_hash, duration_us, status, fault, verdict, request, response_head)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8);
+INSERT INTO webhook.test_attempt (
+    endpoint_id, config_hash, duration_us, status, fault, verdict, request, response_head, event_type, at_fault, timing, response_body
+)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11::text::jsonb, $12);
 
 -- name: insert_event
 INSERT INTO webhook.outbox (account_id, type, payload, occurred_at, ordering_key, expires_at, priority)
 VALUES ($1, $2, $3::text::json, $4, $5, $6, $7)
 RETURNING id, created_at;
+
+-- name: insert_events
+-- The elements' own text goes in: `->` on json copies it as it was written.
+INSERT INTO webhook.outbox (account_id, type, payload, occurred_at, ordering_key, expires_at, priority)
+SELECT g.account_id, g.type, g.given -> 'data', g.occurred_at, g.ordering_key, g.expires_at, g.priority
+FROM ROWS FROM (
+    json_array_elements(CASE WHEN $2::text IS NULL THEN $1::text::json ELSE $1::text::json -> $2 END),
+    unnest($3::text[]), unnest($4::text[]), unnest($5::timestamptz[]), unnest($6::text[]), unnest($7::timestamptz[]), unnest($8::smallint[])
+)
+    WITH ORDINALITY AS g (given, account_id, type, occurred_at, ordering_key, expires_at, priority, n)
+ORDER BY g.n
+RETURNING id, created_at;
+
+-- name: insert_idempotency_key
+-- One that comes while the first is under way waits here for its end.
+INSERT INTO webhook.idempotency_key (scope, key, request_hash) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING RETURNING true;
+
+-- name: idempotency_key
+SELECT request_hash, answer::text AS answer FROM webhook.idempotency_key WHERE scope = $1 AND key = $2;
+
+-- name: put_idempotent_answer
+UPDATE webhook.idempotency_key SET answer = $3::text::json WHERE scope = $1 AND key = $2;
 
 -- name: event
 SELECT id, account_id, type, payload::text AS payload, occurred_at, created_at, ordering_key, expires_at, priority
@@ -217,8 +249,8 @@ LIMIT 1;
 
 -- name: event_deliveries
 -- Each endpoint that was subscribed to the event, or has had an attempt of it, and how it stands: dead letters and retries by run, and the
--- resends and replays that have had it or will. `discarded`: why it was never sent, from the counted ranges.
-SELECT e.id AS endpoint_id, e.name, e.url, e.state, q.subscribed, q.discarded,
+-- resends and replays that have had it or will. `filtered`: it was subscribed, but its filters leave the event out. `discarded`: why it was never sent, from the counted ranges.
+SELECT e.id AS endpoint_id, e.name, e.url, e.state, q.subscribed, q.subscribed AND NOT q.passes AS filtered, q.discarded,
        ARRAY(
            SELECT (d.id, d.run, d.state, d.resent_run) FROM webhook.dead_letter AS d
            WHERE d.event_id = $1 AND d.endpoint_id = e.id ORDER BY d.run
@@ -234,7 +266,7 @@ SELECT e.id AS endpoint_id, e.name, e.url, e.state, q.subscribed, q.discarded,
                OR (p.finished_at IS NULL AND r.state <> 'canceled' AND p.settled < $1 AND r.source = 'log' AND NOT r.only_failed AND EXISTS (
                    SELECT FROM unnest(r.patterns) AS t (pattern)
                    WHERE t.pattern = '*' OR t.pattern = $3 OR (right(t.pattern, 2) = '.*' AND starts_with($3, left(t.pattern, -1)))
-               ))
+               ) AND webhook.passes(r.rule, $3, $4::text::json))
                OR (p.finished_at IS NULL AND r.state <> 'canceled' AND EXISTS (
                    SELECT FROM webhook.dead_letter AS d WHERE d.event_id = $1 AND d.endpoint_id = e.id AND d.resent_run = r.id
                ))
@@ -248,12 +280,18 @@ CROSS JOIN LATERAL (
                WHERE s.endpoint_id = e.id AND s.since_id < $1 AND (s.until_id IS NULL OR $1 <= s.until_id)
                  AND (s.pattern = '*' OR s.pattern = $3 OR (right(s.pattern, 2) = '.*' AND starts_with($3, left(s.pattern, -1))))
            ) AS subscribed,
+           EXISTS (
+               SELECT FROM webhook.subscription AS s
+               WHERE s.endpoint_id = e.id AND s.since_id < $1 AND (s.until_id IS NULL OR $1 <= s.until_id)
+                 AND (s.pattern = '*' OR s.pattern = $3 OR (right(s.pattern, 2) = '.*' AND starts_with($3, left(s.pattern, -1))))
+                 AND webhook.passes(s.rule, $3, $4::text::json)
+           ) AS passes,
            (
                SELECT x.reason FROM webhook.discard AS x
                WHERE x.endpoint_id = e.id AND x.after_id < $1 AND $1 <= x.upto_id AND x.deliveries > 0 AND EXISTS (
                    SELECT FROM unnest(e.event_types) AS t (pattern)
                    WHERE t.pattern = '*' OR t.pattern = $3 OR (right(t.pattern, 2) = '.*' AND starts_with($3, left(t.pattern, -1)))
-               )
+               ) AND webhook.passes(webhook.filter_rule(e.filters), $3, $4::text::json)
                ORDER BY x.id DESC LIMIT 1
            ) AS discarded
 ) AS q
@@ -292,6 +330,7 @@ WITH owed AS (
     JOIN webhook.endpoint AS e ON e.account_id = o.account_id AND e.state <> 'deleted'
     JOIN webhook.subscription AS s ON s.endpoint_id = e.id AND s.since_id < o.id AND (s.until_id IS NULL OR o.id <= s.until_id)
      AND (s.pattern = '*' OR s.pattern = o.type OR (right(s.pattern, 2) = '.*' AND starts_with(o.type, left(s.pattern, -1))))
+     AND CASE WHEN s.rule IS NULL THEN true ELSE webhook.passes(s.rule, o.type, o.payload) END
 ), fates AS (
     SELECT w.endpoint_id,
            EXISTS (SELECT FROM webhook.attempt AS a WHERE a.event_id = w.event_id AND a.endpoint_id = w.endpoint_id AND a.fault IS NULL) AS delivered,

@@ -16,6 +16,7 @@ from typing import Any
 
 from dispatcher.domain.endpoint import check_patterns
 from dispatcher.domain.event import PublicIds
+from dispatcher.domain.principal import OPERATOR, Principal
 from dispatcher.domain.run import RunSource
 from dispatcher.errors import InputError, NotFoundError, StateError
 from dispatcher.store import runs
@@ -76,20 +77,24 @@ class Total:
         return None
 
 
-async def find(connection: Connection, chosen: Filter, *, after: int = 0, limit: int = 100) -> list[dict[str, Any]]:
+async def find(
+    connection: Connection, chosen: Filter, *, after: int = 0, limit: int = 100, by: Principal = OPERATOR
+) -> list[dict[str, Any]]:
     """Return a page of dead letters in the order in which they died, without payloads."""
-    settled = await _settle(connection, chosen)
+    settled = await _settle(connection, chosen, by)
     async with connection.transaction():
         await connection.execute(LETTERS.plan_each)
         rows = await connection.fetch(LETTERS.page, *settled.values(after), limit)
     return await _described(connection, rows)
 
 
-async def show(connection: Connection, letter_id: int) -> dict[str, Any]:
+async def show(connection: Connection, letter_id: int, *, by: Principal = OPERATOR) -> dict[str, Any]:
     """Return one dead letter with its payload (None when it was given up) and the attempts that retention has left."""
-    found = await find(connection, Filter(ids=(letter_id,), state=None), limit=1)
+    found = await find(connection, Filter(ids=(letter_id,), state=None), limit=1, by=by)
     if not found:
-        raise NotFoundError(f"there is no dead letter {letter_id}; `dispatcher dead-letter list` shows which there are")
+        raise NotFoundError(
+            f"there is no dead letter {letter_id}", remedy="`dispatcher dead-letter list` shows which there are"
+        )
     [shown] = found
     attempts = [
         {key: value for key, value in dict(row).items() if key != "response_head"}
@@ -99,15 +104,17 @@ async def show(connection: Connection, letter_id: int) -> dict[str, Any]:
     return shown | {"payload": await connection.fetchval(LETTERS.payload, letter_id), "made": attempts}
 
 
-async def total(connection: Connection, chosen: Filter) -> tuple[Filter, list[Total]]:
+async def total(
+    connection: Connection, chosen: Filter, *, by: Principal = OPERATOR, timeout_s: float = runs.COUNT_TIMEOUT_S
+) -> tuple[Filter, list[Total]]:
     """Count a choice of open dead letters, endpoint by endpoint; return it with its end fixed, so that what is counted is what is done.
 
     Ids that aren't there or aren't open are an error that names one, and nothing is done.
     """
-    settled = await _settle(connection, replace(chosen, state="open"))
+    settled = await _settle(connection, replace(chosen, state="open"), by)
     if settled.ids is not None:
-        await _check_ids(connection, settled.ids)
-    async with runs.counting(connection):
+        await _check_ids(connection, settled.ids, settled.account_id)
+    async with runs.counting(connection, timeout_s):
         totals = [Total(*row) for row in await connection.fetch(LETTERS.totals, *settled.values(0))]
     return replace(settled, upto_id=max((one.last_id for one in totals), default=0)), totals
 
@@ -159,21 +166,21 @@ async def _page(connection: Connection, chosen: Filter, after: int) -> list[int]
     return ids
 
 
-async def _settle(connection: Connection, chosen: Filter) -> Filter:
-    """Check a filter, and turn times ago into moments."""
+async def _settle(connection: Connection, chosen: Filter, by: Principal = OPERATOR) -> Filter:
+    """Check a filter, hold it to whom it is for, and turn times ago into moments."""
     if chosen.patterns:
         check_patterns(chosen.patterns)
     for letter_id in chosen.ids or ():
         if not 0 < letter_id < 1 << 63:
             raise InputError(f"{letter_id} is not the id of a dead letter")
     if chosen.ids is not None and len(chosen.ids) > IDS_MAX:
-        raise InputError(f"these are more than {IDS_MAX} ids; choose by a filter, such as --endpoint")
-    account_id = chosen.account_id
+        raise InputError(f"these are more than {IDS_MAX} ids: choose by a filter", remedy="such as --endpoint")
+    account_id = by.within(chosen.account_id)
     if chosen.endpoint_id is not None:
         found = await connection.fetchval(LETTERS.account_of, chosen.endpoint_id)
-        if found is None:
+        if found is None or not by.sees(found):
             raise NotFoundError(
-                f"there is no endpoint {chosen.endpoint_id}; `dispatcher endpoint list` shows which there are"
+                f"there is no endpoint {chosen.endpoint_id}", remedy="`dispatcher endpoint list` shows which there are"
             )
         if chosen.state != "open" and account_id is None:
             account_id = found  # else there would be no index in the order of ids
@@ -182,13 +189,13 @@ async def _settle(connection: Connection, chosen: Filter) -> Filter:
     return replace(chosen, account_id=account_id, since=since, until=until)
 
 
-async def _check_ids(connection: Connection, ids: Sequence[int]) -> None:
+async def _check_ids(connection: Connection, ids: Sequence[int], account_id: str | None) -> None:
     found = {row["id"]: row for row in await connection.fetch(LETTERS.states, list(ids))}
     for letter_id in ids:
         row = found.get(letter_id)
-        if row is None:
+        if row is None or account_id not in (None, row["account_id"]):
             raise NotFoundError(
-                f"there is no dead letter {letter_id}; `dispatcher dead-letter list` shows which there are"
+                f"there is no dead letter {letter_id}", remedy="`dispatcher dead-letter list` shows which there are"
             )
         if row["state"] != "open":
             how = f"was resent by run {row['resent_run']}" if row["state"] == "resent" else f"was {row['state']}"

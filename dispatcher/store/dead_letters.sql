@@ -58,7 +58,7 @@ SELECT ARRAY(
 SELECT set_config('plan_cache_mode', 'force_custom_plan', true);
 
 -- name: states
-SELECT id, state, resent_run FROM webhook.dead_letter WHERE id = ANY ($1::bigint[]);
+SELECT id, account_id, state, resent_run FROM webhook.dead_letter WHERE id = ANY ($1::bigint[]);
 
 -- name: account_of
 SELECT account_id FROM webhook.endpoint WHERE id = $1;

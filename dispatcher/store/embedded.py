@@ -24,7 +24,7 @@ import os
 import pwd
 import shlex
 import shutil
-import subprocess
+import subprocess  # programs of the wheel, and ps  # nosec B404
 import sys
 import tempfile
 import time
@@ -203,7 +203,7 @@ def _reachable(data_dir: Path, tree: Path) -> bool:
 def _run(data_dir: Path, program: Path, *args: str) -> subprocess.CompletedProcess[str]:
     """Run `program` as the account that owns `data_dir`, away from our terminal: Ctrl-C is for us alone."""
     owner = _owner(data_dir)
-    return subprocess.run(  # noqa: S603 - a program of the wheel or /bin/sh, and no shell reads our arguments
+    return subprocess.run(  # noqa: S603 - a program of the wheel or /bin/sh, and no shell reads our arguments  # nosec B603
         [program, *args],
         env={**os.environ, "LC_ALL": "C"},  # PostgreSQL won't start in an unknown locale on macOS
         cwd=data_dir,
@@ -305,7 +305,7 @@ def _is_postmaster(pid: str, pgdata: Path) -> bool:
             return False
     else:
         ps = ("/bin/ps", "-ww", "-o", "command=", "-p", pid)
-        command = subprocess.run(ps, capture_output=True, check=False, timeout=TIMEOUT_S).stdout  # noqa: S603 - a number
+        command = subprocess.run(ps, capture_output=True, check=False, timeout=TIMEOUT_S).stdout  # noqa: S603 - a number  # nosec B603
     return b" -D %b " % os.fsencode(pgdata) in command
 
 

@@ -120,10 +120,10 @@ async def look_at_account(connection: Connection, account_id: str) -> AccountDat
 async def erase_account(
     connection: Connection, settings: Settings, account_id: str, *, step: Step = lambda what, n: None
 ) -> Erased:
-    """Delete the account's endpoints, then erase what there is of it. Repeating it completes what was interrupted."""
-    erasure_id = await connection.fetchval(ERASURE.unfinished, account_id)
-    if erasure_id is None:
-        erasure_id = await connection.fetchval(ERASURE.begin, account_id, None)
+    """End its keys and logins, delete the account's endpoints, then erase what there is of it. Repeating it completes what was interrupted."""
+    erasure_id = (await begin_account(connection, account_id)).id
+    await connection.execute(ERASURE.end_access, account_id)
+    await connection.execute(ERASURE.delete_recipients, account_id)
     admin = Admin(connection, settings)
     endpoint_ids = []
     for row in await connection.fetch(ERASURE.endpoints, account_id):
@@ -140,7 +140,17 @@ async def erase_account(
     if in_flight_s:
         await _wait(in_flight_s, step)
         await _erase_rows(connection, erasure_id, account_id, endpoint_ids, upto, step)
+    await connection.execute(ERASURE.delete_alerts, account_id)
+    await connection.execute(ERASURE.delete_receivers, account_id)
     await connection.execute(ERASURE.finish, erasure_id)
+    return await _get(connection, erasure_id)
+
+
+async def begin_account(connection: Connection, account_id: str) -> Erased:
+    """Write down that the account is to be erased, or return the one that was interrupted; `erase_account` goes on with it."""
+    erasure_id = await connection.fetchval(ERASURE.unfinished, account_id)
+    if erasure_id is None:
+        erasure_id = await connection.fetchval(ERASURE.begin, account_id, None)
     return await _get(connection, erasure_id)
 
 
@@ -238,6 +248,7 @@ async def erase_event(connection: Connection, found: EventData, *, step: Step = 
             await _wait(in_flight_s, step)
             async with connection.transaction():
                 await _erase_event_rows(connection, erasure_id, found)
+    await connection.execute(ERASURE.delete_received, found.account_id)  # whichever of them were of this event
     await connection.execute(ERASURE.finish, erasure_id)
     return await _get(connection, erasure_id)
 

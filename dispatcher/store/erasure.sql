@@ -37,6 +37,15 @@ SELECT id FROM webhook.erasure WHERE account_id = $1 AND event_id IS NULL AND en
 -- name: begin
 INSERT INTO webhook.erasure (account_id, event_id) VALUES ($1, $2) RETURNING id;
 
+-- name: end_access
+-- Nobody logs in as the account any more; the keys' and links' rows stay, as a record.
+WITH keys AS (
+    UPDATE webhook.api_key SET name = '', revoked_at = coalesce(revoked_at, clock_timestamp()) WHERE account_id = $1
+), links AS (
+    UPDATE webhook.login_link SET revoked_at = coalesce(revoked_at, clock_timestamp()) WHERE account_id = $1
+)
+DELETE FROM webhook.login WHERE account_id = $1;
+
 -- name: add
 UPDATE webhook.erasure
 SET events = events + $2, response_heads = response_heads + $3, dead_letters = dead_letters + $4, tests = tests + $5, endpoints = endpoints + $6
@@ -68,6 +77,19 @@ UPDATE webhook.endpoint SET url = 'https://erased.invalid/', name = '', draft = 
 
 -- name: delete_secrets
 DELETE FROM webhook.endpoint_secret WHERE endpoint_id = $1;
+
+-- name: delete_alerts
+DELETE FROM webhook.alert WHERE account_id = $1;
+
+-- name: delete_received
+-- Copies of payloads, for a day.
+DELETE FROM webhook.received WHERE receiver_id IN (SELECT id FROM webhook.receiver WHERE account_id = $1);
+
+-- name: delete_receivers
+DELETE FROM webhook.receiver WHERE account_id = $1;
+
+-- name: delete_recipients
+DELETE FROM webhook.alert_recipient WHERE audience = $1;
 
 -- name: clear_notes
 UPDATE webhook.run SET note = '' WHERE endpoint_id = $1 AND note <> '';
@@ -149,6 +171,7 @@ SELECT q.id, q.owed, q.running FROM (
                    SELECT FROM webhook.outbox AS o JOIN webhook.subscription AS s
                      ON s.endpoint_id = e.id AND s.since_id < o.id AND (s.until_id IS NULL OR o.id <= s.until_id)
                     AND (s.pattern = '*' OR s.pattern = o.type OR (right(s.pattern, 2) = '.*' AND starts_with(o.type, left(s.pattern, -1))))
+                    AND webhook.passes(s.rule, o.type, o.payload)
                    WHERE o.id = $1
                )
            )::integer + (SELECT count(*) FROM webhook.retry AS r WHERE r.endpoint_id = e.id AND r.event_id = $1) AS owed,

@@ -73,6 +73,8 @@ def _fate(endpoint: Any, run: int, run_state: str, attempts: Sequence[dict[str, 
             return f"waiting for attempt {number}, due {due_at:%Y-%m-%d %H:%M:%S} UTC{f' ({held})' if held else ''}"
     if endpoint["discarded"]:
         return f"{'failed, then' if attempts else 'not sent:'} {endpoint['discarded']}"
+    if endpoint["filtered"] and run == ORIGINAL and not attempts:
+        return "not sent: its filters leave this event out"
     if attempts and endpoint["state"] == "live":
         return "in progress"
     return _held(endpoint, run_state) or "waiting"

@@ -34,6 +34,7 @@ import orjson
 from dispatcher.domain.address import AddressPolicy
 from dispatcher.domain.endpoint import FOREVER, Endpoint, EndpointId, EndpointState, Subscription, pattern_matches
 from dispatcher.domain.event import Event, PublicIds, timestamp
+from dispatcher.domain.filters import Rule
 from dispatcher.domain.ordering import parse_ordering
 from dispatcher.domain.outcome import Fault
 from dispatcher.domain.ranges import IdRanges
@@ -131,6 +132,12 @@ class SubscriptionRow:
     since_id: int
     until_id: int | None = None
     taken_up: bool = False
+    rule: Rule | None = None
+
+    def is_for(self, event: LogRow) -> bool:
+        return _subscription(self).matches(event.type, event.id) and (
+            self.rule is None or self.rule.passes(event.type, event.payload)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +156,15 @@ class EndpointRow:
     in_flight_max: int | None = None
     retry_schedule_s: tuple[int, ...] | None = None
     failing_since_us: int | None = None
+    failing_told: bool = False
     signing: str = "v1"
     body_format: str = "envelope"
     omit: tuple[str, ...] = ()
     extra_signature: str | None = None
     credentials: str | None = None  # never sealed here
     ordering: str = "off"
+    rule: Rule | None = None  # its filters
+    response_control: bool = False
     expiring: tuple[tuple[str, int], ...] = ()  # secrets that sign beside `secrets` until then
 
     def at(self, now_us: int) -> "EndpointRow":
@@ -393,7 +403,7 @@ class Tables:
                 newest[endpoint_id, event_id, run] = attempt
         for event in self.outbox.values():
             for endpoint_id, subscriptions in wanted.get(event.account_id, {}).items():
-                matching = [s for s in subscriptions if _subscription(s).matches(event.type, event.id)]
+                matching = [s for s in subscriptions if s.is_for(event)]
                 last = newest.get((endpoint_id, event.id, 0))
                 lane = self.lanes.get(endpoint_id)
                 if not matching:
@@ -728,7 +738,7 @@ class Transaction:
         row = EndpointRow(endpoint_id, account_id, url, state, **columns)
         self._change(endpoint_id, partial(Tables.put_endpoint, row=row))
         for pattern in patterns:
-            self.subscribe(endpoint_id, pattern)
+            self.subscribe(endpoint_id, pattern, rule=row.rule)
         return endpoint_id
 
     def update_endpoint(self, endpoint_id: int, **columns: Any) -> None:
@@ -772,12 +782,22 @@ class Transaction:
     def delete_endpoint(self, endpoint_id: int) -> None:
         self.update_endpoint(endpoint_id, state=EndpointState.DELETED)
 
-    def subscribe(self, endpoint_id: int, pattern: str, *, since_id: int | None = None) -> int:
+    def refilter(self, endpoint_id: int, rule: Rule | None) -> None:
+        """Edit an endpoint's filters: its subscriptions end here, and new ones begin."""
+        self.update_endpoint(endpoint_id, rule=rule)
+        for row in list(self.database.tables.subscriptions.values()):
+            if row.endpoint_id == endpoint_id and row.until_id is None:
+                self.unsubscribe(row.id)
+                self.subscribe(endpoint_id, row.pattern, rule=rule)
+
+    def subscribe(
+        self, endpoint_id: int, pattern: str, *, since_id: int | None = None, rule: Rule | None = None
+    ) -> int:
         """Subscribe to what comes after the last id handed out now, which may be long before the commit."""
         self._lock_config()
         subscription_id = self.database.next_subscription_id()
         since = self.database.last_id() if since_id is None else since_id
-        row = SubscriptionRow(subscription_id, endpoint_id, pattern, since)
+        row = SubscriptionRow(subscription_id, endpoint_id, pattern, since, rule=rule)
         self._change(endpoint_id, partial(Tables.put_subscription, row=row))
         return subscription_id
 
@@ -804,7 +824,7 @@ class Transaction:
                 columns = {"until_id": told - 1}
                 change = partial(Tables.update_subscription, subscription_id=row.id, columns=columns)
                 self._change(about.id, change)
-                self.subscribe(about.id, row.pattern, since_id=told)
+                self.subscribe(about.id, row.pattern, since_id=told, rule=row.rule)
 
     def add_run(
         self,
@@ -830,6 +850,7 @@ class Transaction:
             rate_per_s=rate_per_s,
             state=RunState.RUNNING,
             settled=after_id,
+            rule=None if dead is not None else self.database.tables.endpoints[endpoint_id].rule,
         )
         self._change(endpoint_id, partial(Tables.put_run, endpoint_id=endpoint_id, run=run))
         if dead is not None:
@@ -1066,7 +1087,9 @@ class MemoryStore:
             gaps = [tables.outbox[i] for i in sorted(set(young)) if i in tables.outbox]
             rows, cut = _cut(gaps + tables.above(after, limit), bytes_max)
             full = cut or sum(row.id > after for row in rows) >= limit
-            return HeadPage(self._events(rows), tables.attempted_by(rows) if attempted else None, full, 0)
+            return HeadPage(
+                self._events(rows), tables.attempted_by(rows) if attempted else None, full, 0, tables.config_seq
+            )
 
         page: HeadPage
         page, last_id = await self._calls("reader", "head", snapshot, lambda _: self._database.last_id())
@@ -1326,16 +1349,34 @@ class MemoryStore:
 
         await self._call("config", "disable_endpoint", work)
 
+    async def tell_failing(self, endpoint_id: int, failing_since_us: int) -> None:
+        def work(connection: Connection) -> None:
+            endpoint = self._database.tables.endpoints.get(endpoint_id)
+            if endpoint is None or self._is_over():
+                return
+            self._lock_or_leave(connection, f"endpoint {endpoint_id}")
+            if endpoint.state is not EndpointState.LIVE or endpoint.failing_told:
+                return
+            self._lock_or_leave(connection, CONFIG_LOCK)
+            since_us = failing_since_us if endpoint.failing_since_us is None else endpoint.failing_since_us
+            columns = {"failing_since_us": since_us, "failing_told": True}
+            change = partial(Tables.update_endpoint, endpoint_id=endpoint_id, columns=columns)
+            with self._database.begin() as transaction:
+                transaction.changes.append(change)
+                transaction.tell_of_endpoint(endpoint, "endpoint.failing", "consecutive_failures", failing_since_us)
+
+        await self._call("config", "tell_failing", work)
+
     async def tell_recovered(self, endpoint_id: int, failing_since_us: int) -> None:
         def work(connection: Connection) -> None:
             endpoint = self._database.tables.endpoints.get(endpoint_id)
             if endpoint is None or self._is_over():
                 return
             self._lock_or_leave(connection, f"endpoint {endpoint_id}")
-            if endpoint.state is not EndpointState.LIVE or endpoint.failing_since_us is None:
+            if endpoint.state is not EndpointState.LIVE or not endpoint.failing_told:
                 return
             self._lock_or_leave(connection, CONFIG_LOCK)
-            columns = {"failing_since_us": None}
+            columns: dict[str, Any] = {"failing_since_us": None, "failing_told": False}
             change = partial(Tables.update_endpoint, endpoint_id=endpoint_id, columns=columns)
             with self._database.begin() as transaction:
                 transaction.changes.append(change)
@@ -1517,7 +1558,7 @@ def _batch_copy(batch: Batch) -> Batch:
 
 def _subscription(row: SubscriptionRow) -> Subscription:
     until_id = FOREVER if row.until_id is None else row.until_id
-    return Subscription(row.id, row.pattern, row.since_id, until_id, row.taken_up)
+    return Subscription(row.id, row.pattern, row.since_id, until_id, row.taken_up, row.rule)
 
 
 def _endpoint(
@@ -1542,7 +1583,9 @@ def _endpoint(
         in_flight_max=row.in_flight_max,
         retry_schedule_s=row.retry_schedule_s,
         failing_since_us=row.failing_since_us,
+        failing_told=row.failing_told,
         state_reason=row.state_reason,
+        response_control=row.response_control,
         runs=tuple(runs),
         shape=shape,
         ordering=parse_ordering(row.ordering),

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import orjson
 
-from dispatcher.domain.endpoint import FOREVER, EndpointState, pattern_matches
+from dispatcher.domain.endpoint import FOREVER, EndpointState
 from dispatcher.domain.event import timestamp
 from dispatcher.domain.retention import MARGIN_IDS, Span, is_settled
 from dispatcher.domain.run import RunSource
@@ -231,11 +231,7 @@ class MemoryPartitions:
         lane = self._tables.lanes.get(endpoint.id)
         is_open = lane is not None and (event.id > lane.settled or event.id in lane.holes)
         return not self._tables.has_attempt(event.id, endpoint.id, 0) and any(
-            s.since_id < event.id
-            and (s.until_id is None or event.id <= s.until_id)
-            and pattern_matches(s.pattern, event.type)
-            and (is_open or not s.taken_up)
-            for s in subscriptions
+            (is_open or not s.taken_up) and s.is_for(event) for s in subscriptions
         )
 
     def _tell(self, endpoint: EndpointRow, loss: Loss) -> None:

@@ -15,6 +15,7 @@ import asyncpg
 from dispatcher.domain.retention import DAY_S
 from dispatcher.errors import DatabaseAwayError, DatabaseRefusedError, InputError
 from dispatcher.settings import Settings
+from dispatcher.store import event_types
 from dispatcher.store.partitions import STATEMENTS as PARTITIONS
 from dispatcher.store.postgres import CACHED_SEQUENCE
 from dispatcher.store.session import Connection
@@ -63,6 +64,9 @@ async def migrate(connection: Connection, settings: Settings) -> Migrated:
         for step in range(version + 1, SCHEMA_VERSION + 1):
             await _upgrade(connection, step)
             done.append(f"schema version {step - 1} → {step}")
+    if version < SCHEMA_VERSION and await event_types.is_empty(connection):
+        count = await event_types.install(connection, event_types.DEFAULT_CATALOGUE.read_bytes())
+        done.append(f"installed the default catalogue, {count} event types")
     bound = await _payload_bound(connection)
     if bound != settings.payload_bytes_max:
         await connection.execute(ADMIN.replace_payload_bound.format(bytes=int(settings.payload_bytes_max)))

@@ -98,6 +98,7 @@ CROSS JOIN LATERAL (
           WHERE s.endpoint_id = w.id AND s.since_id < o.id AND (s.until_id IS NULL OR o.id <= s.until_id)
             AND (s.pattern = '*' OR s.pattern = o.type OR (right(s.pattern, 2) = '.*' AND starts_with(o.type, left(s.pattern, -1))))
             AND (o.id > w.settled OR o.id <@ w.holes OR NOT s.taken_up)
+            AND CASE WHEN s.rule IS NULL THEN true ELSE webhook.passes(s.rule, o.type, o.payload) END
       )
       AND NOT EXISTS (SELECT FROM webhook.attempt AS a WHERE a.event_id = o.id AND a.endpoint_id = w.id AND a.run = 0)
 ) AS n
@@ -137,13 +138,11 @@ SELECT endpoint_id, 'expired', $1::bigint - 1, $2::bigint - 1, deliveries FROM u
 
 -- name: tell
 -- The account is told by the log; the endpoint itself too, for it may have been paused and be back.
-INSERT INTO webhook.outbox (account_id, type, payload)
-SELECT e.account_id, 'endpoint.events_expired',
-       json_build_object(
+SELECT webhook.tell(e.id, 'endpoint.events_expired', json_build_object(
            'endpoint', json_build_object('id', e.id, 'name', e.name, 'url', e.url), 'deliveries', l.deliveries,
            'from', to_char(l.first_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"'),
            'to', to_char(l.last_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')
-       )
+       ))
 FROM unnest($1::bigint[], $2::bigint[], $3::timestamptz[], $4::timestamptz[]) AS l (endpoint_id, deliveries, first_at, last_at)
 JOIN webhook.endpoint AS e ON e.id = l.endpoint_id
 ORDER BY e.id;

@@ -20,6 +20,7 @@ import structlog
 
 from dispatcher.domain.endpoint import FOREVER, Endpoint, EndpointId, EndpointState, Subscription, like_pattern
 from dispatcher.domain.event import Event, PublicIds
+from dispatcher.domain.filters import Rule
 from dispatcher.domain.ordering import parse_ordering
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.domain.run import Run, RunSource, RunState
@@ -279,12 +280,13 @@ class PgStore:
     async def head(self, after: int, limit: int, bytes_max: int, young: Sequence[int], *, attempted: bool) -> HeadPage:
         query = SQL.head_attempted if attempted else SQL.head
         rows = await self._reader.run(lambda c: c.fetch(query, after, limit, bytes_max, young))
-        last_id = rows[0][0]
-        if rows[0][1] is None:
-            return HeadPage([], [] if attempted else None, False, last_id)
-        above = sum(1 for row in rows if row[1] > after) if young else len(rows)
-        full = above >= limit or rows[-1][10] >= bytes_max
-        return HeadPage(self._events(rows, 1), [row[11] for row in rows] if attempted else None, full, last_id)
+        last_id, config_seq = rows[0][0], rows[0][1]
+        if rows[0][2] is None:
+            return HeadPage([], [] if attempted else None, False, last_id, config_seq)
+        above = sum(1 for row in rows if row[2] > after) if young else len(rows)
+        full = above >= limit or rows[-1][11] >= bytes_max
+        skips = [row[12] for row in rows] if attempted else None
+        return HeadPage(self._events(rows, 2), skips, full, last_id, config_seq)
 
     async def holders(self) -> Holders:
         rows = await self._reader.run(lambda c: c.fetch(SQL.holders))
@@ -517,6 +519,9 @@ class PgStore:
         values = [None if us is None else _at(us) for us in failing_since_us.values()]
         await self._config.run(lambda c: c.execute(SQL.note_failing, list(failing_since_us), values, self._epoch))
 
+    async def tell_failing(self, endpoint_id: int, failing_since_us: int) -> None:
+        await self._config.run(lambda c: c.execute(SQL.tell_failing, endpoint_id, _at(failing_since_us), self._epoch))
+
     async def tell_recovered(self, endpoint_id: int, failing_since_us: int) -> None:
         await self._config.run(lambda c: c.execute(SQL.tell_recovered, endpoint_id, _at(failing_since_us), self._epoch))
 
@@ -711,6 +716,7 @@ def _run(row: Any) -> Run:
         attempted=row["attempted"],
         delivered=row["delivered"],
         dead=row["dead"],
+        rule=None if row["rule"] is None else Rule.from_json(row["rule"]),
     )
 
 
@@ -738,7 +744,15 @@ def _endpoint(row: Any, runs: tuple[Run, ...], settings: Settings, keyring: Keyr
         state=EndpointState(row["state"]),
         secrets=signing,
         subscriptions=tuple(
-            Subscription(s[0], s[1], s[2], FOREVER if s[3] is None else s[3], s[4]) for s in row["subscriptions"]
+            Subscription(
+                s[0],
+                s[1],
+                s[2],
+                FOREVER if s[3] is None else s[3],
+                s[4],
+                None if s[5] is None else Rule.from_json(s[5]),
+            )
+            for s in row["subscriptions"]
         ),
         timeout_s=row["timeout_ms"] / 1000,
         rate_per_s=row["rate_per_s"],
@@ -746,7 +760,9 @@ def _endpoint(row: Any, runs: tuple[Run, ...], settings: Settings, keyring: Keyr
         in_flight_max=row["in_flight_max"],
         retry_schedule_s=None if schedule is None else tuple(schedule),
         failing_since_us=None if row["failing_since"] is None else _us(row["failing_since"]),
+        failing_told=row["failing_told"],
         state_reason=row["state_reason"],
+        response_control=row["response_control"],
         reload_at_us=None if row["reload_at"] is None else _us(row["reload_at"]),
         runs=runs,
         shape=shape,

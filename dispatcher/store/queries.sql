@@ -17,9 +17,13 @@ SELECT pg_backend_pid();
 -- ═══ reading the log (reader session; plans are generic and held to index scans, see tests/store/test_plans.py) ═══
 
 -- name: head
--- Young gap ids ($4) and everything above the head ($1), in one snapshot; last_id is evaluated after that snapshot was taken.
-SELECT l.last_id, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes
-FROM (SELECT coalesce(pg_sequence_last_value('webhook.outbox_id_seq'::regclass), 0) AS last_id) AS l
+-- Young gap ids ($4), everything above the head ($1), and the newest configuration, in one snapshot; last_id is evaluated after that snapshot
+-- was taken.
+SELECT l.last_id, l.config_seq, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes
+FROM (
+    SELECT coalesce(pg_sequence_last_value('webhook.outbox_id_seq'::regclass), 0) AS last_id,
+           (SELECT coalesce(max(seq), 0) FROM webhook.config_change) AS config_seq
+) AS l
 LEFT JOIN LATERAL (
     SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.id ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
@@ -37,9 +41,12 @@ ORDER BY b.id;
 
 -- name: head_attempted
 -- The same, until the head has passed the last id seen at Start: an earlier owner may have delivered these.
-SELECT l.last_id, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes,
+SELECT l.last_id, l.config_seq, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes,
        ARRAY(SELECT a.endpoint_id FROM webhook.attempt AS a WHERE a.event_id = b.id AND a.run = 0) AS attempted
-FROM (SELECT coalesce(pg_sequence_last_value('webhook.outbox_id_seq'::regclass), 0) AS last_id) AS l
+FROM (
+    SELECT coalesce(pg_sequence_last_value('webhook.outbox_id_seq'::regclass), 0) AS last_id,
+           (SELECT coalesce(max(seq), 0) FROM webhook.config_change) AS config_seq
+) AS l
 LEFT JOIN LATERAL (
     SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.id ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
@@ -507,7 +514,7 @@ ORDER BY c.seq;
 -- name: endpoints
 -- Everything the engine needs of each endpoint ($1 NULL: of all that are not deleted).
 SELECT e.id, e.account_id, e.url, e.state, e.timeout_ms, e.rate_per_s, e.rate_burst, e.in_flight_max, e.retry_schedule_s, e.failing_since,
-       e.state_reason, e.ordering, e.signing, e.body_format, e.omit, e.extra_signature, e.credentials,
+       e.failing_told_at IS NOT NULL AS failing_told, e.state_reason, e.response_control, e.ordering, e.signing, e.body_format, e.omit, e.extra_signature, e.credentials,
        ARRAY(
            SELECT s.secret FROM webhook.endpoint_secret AS s
            WHERE s.endpoint_id = e.id AND (s.expires_at IS NULL OR s.expires_at > clock_timestamp())
@@ -519,7 +526,7 @@ SELECT e.id, e.account_id, e.url, e.state, e.timeout_ms, e.rate_per_s, e.rate_bu
            WHERE s.endpoint_id = e.id AND s.expires_at > clock_timestamp()
        ) AS reload_at,
        ARRAY(
-           SELECT (u.id, u.pattern, u.since_id, u.until_id, u.taken_up) FROM webhook.subscription AS u
+           SELECT (u.id, u.pattern, u.since_id, u.until_id, u.taken_up, u.rule::text) FROM webhook.subscription AS u
            WHERE u.endpoint_id = e.id ORDER BY u.id
        ) AS subscriptions
 FROM webhook.endpoint AS e
@@ -528,14 +535,14 @@ WHERE e.state <> 'deleted' AND ($1::bigint[] IS NULL OR e.id = ANY ($1::bigint[]
 -- name: open_runs
 -- Resends and replays that haven't finished, of some endpoints ($1 NULL: of all).
 SELECT r.endpoint_id, r.id, r.source, r.after_id, r.upto_id, r.patterns, r.only_failed, r.rate_per_s, r.state,
-       p.settled, p.attempted, p.delivered, p.dead
+       r.rule::text AS rule, p.settled, p.attempted, p.delivered, p.dead
 FROM webhook.run_progress AS p
 JOIN webhook.run AS r ON r.id = p.run_id
 WHERE p.finished_at IS NULL AND ($1::bigint[] IS NULL OR r.endpoint_id = ANY ($1::bigint[]))
 ORDER BY r.id;
 
 -- name: note_failing
--- This and the next two change nothing once another epoch rules: they may be asked for by a process that was frozen right after its last look.
+-- This and the next three change nothing once another epoch rules: they may be asked for by a process that was frozen right after its last look.
 UPDATE webhook.endpoint AS e SET failing_since = f.failing_since
 FROM unnest($1::bigint[], $2::timestamptz[]) AS f (id, failing_since)
 WHERE e.id = f.id AND e.failing_since IS DISTINCT FROM f.failing_since AND EXISTS (SELECT FROM webhook.checkpoint WHERE epoch = $3);
@@ -550,11 +557,20 @@ WITH disabled AS (
 )
 SELECT webhook.tell_of_endpoint(id, 'endpoint.disabled', $2, $3) FROM disabled;
 
+-- name: tell_failing
+-- Once until it has recovered, also over restarts.
+WITH failing AS (
+    UPDATE webhook.endpoint SET failing_since = coalesce(failing_since, $2), failing_told_at = clock_timestamp()
+    WHERE id = $1 AND state = 'live' AND failing_told_at IS NULL AND EXISTS (SELECT FROM webhook.checkpoint WHERE epoch = $3)
+    RETURNING id
+)
+SELECT webhook.tell_of_endpoint(id, 'endpoint.failing', 'consecutive_failures', $2) FROM failing;
+
 -- name: tell_recovered
--- Clears the note as well, and tells only if there was one: asked again, because nobody knows whether it took effect, it tells nothing twice.
+-- Clears the notes as well, and tells only if there was one: asked again, because nobody knows whether it took effect, it tells nothing twice.
 WITH recovered AS (
-    UPDATE webhook.endpoint SET failing_since = NULL
-    WHERE id = $1 AND state = 'live' AND failing_since IS NOT NULL AND EXISTS (SELECT FROM webhook.checkpoint WHERE epoch = $3)
+    UPDATE webhook.endpoint SET failing_since = NULL, failing_told_at = NULL
+    WHERE id = $1 AND state = 'live' AND failing_told_at IS NOT NULL AND EXISTS (SELECT FROM webhook.checkpoint WHERE epoch = $3)
     RETURNING id
 )
 SELECT webhook.tell_of_endpoint(id, 'endpoint.recovered', 'delivered', $2) FROM recovered;
@@ -578,7 +594,7 @@ SELECT seqcache FROM pg_catalog.pg_sequence WHERE seqrelid = 'webhook.outbox_id_
 SELECT t.name || ' (' || p.privilege || ')' AS missing
 FROM unnest(ARRAY[
     'outbox', 'attempt', 'retry', 'dead_letter', 'checkpoint', 'lane', 'life', 'subscription', 'endpoint', 'endpoint_secret', 'config_change',
-    'instance', 'run', 'run_progress', 'endpoint_stat', 'discard'
+    'instance', 'run', 'run_progress', 'endpoint_stat', 'discard', 'alert', 'alert_recipient'
 ])
     AS t (name)
 CROSS JOIN unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS p (privilege)

@@ -20,6 +20,7 @@ from typing import Any
 import asyncpg
 
 from dispatcher.domain.endpoint import check_patterns
+from dispatcher.domain.principal import OPERATOR, Principal
 from dispatcher.domain.run import RunSource
 from dispatcher.errors import InputError, NotFoundError, StateError
 from dispatcher.store.reference import EventReference, event_reference
@@ -32,6 +33,7 @@ UNFINISHED_MAX = 20  # of one endpoint: each costs its lane a page in turn
 COUNT_MAX = 10_000_000  # deliveries of one run
 COUNT_TIMEOUT_S = 60
 RATE_MAX = 100_000
+SHORTER = "with --since and --until"
 # How far ids and times may disagree: an id is taken a moment before the time is, and moments can be long on a busy
 # server.
 SKEW = timedelta(seconds=5)
@@ -51,11 +53,13 @@ class Target:
     event_types: tuple[str, ...]
     rate_per_s: float | None
     backlog: int
+    rule: str | None  # what its filters come to
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What a replay would send: ids in (after_id, upto_id] whose type matches, all of them or those that failed; `total` deliveries."""
+    """What a replay would send: ids in (after_id, upto_id] whose type matches, all of them or those that failed; `total` deliveries. A
+    replay sends what passes the endpoint's filters; what a person names, a resend, is not filtered."""
 
     target: Target
     after_id: int
@@ -63,6 +67,7 @@ class Selection:
     patterns: tuple[str, ...]
     only_failed: bool
     total: int
+    rule: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,24 +120,28 @@ def kind(source: str, after_id: int, upto_id: int) -> str:
 # ── making one ──
 
 
-async def target(connection: Connection, endpoint_id: int) -> Target:
+async def target(connection: Connection, endpoint_id: int, *, by: Principal = OPERATOR) -> Target:
     """Return an endpoint that a run may go to; else raise what says why not."""
     row = await connection.fetchrow(RUNS.target, endpoint_id)
-    if row is None:
-        raise NotFoundError(f"there is no endpoint {endpoint_id}; `dispatcher endpoint list` shows which there are")
+    if row is None or not by.sees(row["account_id"]):
+        raise NotFoundError(
+            f"there is no endpoint {endpoint_id}", remedy="`dispatcher endpoint list` shows which there are"
+        )
     if row["state"] == "deleted":
         raise NotFoundError(f"endpoint {endpoint_id} was deleted; nothing can be sent to it any more")
     if row["state"] == "draft":
         raise StateError(
-            f"endpoint {endpoint_id} is a draft, which gets nothing; `dispatcher endpoint test {endpoint_id}` and `go-live` first"
+            f"endpoint {endpoint_id} is a draft, which gets nothing",
+            remedy=f"`dispatcher endpoint test {endpoint_id}` and `go-live` first",
         )
     if row["unfinished"] >= UNFINISHED_MAX:
         raise StateError(
-            f"endpoint {endpoint_id} has {row['unfinished']} resends and replays that haven't finished, and {UNFINISHED_MAX} is the most; "
-            f"`dispatcher replay list --endpoint {endpoint_id}` shows them, `dispatcher replay cancel RUN` ends one"
+            f"endpoint {endpoint_id} has {row['unfinished']} resends and replays that haven't finished, and {UNFINISHED_MAX} is the most",
+            remedy=f"`dispatcher replay list --endpoint {endpoint_id}` shows them, `dispatcher replay cancel RUN` ends one",
         )
     return Target(
-        row["id"], row["account_id"], row["url"], row["state"], tuple(row["event_types"]), row["rate_per_s"], row["backlog"]
+        row["id"], row["account_id"], row["url"], row["state"], tuple(row["event_types"]), row["rate_per_s"], row["backlog"],
+        row["rule"],
     )  # fmt: skip
 
 
@@ -146,13 +155,15 @@ async def select(
     upto_id: int | None = None,
     patterns: Sequence[str] = (),
     only_failed: bool = True,
+    by: Principal = OPERATOR,
+    timeout_s: float = COUNT_TIMEOUT_S,
 ) -> Selection:
     """Count what a replay would send. Times are moments or so long ago, both inclusive; ids are (after_id, upto_id]; an open end is now.
 
     Without `patterns`, the types that the endpoint gets now. Events from before the endpoint, or before it subscribed,
     are in the range too.
     """
-    to = await target(connection, endpoint_id)
+    to = await target(connection, endpoint_id, by=by)
     if (since is not None and after_id is not None) or (until is not None and upto_id is not None):
         raise InputError("give the beginning of the range as a time or as an id, and so its end")
     for given in (after_id, upto_id):
@@ -163,14 +174,14 @@ async def select(
     low = after_id if after_id is not None else 0
     high = min(upto_id, last_id) if upto_id is not None else last_id
     if since is not None:
-        low = await _id_before(connection, to.account_id, moment(since, now), last_id)
+        low = await id_before(connection, to.account_id, moment(since, now), last_id)
     if until is not None:
-        high = min(high, await _id_upto(connection, to.account_id, moment(until, now), last_id))
+        high = min(high, await id_upto(connection, to.account_id, moment(until, now), last_id))
     wanted = check_patterns(patterns) if patterns else to.event_types
     if low >= high:
-        return Selection(to, high, high, wanted, only_failed, 0)
-    total = await _count(connection, to, low, high, wanted, only_failed)
-    return Selection(to, low, high, wanted, only_failed, total)
+        return Selection(to, high, high, wanted, only_failed, 0, to.rule)
+    total = await _count(connection, to, low, high, wanted, only_failed, timeout_s)
+    return Selection(to, low, high, wanted, only_failed, total, to.rule)
 
 
 async def create(
@@ -187,30 +198,47 @@ async def create(
         after, upto = chosen.after_id, chosen.upto_id
         while (bound := await connection.fetchval(RUNS.dead_letters_bound, endpoint_id, after, upto, PAGE)) is not None:
             await connection.execute(
-                RUNS.take_dead_letters, run_id, endpoint_id, after, bound, exact, prefixes, chosen.only_failed
+                RUNS.take_dead_letters,
+                run_id,
+                endpoint_id,
+                after,
+                bound,
+                exact,
+                prefixes,
+                chosen.only_failed,
+                chosen.rule,
             )
             after = bound
             step(PAGE)
         await insert(
             connection, run_id, endpoint_id, RunSource.LOG, chosen.after_id, upto, chosen.total,
-            rate_per_s=rate_per_s, patterns=chosen.patterns, only_failed=chosen.only_failed, note=note,
+            rate_per_s=rate_per_s, patterns=chosen.patterns, only_failed=chosen.only_failed, note=note, rule=chosen.rule,
         )  # fmt: skip
     return await get(connection, run_id)
 
 
-async def resend(connection: Connection, reference: str, endpoint_id: int, note: str = "") -> RunView:
+async def resend(
+    connection: Connection, reference: str, endpoint_id: int, note: str = "", *, by: Principal = OPERATOR
+) -> RunView:
     """Send one event to one endpoint again: from the log, or if retention has taken it there, from its dead letter's copy."""
-    to = await target(connection, endpoint_id)
+    to = await target(connection, endpoint_id, by=by)
     event = await event_reference(connection, reference)
     row = await connection.fetchrow(RUNS.event, event.id)
     if row is None or not event.fits(row["created_at"]):
         return await _resend_dead_letter(connection, event, to, note)
     if row["account_id"] != to.account_id:
+        if not by.sees(row["account_id"]):
+            raise NotFoundError(f"there is no event {reference}")
         raise InputError(
             f"event {reference} belongs to account {row['account_id']}, endpoint {endpoint_id} to account {to.account_id}; "
             "an event is sent to endpoints of its own account only"
         )
-    return await create(connection, Selection(to, event.id - 1, event.id, ("*",), False, 1), None, note)
+    if not await connection.fetchval(RUNS.may_have, event.id, to.id, to.rule):
+        raise InputError(
+            f"endpoint {endpoint_id} has field filters that leave event {reference} out, and has never been sent it; "
+            "change the filters, or send it to another endpoint"
+        )
+    return await create(connection, Selection(to, event.id - 1, event.id, ("*",), False, 1, None), None, note)
 
 
 async def _resend_dead_letter(connection: Connection, event: EventReference, to: Target, note: str) -> RunView:
@@ -251,6 +279,7 @@ async def insert(
     patterns: Sequence[str] = ("*",),
     only_failed: bool = False,
     note: str = "",
+    rule: str | None = None,
 ) -> None:
     """Write a run's two rows, as the last thing of a transaction. Raises if the endpoint can't have it (any more)."""
     if len(note) > 500 or not note.isprintable():
@@ -258,7 +287,8 @@ async def insert(
     await connection.execute(RUNS.lock_target, endpoint_id)
     await target(connection, endpoint_id)
     await connection.execute(
-        RUNS.insert_run, run_id, endpoint_id, source.value, after_id, upto_id, list(patterns), only_failed, rate_per_s, total, note
+        RUNS.insert_run, run_id, endpoint_id, source.value, after_id, upto_id, list(patterns), only_failed, rate_per_s, total, note,
+        rule,
     )  # fmt: skip
 
 
@@ -288,23 +318,23 @@ def moment(given: datetime | timedelta, now: datetime) -> datetime:
         raise InputError("that is longer ago than there were years") from None
 
 
-async def _id_before(connection: Connection, account_id: str, since: datetime, last_id: int) -> int:
-    """Return the id after which no event of the account that was made at or after `since` is missed."""
+async def id_before(connection: Connection, account_id: str | None, since: datetime, last_id: int) -> int:
+    """Return the id after which no event of the account (None: of any) that was made at or after `since` is missed."""
     low = await _first_from(connection, account_id, _shift(since, -SKEW), last_id)
     high = await _first_from(connection, account_id, _shift(since, SKEW), last_id)
     first: int | None = await connection.fetchval(RUNS.first_since, account_id, low, high, since)
     return (high if first is None else first) - 1
 
 
-async def _id_upto(connection: Connection, account_id: str, until: datetime, last_id: int) -> int:
-    """Return the id up to which no event of the account that was made at or before `until` is missed."""
+async def id_upto(connection: Connection, account_id: str | None, until: datetime, last_id: int) -> int:
+    """Return the id up to which no event of the account (None: of any) that was made at or before `until` is missed."""
     low = await _first_from(connection, account_id, _shift(until, -SKEW), last_id)
     high = await _first_from(connection, account_id, _shift(until, SKEW), last_id)
     last: int | None = await connection.fetchval(RUNS.last_until, account_id, low, high, until)
     return low - 1 if last is None else last
 
 
-async def _first_from(connection: Connection, account_id: str, at: datetime, last_id: int) -> int:
+async def _first_from(connection: Connection, account_id: str | None, at: datetime, last_id: int) -> int:
     """Return the lowest id from which on the account's events were made at or after `at`, by a binary search: ids nearly ascend with time."""
     below, above = 0, last_id + 1  # everything at or below is older; everything at or above isn't
     while below + 1 < above:
@@ -325,43 +355,51 @@ def _shift(at: datetime, by: timedelta) -> datetime:
 
 
 async def _count(
-    connection: Connection, to: Target, after_id: int, upto_id: int, patterns: Sequence[str], only_failed: bool
+    connection: Connection,
+    to: Target,
+    after_id: int,
+    upto_id: int,
+    patterns: Sequence[str],
+    only_failed: bool,
+    timeout_s: float,
 ) -> int:
     exact, prefixes = split(patterns)
     values = [to.account_id, after_id, upto_id, exact, prefixes, COUNT_MAX + 1]
-    async with counting(connection):
+    async with counting(connection, timeout_s):
         total: int = (
-            await connection.fetchval(RUNS.count_failed, *values, to.id)
+            await connection.fetchval(RUNS.count_failed, *values, to.id, to.rule)
             if only_failed
-            else await connection.fetchval(RUNS.count_all, *values)
+            else await connection.fetchval(RUNS.count_all, *values, to.rule)
         )
     if total > COUNT_MAX:
         raise InputError(
-            f"these are more than {COUNT_MAX:,} deliveries; choose fewer with --since and --until, or by type"
+            f"these are more than {COUNT_MAX:,} deliveries: choose a shorter range, or by type", remedy=SHORTER
         )
     return total
 
 
 @asynccontextmanager
-async def counting(connection: Connection) -> AsyncIterator[None]:
+async def counting(connection: Connection, timeout_s: float = COUNT_TIMEOUT_S) -> AsyncIterator[None]:
     """Bound a transaction that only counts."""
     try:
         async with connection.transaction():
-            await connection.execute(RUNS.limit_time, str(COUNT_TIMEOUT_S * 1000))
+            await connection.execute(RUNS.limit_time, str(int(timeout_s * 1000)))
             yield
     except asyncpg.QueryCanceledError as exc:
         raise InputError(
-            f"counting takes longer than {COUNT_TIMEOUT_S} s; choose fewer with --since and --until, or by type"
+            f"counting takes longer than {timeout_s:g} s: choose a shorter range, or by type", remedy=SHORTER
         ) from exc
 
 
 # ── following and changing one ──
 
 
-async def get(connection: Connection, run_id: int) -> RunView:
-    rows = await connection.fetch(RUNS.runs, run_id, None, None, None, 0, 1) if 0 < run_id < 1 << 31 else []
+async def get(connection: Connection, run_id: int, *, by: Principal = OPERATOR) -> RunView:
+    rows = await connection.fetch(RUNS.runs, run_id, None, by.account_id, None, 0, 1) if 0 < run_id < 1 << 31 else []
     if not rows:
-        raise NotFoundError(f"there is no run {run_id}; `dispatcher replay list --state all` shows which there are")
+        raise NotFoundError(
+            f"there is no run {run_id}", remedy="`dispatcher replay list --state all` shows which there are"
+        )
     return _view(rows[0])
 
 
@@ -373,9 +411,11 @@ async def find(
     state: str | None = None,
     after: int = 0,
     limit: int = 1_000,
+    by: Principal = OPERATOR,
 ) -> list[RunView]:
     """Return runs in the order in which they were made. `state` may be `open`: running or paused."""
-    return [_view(row) for row in await connection.fetch(RUNS.runs, None, endpoint_id, account_id, state, after, limit)]
+    rows = await connection.fetch(RUNS.runs, None, endpoint_id, by.within(account_id), state, after, limit)
+    return [_view(row) for row in rows]
 
 
 async def next_due(connection: Connection, run_id: int) -> datetime | None:
@@ -390,31 +430,35 @@ async def is_dispatching(connection: Connection) -> bool:
     return alive
 
 
-async def pause(connection: Connection, run_id: int) -> RunView:
+async def pause(connection: Connection, run_id: int, *, by: Principal = OPERATOR) -> RunView:
     """Stop a run within a second, its retries too. POSTs in flight end."""
-    return await _put_state(connection, run_id, "running", "paused")
+    return await _put_state(connection, run_id, "running", "paused", by)
 
 
-async def resume(connection: Connection, run_id: int) -> RunView:
-    return await _put_state(connection, run_id, "paused", "running")
+async def resume(connection: Connection, run_id: int, *, by: Principal = OPERATOR) -> RunView:
+    return await _put_state(connection, run_id, "paused", "running", by)
 
 
-async def set_rate(connection: Connection, run_id: int, rate_per_s: float | None) -> RunView:
+async def set_rate(
+    connection: Connection, run_id: int, rate_per_s: float | None, *, by: Principal = OPERATOR
+) -> RunView:
     check_rate(rate_per_s)
     async with connection.transaction():
         await connection.execute(RUNS.lock_run, run_id)
-        view = await get(connection, run_id)
+        view = await get(connection, run_id, by=by)
         if not view.is_open:
             raise StateError(f"run {run_id} is {view.state}; its rate means nothing any more")
         await connection.execute(RUNS.put_rate, run_id, rate_per_s)
     return await get(connection, run_id)
 
 
-async def cancel(connection: Connection, run_id: int, *, step: Step = lambda n: None) -> RunView:
+async def cancel(
+    connection: Connection, run_id: int, *, step: Step = lambda n: None, by: Principal = OPERATOR
+) -> RunView:
     """End a run for good: what it hasn't sent is not sent, its retries end too. Safe to repeat, which completes one that was interrupted."""
     async with connection.transaction():
         await connection.execute(RUNS.lock_run, run_id)
-        view = await get(connection, run_id)
+        view = await get(connection, run_id, by=by)
         if view.state == "finished":
             raise StateError(f"run {run_id} has finished; there is nothing to cancel")
         await connection.execute(RUNS.put_state, run_id, "canceled")
@@ -431,10 +475,10 @@ async def reopen_dead_letters(connection: Connection, run_id: int, *, step: Step
         step(PAGE)
 
 
-async def _put_state(connection: Connection, run_id: int, allowed: str, state: str) -> RunView:
+async def _put_state(connection: Connection, run_id: int, allowed: str, state: str, by: Principal) -> RunView:
     async with connection.transaction():
         await connection.execute(RUNS.lock_run, run_id)
-        view = await get(connection, run_id)
+        view = await get(connection, run_id, by=by)
         if view.state != allowed:
             raise StateError(f"run {run_id} is {view.state}; only one that is {allowed} can become {state}")
         await connection.execute(RUNS.put_state, run_id, state)

@@ -29,6 +29,7 @@ import asyncio
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import lru_cache
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -42,14 +43,14 @@ from yarl import URL
 
 from dispatcher.domain.outcome import Fault, Outcome, outcome_of_answer
 from dispatcher.domain.url import Origin
-from dispatcher.ports import Limits
-from dispatcher.transport.connection import Head
+from dispatcher.ports import Limits, Trace
+from dispatcher.transport.connection import Head, read_answer
 from dispatcher.transport.pool import Pool
 from dispatcher.transport.room import Kept
 
 if TYPE_CHECKING:
     from aiohttp.client_reqrep import ClientRequest, ConnectionKey
-    from aiohttp.tracing import Trace
+    from aiohttp.tracing import Trace as AiohttpTrace
 
 _log = structlog.get_logger(room="transport")
 
@@ -75,10 +76,14 @@ class AiohttpTransport(Pool):
             await self.session.close()
             self.session = None
 
-    def _make(self, origin: Origin) -> tuple[Kept, asyncio.Protocol]:
+    def _make(self, origin: Origin, trace: Trace | None = None) -> tuple[Kept, asyncio.Protocol]:
         if self.session is None:
             self.session = _make_session(self._limits)
-        connection = AiohttpConnection(self, origin, self._limits, asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        if trace is None:
+            connection = AiohttpConnection(self, origin, self._limits, loop)
+        else:
+            connection = TracedAiohttpConnection(self, origin, self._limits, loop, trace)
         return connection, connection.handler
 
 
@@ -97,6 +102,7 @@ class AiohttpConnection:
         self._loop = loop
         self._on_done: Callable[[Outcome], None] | None = None  # set while a request is under way
         self._task: asyncio.Task[None] | None = None
+        self._commands = False
         self._total_deadline = 0.0
         # Of the answer under way:
         self._status = 0  # once aiohttp has handed the final head to the task
@@ -115,9 +121,12 @@ class AiohttpConnection:
     def busy(self) -> bool:
         return self._on_done is not None
 
-    def post(self, request: bytes, timeout_s: float, on_done: Callable[[Outcome], None]) -> None:
+    def post(
+        self, request: bytes, timeout_s: float, on_done: Callable[[Outcome], None], commands: bool = False
+    ) -> None:
         assert self._on_done is None, "one request at a time"
         self._on_done = on_done
+        self._commands = commands
         now = self._loop.time()
         self._total_deadline = now + timeout_s
         self.deadline = now + min(timeout_s, self._limits.headers_s)
@@ -269,8 +278,9 @@ class AiohttpConnection:
 
     def _answered(self) -> Outcome:
         if 200 <= self._status <= 299:
-            return outcome_of_answer(self._status)
-        return outcome_of_answer(self._status, Head(self._raw).retry_after, self._kept_head())
+            return outcome_of_answer(self._status, command=Head(self._raw).command if self._commands else None)
+        head = Head(self._raw)
+        return outcome_of_answer(self._status, head.retry_after, self._kept_head(), head.command)
 
     def _kept_head(self) -> bytes | None:
         return self._raw[: self._limits.head_kept_bytes] or None
@@ -297,6 +307,32 @@ class AiohttpConnection:
             if self.transport is not None:
                 self.transport.abort()  # nothing we still want is in its buffer
             self.pool.closed(self)
+
+
+class TracedAiohttpConnection(AiohttpConnection):
+    """As `TracedConnection`: for one test."""
+
+    def __init__(
+        self, pool: AiohttpTransport, origin: Origin, limits: Limits, loop: asyncio.AbstractEventLoop, trace: Trace
+    ) -> None:
+        super().__init__(pool, origin, limits, loop)
+        self._trace = trace
+
+    def post(
+        self, request: bytes, timeout_s: float, on_done: Callable[[Outcome], None], commands: bool = False
+    ) -> None:
+        self._trace.sent = perf_counter()
+        super().post(request, timeout_s, on_done, commands)
+
+    def heard(self, data: bytes) -> bool:
+        if self._trace.answered is None and self._asked:
+            self._trace.answered = perf_counter()
+        return super().heard(data)
+
+    def _finish(self, outcome: Outcome, *, keep: bool) -> None:
+        self._trace.ended = perf_counter()
+        self._trace.head, self._trace.body = read_answer(self._raw)
+        super()._finish(outcome, keep=False)
 
 
 class Handler(ResponseHandler):
@@ -334,7 +370,7 @@ _posting: ContextVar[AiohttpConnection] = ContextVar("posting")  # each task pos
 class Lender(aiohttp.BaseConnector):
     """A connector that opens nothing: it lends the connection that its task posts on."""
 
-    async def connect(self, req: "ClientRequest", traces: "list[Trace]", timeout: aiohttp.ClientTimeout) -> Loan:
+    async def connect(self, req: "ClientRequest", traces: "list[AiohttpTrace]", timeout: aiohttp.ClientTimeout) -> Loan:
         return Loan(self, req.connection_key, _posting.get().lend(), self._loop)
 
     def _release(self, key: "ConnectionKey", protocol: ResponseHandler, *, should_close: bool = False) -> None:

@@ -18,14 +18,16 @@ it, so that a 204 costs nothing for it. A connection has no task and no timer: d
 """
 
 import asyncio
+import re
 from collections.abc import Callable
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import httptools
 
-from dispatcher.domain.outcome import Fault, Outcome, outcome_of_answer
+from dispatcher.domain.outcome import COMMAND_HEADER, Command, Fault, Outcome, command_of, outcome_of_answer
 from dispatcher.domain.url import Origin
-from dispatcher.ports import Limits
+from dispatcher.ports import TRACED_BODY_BYTES, Limits, Trace
 
 if TYPE_CHECKING:
     from dispatcher.transport.room import Room
@@ -40,7 +42,7 @@ class HttpConnection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_bytes", "_complete", "_keep", "_limits", "_loop", "_on_done", "_parser", "_raw", "_status", "_total_deadline",
+        "_bytes", "_commands", "_complete", "_keep", "_limits", "_loop", "_on_done", "_parser", "_raw", "_status", "_total_deadline",
         "_transport", "closed", "deadline", "kept", "origin", "pool",
     )  # fmt: skip
 
@@ -56,6 +58,7 @@ class HttpConnection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._on_done: Callable[[Outcome], None] | None = None  # set while BUSY
         self._total_deadline = 0.0
+        self._commands = False
         # Of the answer under way:
         self._status = 0  # of the final head, once it is whole
         self._raw = b""  # its beginning, 1xx answers included; at least the whole head
@@ -71,9 +74,12 @@ class HttpConnection(asyncio.Protocol):
     def busy(self) -> bool:
         return self._on_done is not None
 
-    def post(self, request: bytes, timeout_s: float, on_done: Callable[[Outcome], None]) -> None:
+    def post(
+        self, request: bytes, timeout_s: float, on_done: Callable[[Outcome], None], commands: bool = False
+    ) -> None:
         assert self._on_done is None, "one request at a time"
         self._on_done = on_done
+        self._commands = commands
         now = self._loop.time()
         headers_s = self._limits.headers_s
         self._total_deadline = now + timeout_s
@@ -190,8 +196,9 @@ class HttpConnection(asyncio.Protocol):
 
     def _answered(self) -> Outcome:
         if 200 <= self._status <= 299:
-            return outcome_of_answer(self._status)
-        return outcome_of_answer(self._status, Head(self._raw).retry_after, self._kept_head())
+            return outcome_of_answer(self._status, command=Head(self._raw).command if self._commands else None)
+        head = Head(self._raw)
+        return outcome_of_answer(self._status, head.retry_after, self._kept_head(), head.command)
 
     def _fail(self, fault: Fault, detail: str) -> None:
         self._finish(Outcome(fault, self._status or None, None, self._kept_head(), detail), keep=False)
@@ -223,6 +230,65 @@ class HttpConnection(asyncio.Protocol):
         return f"not HTTP/1.1: {exc}"
 
 
+class TracedConnection(HttpConnection):
+    """A connection for one test: it says when what happened, keeps the answer's beginning, and is never used again."""
+
+    __slots__ = ("_trace",)
+
+    def __init__(
+        self, pool: "Room", origin: Origin, limits: Limits, loop: asyncio.AbstractEventLoop, trace: Trace
+    ) -> None:
+        super().__init__(pool, origin, limits, loop)
+        self._trace = trace
+
+    def post(
+        self, request: bytes, timeout_s: float, on_done: Callable[[Outcome], None], commands: bool = False
+    ) -> None:
+        self._trace.sent = perf_counter()
+        super().post(request, timeout_s, on_done, commands)
+
+    def data_received(self, data: bytes) -> None:
+        if self._trace.answered is None and self.busy:
+            self._trace.answered = perf_counter()
+        super().data_received(data)
+
+    def _finish(self, outcome: Outcome, *, keep: bool) -> None:
+        self._trace.ended = perf_counter()
+        self._trace.head, self._trace.body = read_answer(self._raw)
+        super()._finish(outcome, keep=False)
+
+
+def read_answer(raw: bytes) -> tuple[bytes, bytes]:
+    """Return the final answer's head and the beginning of its body, of an answer's raw beginning. Without a whole head: none, and what came."""
+    rest = raw
+    while (end := _HEAD_ENDS.search(rest)) is not None:
+        head, rest = rest[: end.start()], rest[end.end() :]
+        if not _INTERIM.match(head):
+            body = _Body(raw)
+            return head, (rest if body.broken and not body.text else body.text)[:TRACED_BODY_BYTES]
+    return b"", raw[:TRACED_BODY_BYTES]
+
+
+_HEAD_ENDS = re.compile(rb"\r?\n\r?\n")
+_INTERIM = re.compile(rb"HTTP/1\.[01] 1[0-9][0-9]\b")
+
+
+class _Body:
+    """An answer's body without its chunk framing, as far as the raw bytes go. `broken`: our parser doesn't take it for HTTP."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.text = b""
+        self.broken = False
+        try:
+            httptools.HttpResponseParser(self).feed_data(raw)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self.broken = True
+
+    def on_body(self, data: bytes) -> None:
+        if len(self.text) < TRACED_BODY_BYTES:
+            self.text += data
+
+
 class _HeadTooLongError(Exception):
     """No final head within the bound on its bytes."""
 
@@ -238,6 +304,7 @@ class Head:
         self.exact = False
         self._ended = False
         self.retry_after: str | None = None
+        self.command: Command | None = None
         self._parser = httptools.HttpResponseParser(self)
         try:
             self._parser.feed_data(raw)
@@ -248,7 +315,7 @@ class Head:
         self.exact = False
         if not self.status:  # the one before was a 1xx
             self.framed = False
-            self.retry_after = None
+            self.retry_after = self.command = None
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.status:
@@ -258,6 +325,8 @@ class Head:
             self.framed = True
         elif name == b"retry-after" and self.retry_after is None:
             self.retry_after = value.decode("latin-1").strip()[:RETRY_AFTER_CHARS_MAX]
+        elif name == COMMAND_HEADER and self.command is None:
+            self.command = command_of(value.decode("latin-1"))
 
     def on_headers_complete(self) -> None:
         if not self.status and self._parser.get_status_code() >= 200:

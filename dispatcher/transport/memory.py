@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from dispatcher.domain.outcome import Fault, Outcome, outcome_of_answer
+from dispatcher.domain.outcome import Command, Fault, Outcome, outcome_of_answer
 from dispatcher.domain.url import Origin
-from dispatcher.ports import Limits
+from dispatcher.ports import Limits, Trace
 from dispatcher.transport.room import Room
 
 
@@ -39,6 +39,7 @@ class Reply:
 
     status: int | None = 204
     retry_after: str | None = None
+    command: Command | None = None
     head_s: float = 0.0
     body_s: float = 0.0
     fault: Fault | None = None
@@ -123,17 +124,26 @@ class MemoryTransport(Room):
             assert isinstance(connection, MemoryConnection)
             connection.lose()
 
-    async def _establish(self, origin: Origin) -> "MemoryConnection | Outcome":
+    async def _establish(self, origin: Origin, trace: Trace | None = None) -> "MemoryConnection | Outcome":
+        loop = asyncio.get_running_loop()
+        if trace is not None:
+            trace.began = loop.time()
         receiver = self._find(origin)
         if receiver is None:
             await asyncio.sleep(0)
             return Outcome(Fault.DNS, detail=f"{origin.host} does not resolve")
+        if trace is not None:
+            trace.resolved = loop.time()
         dial = receiver.dial()
         connect_s = self._limits.connect_s
         await asyncio.sleep(min(dial.after_s, connect_s))
         if dial.after_s >= connect_s:
             return Outcome(Fault.CONNECT, detail=f"no connection within {connect_s:g} s")
-        return dial.outcome or MemoryConnection(self, origin, receiver, self._limits, self._latency)
+        if dial.outcome is not None:
+            return dial.outcome
+        if trace is not None:
+            trace.connected = loop.time()
+        return MemoryConnection(self, origin, receiver, self._limits, self._latency, trace)
 
     def _latency(self) -> float:
         low, high = self._latency_s
@@ -144,8 +154,8 @@ class MemoryConnection:
     """Owned by its transport. Once it is closed, what was still to happen on it comes to nothing."""
 
     def __init__(
-        self, room: Room, origin: Origin, receiver: Receiver, limits: Limits, latency: Callable[[], float]
-    ) -> None:
+        self, room: Room, origin: Origin, receiver: Receiver, limits: Limits, latency: Callable[[], float], trace: Trace | None
+    ) -> None:  # fmt: skip
         self.origin = origin
         self.closed = False
         self.kept = False
@@ -154,17 +164,24 @@ class MemoryConnection:
         self._receiver = receiver
         self._limits = limits
         self._latency = latency
+        self._trace = trace
         self._loop = asyncio.get_running_loop()
         self._on_done: Callable[[Outcome], None] | None = None  # set while a request is under way
+        self._commands = False
         self._total_deadline = 0.0
         self._status: int | None = None
         self._peer_gone = False
 
-    def post(self, request: bytes, timeout_s: float, on_done: Callable[[Outcome], None]) -> None:
+    def post(
+        self, request: bytes, timeout_s: float, on_done: Callable[[Outcome], None], commands: bool = False
+    ) -> None:
         assert self._on_done is None, "one request at a time"
         self._on_done = on_done
+        self._commands = commands
         self._status = None
         now = self._loop.time()
+        if self._trace is not None:
+            self._trace.sent = now
         self._total_deadline = now + timeout_s
         self.deadline = now + min(timeout_s, self._limits.headers_s)
         if self.closed or self._peer_gone:
@@ -199,6 +216,8 @@ class MemoryConnection:
     def _head(self, reply: Reply) -> None:
         if self.closed:
             return
+        if self._trace is not None and reply.fault is not Fault.RESET:
+            self._trace.answered = self._loop.time()
         if reply.status is None:
             if reply.fault is Fault.RESET:
                 self._lost()
@@ -219,7 +238,12 @@ class MemoryConnection:
             return
         self._peer_gone = reply.then == "stale"
         head = b"HTTP/1.1 %d\r\n\r\n" % reply.status
-        self._finish(outcome_of_answer(reply.status, reply.retry_after, head), keep=reply.then != "close")
+        self._finish(self._answered(reply, head), keep=reply.then != "close")
+
+    def _answered(self, reply: Reply, head: bytes) -> Outcome:
+        assert reply.status is not None
+        is_looked_for = self._commands or not 200 <= reply.status <= 299
+        return outcome_of_answer(reply.status, reply.retry_after, head, reply.command if is_looked_for else None)
 
     def _lost(self) -> None:
         if self._on_done is None:  # told already
@@ -236,6 +260,10 @@ class MemoryConnection:
     def _finish(self, outcome: Outcome, *, keep: bool) -> None:
         on_done, self._on_done = self._on_done, None
         assert on_done is not None
+        if self._trace is not None:
+            self._trace.ended = self._loop.time()
+            self._trace.head = b"" if self._status is None else b"HTTP/1.1 %d" % self._status
+            keep = False
         if keep:
             self._room.release(self)
         else:

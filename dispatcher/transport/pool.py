@@ -9,14 +9,15 @@ import os
 import socket
 import ssl
 from functools import partial
+from time import perf_counter  # uvloop's own clock stands still within a turn, and has milliseconds
 from typing import Any
 
 from dispatcher.domain.address import AddressPolicy
 from dispatcher.domain.outcome import Fault, Outcome
 from dispatcher.domain.proxy import Proxy
-from dispatcher.domain.url import Origin
-from dispatcher.ports import Limits
-from dispatcher.transport.connection import HttpConnection
+from dispatcher.domain.url import RECEIVER_HOST, Origin
+from dispatcher.ports import Limits, Trace
+from dispatcher.transport.connection import HttpConnection, TracedConnection
 from dispatcher.transport.proxy import ProxyError, Tunnels
 from dispatcher.transport.resolver import Resolver, UnresolvedError
 from dispatcher.transport.room import Kept, Room
@@ -56,12 +57,16 @@ class Pool(Room):
         await super().close()
         await self._resolver.close()
 
-    def _make(self, origin: Origin) -> tuple[Kept, asyncio.Protocol]:
+    def _make(self, origin: Origin, trace: Trace | None = None) -> tuple[Kept, asyncio.Protocol]:
         """Make a connection that has no socket yet, and the protocol to give the socket to."""
-        connection = HttpConnection(self, origin, self._limits, asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        if trace is None:
+            connection = HttpConnection(self, origin, self._limits, loop)
+        else:
+            connection = TracedConnection(self, origin, self._limits, loop, trace)
         return connection, connection
 
-    async def _establish(self, origin: Origin) -> Kept | Outcome:
+    async def _establish(self, origin: Origin, trace: Trace | None = None) -> Kept | Outcome:
         limits = self._limits
         tls = self._tls
         if origin.identity is not None:
@@ -71,21 +76,32 @@ class Pool(Room):
                 reason = exc.reason or type(exc).__name__
                 return Outcome(Fault.TLS, detail=f"the endpoint's client certificate can't be used: {reason}")
         stage = Fault.DNS
+        if trace is not None:
+            trace.began = perf_counter()
         try:
             async with asyncio.timeout(limits.connect_s):
-                addresses = await self._resolver.resolve(origin.host)
-                refusals = [self._guard.refusal(address, origin.scheme) for address in addresses]
-                allowed = [address for address, refusal in zip(addresses, refusals, strict=True) if refusal is None]
-                if not allowed:
-                    return Outcome(Fault.BLOCKED, detail=str(refusals[0]))
+                if origin.host == RECEIVER_HOST:
+                    # Ours, by a URL that could mean nothing else: its listener's address is a setting, and no proxy's business.
+                    assert self._guard.receiver is not None
+                    allowed = [self._guard.receiver.address]
+                else:
+                    addresses = await self._resolver.resolve(origin.host)
+                    refusals = [self._guard.refusal(address, origin.scheme) for address in addresses]
+                    allowed = [address for address, refusal in zip(addresses, refusals, strict=True) if refusal is None]
+                    if not allowed:
+                        return Outcome(Fault.BLOCKED, detail=str(refusals[0]))
                 stage = Fault.CONNECT
-                if self._tunnels is None:
+                if trace is not None:
+                    trace.resolved = perf_counter()
+                if self._tunnels is None or origin.host == RECEIVER_HOST:
                     sock = await connect_tcp(allowed, origin.port)
                 else:
                     sock = await self._tunnels.reach(allowed, origin.port)
+                if trace is not None:
+                    trace.connected = perf_counter()
                 if origin.scheme == "https":
                     stage = Fault.TLS
-                return await self._join(sock, origin, tls)
+                return await self._join(sock, origin, tls, trace)
         except TimeoutError:
             by = "by the proxy " if self._tunnels is not None and stage is Fault.CONNECT else ""
             return Outcome(stage, detail=f"{_LATE[stage]} {by}within {limits.connect_s:g} s")
@@ -98,10 +114,12 @@ class Pool(Room):
         except OSError as exc:
             return Outcome(stage, detail=os.strerror(exc.errno) if exc.errno else str(exc) or type(exc).__name__)
 
-    async def _join(self, sock: socket.socket, origin: Origin, tls: ssl.SSLContext) -> Kept | Outcome:
+    async def _join(
+        self, sock: socket.socket, origin: Origin, tls: ssl.SSLContext, trace: Trace | None
+    ) -> Kept | Outcome:
         """Make a connection of a connected socket, if its peer may be talked to."""
         loop = asyncio.get_running_loop()
-        connection, protocol = self._make(origin)
+        connection, protocol = self._make(origin, trace)
         options: dict[str, Any] = {}
         if origin.scheme == "https":
             options = {
@@ -109,15 +127,18 @@ class Pool(Room):
                 "server_hostname": origin.host,
                 "ssl_handshake_timeout": self._limits.connect_s,
             }
-        if self._tunnels is None:  # else the peer is the proxy
+        if self._tunnels is None and origin.host != RECEIVER_HOST:  # else the peer is the proxy, or ourselves
             try:
-                refusal = self._guard.refusal(sock.getpeername()[0], origin.scheme)
+                peer = sock.getpeername()[0]
+                refusal = self._guard.refusal(peer, origin.scheme)
             except OSError:
                 sock.close()
                 raise
             if refusal is not None:
                 sock.close()
                 return Outcome(Fault.BLOCKED, detail=refusal)
+            if trace is not None:
+                trace.address = peer
         try:
             await loop.create_connection(lambda: protocol, sock=sock, **options)
         except BaseException:
@@ -127,6 +148,8 @@ class Pool(Room):
             # libuv owns the descriptor now, and has closed it if the peer was quick to hang up; uvloop doesn't always tell the socket.
             # Closing it here, or when it is collected, would close whatever has got the same number since.
             sock.detach()
+        if trace is not None and origin.scheme == "https":
+            trace.secured = perf_counter()
         return connection
 
 

@@ -27,7 +27,7 @@ import structlog
 
 from dispatcher.domain.outcome import Fault, Outcome
 from dispatcher.domain.url import Origin
-from dispatcher.ports import Connection, Limits
+from dispatcher.ports import Connection, Limits, Trace
 
 _log = structlog.get_logger(room="transport")
 
@@ -69,6 +69,7 @@ class _Waiter:
     on_ready: Ready
     fresh: bool
     turn_of: Hashable
+    trace: Trace | None
 
 
 class _Waiting:
@@ -121,7 +122,7 @@ class Room:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.count} sockets, {len(self._lines)} origins, {self.opened} opened, {self.reused} reused)"
 
-    async def _establish(self, origin: Origin) -> Kept | Outcome:
+    async def _establish(self, origin: Origin, trace: Trace | None = None) -> Kept | Outcome:
         """Open a connection, or say why there is none. When it raises or is cancelled it leaves nothing open."""
         raise NotImplementedError
 
@@ -146,7 +147,9 @@ class Room:
         else:
             self._set_idle(line, kept)
 
-    def connect(self, origin: Origin, on_ready: Ready, *, fresh: bool = False, turn_of: Hashable = None) -> None:
+    def connect(
+        self, origin: Origin, on_ready: Ready, *, fresh: bool = False, turn_of: Hashable = None, trace: Trace | None = None
+    ) -> None:  # fmt: skip
         loop = asyncio.get_running_loop()
         if self._closing:
             loop.call_soon(on_ready, _STOPPING)
@@ -158,9 +161,9 @@ class Room:
             self.reused += 1
             loop.call_soon(on_ready, line.idle.pop())
         elif self._take_room(line):
-            self._start_opening(line, on_ready)
+            self._start_opening(line, on_ready, trace)
         else:
-            line.waiting.append(_Waiter(on_ready, fresh, turn_of))
+            line.waiting.append(_Waiter(on_ready, fresh, turn_of, trace))
             self._queue(line)
 
     async def close(self) -> None:
@@ -227,7 +230,8 @@ class Room:
             first.in_turn = False
             first.count += 1
             self.count += 1
-            self._start_opening(first, first.waiting.popleft().on_ready)
+            waiter = first.waiting.popleft()
+            self._start_opening(first, waiter.on_ready, waiter.trace)
             self._queue(first)
         if not line.count and not line.waiting:
             self._lines.pop(line.origin, None)
@@ -302,8 +306,8 @@ class Room:
 
     # ── opening ──
 
-    def _start_opening(self, line: _Line, on_ready: Ready) -> None:
-        task = asyncio.get_running_loop().create_task(self._establish(line.origin))
+    def _start_opening(self, line: _Line, on_ready: Ready, trace: Trace | None) -> None:
+        task = asyncio.get_running_loop().create_task(self._establish(line.origin, trace))
         self._opening[task] = None
         # Not in the task: one that is cancelled before its first step runs nothing of itself.
         task.add_done_callback(partial(self._opened, line, on_ready))

@@ -9,15 +9,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dispatcher.domain.outcome import (
+    BY_RECEIVER,
     RETRY_AFTER_MAX_S,
     RETRY_AFTER_MIN_S,
+    Command,
     Decision,
     Fault,
     Outcome,
     RetryPolicy,
     Verdict,
+    command_of,
     decide,
     describe,
+    heeding,
     outcome_of_answer,
     retry_after_s,
 )
@@ -243,3 +247,30 @@ def test_no_retry_after_is_more_than_a_number_within_its_bounds(value):
 )
 def test_an_outcome_in_words(outcome, words):
     assert describe(outcome) == words
+
+
+# What a receiver may ask for
+
+
+@pytest.mark.parametrize(
+    ("value", "command"),
+    [("disable", Command.DISABLE), (" Abort-Message ", Command.ABORT), ("", None), ("abort", None), ("disable, abort-message", None)],
+)  # fmt: skip
+def test_what_is_a_command(value, command):
+    assert command_of(value) is command
+
+
+@pytest.mark.parametrize("number", [1, 4])
+@pytest.mark.parametrize("status", [400, 410, 429, 500, 503])
+def test_an_aborted_delivery_is_a_dead_letter_at_once_and_says_nothing_of_its_endpoint(status, number):
+    decision = decided(answer(status, "20"), number)
+    aborted = heeding(decision, Command.ABORT)
+    assert (aborted.verdict, aborted.counts, aborted.due_in_s) == (DEAD, False, 0.0)
+    assert (aborted.lane_wait_s, aborted.disable_reason) == (decision.lane_wait_s, decision.disable_reason)
+
+
+def test_an_answer_that_disables_keeps_its_retry():
+    decision = decided(answer(500))
+    disabling = heeding(decision, Command.DISABLE)
+    assert (disabling.verdict, disabling.due_in_s, disabling.disable_reason) == (RETRY, decision.due_in_s, BY_RECEIVER)
+    assert heeding(decided(answer(410)), Command.DISABLE).disable_reason == "gone", "the older rule goes first"

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from dispatcher.domain.breaker import BreakerState
 from dispatcher.domain.endpoint import FOREVER, EndpointState, Subscription
+from dispatcher.domain.filters import Payloads
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.engine import lanes as lanes_module
 from dispatcher.engine.lane import Lane
@@ -23,7 +24,7 @@ def make_lanes(*endpoints, live: bool = True) -> Lanes:
 
 
 def routed(lanes: Lanes, event_type: str, event_id: int = 1, account_id: str = "acc") -> list[int]:
-    return [lane.id for lane in wanting(lanes.routes(account_id, event_type), event_id)]
+    return [lane.id for lane in wanting(lanes.routes(account_id, event_type), make_event(event_id), Payloads())]
 
 
 # Routes

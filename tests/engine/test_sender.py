@@ -56,7 +56,8 @@ class Bench:
         self.transport = MemoryTransport(Limits(), lambda origin: self.receivers[origin.host])
         self.sender = Sender(
             self.transport, self.lanes, self.recorder, clock, counters, slots=10, rng=random.Random(1), look=self._look,
-            disable=lambda lane, reason: None, failing=lambda lane, was_us: None, disable_after_s=1_000,
+            disable=lambda lane, reason: None, failing=lambda lane, was_us: None, tell_failing=lambda lane: None,
+            failing_after_s=900, disable_after_s=1_000,
         )  # fmt: skip
         self.sender.lease_until = float("inf")
 

@@ -17,6 +17,7 @@ from dispatcher.domain.breaker import CLOSED, CircuitBreaker
 from dispatcher.domain.bucket import TokenBucket
 from dispatcher.domain.outcome import Outcome
 from dispatcher.domain.ranges import IdRanges
+from dispatcher.domain.run import Run
 from dispatcher.engine import config, lanes, sender
 from dispatcher.engine.catchup import CatchUp, ReadGate
 from dispatcher.engine.gaps import Barrier, Gaps
@@ -138,6 +139,10 @@ def _is_due_in_hand_or_not(self: CatchUp, lane: Lane, event: Any, skip: Sequence
 
 def _is_due_attempted_or_not(self: CatchUp, lane: Lane, event: Any, skip: Sequence[int]) -> bool:
     return event.id not in lane.hands and lane.is_for(event)
+
+
+def _is_for_by_type(self: Lane, event: Any) -> bool:
+    return any(s.matches(event.type, event.id) for s in self.endpoint.subscriptions)
 
 
 def _take_up_only_here(self: Lanes, lane: Lane, head: int) -> None:
@@ -292,14 +297,14 @@ FAULTS = [
     Fault(
         "lose the recorder's last flush", [(Recorder, "stop", _stop_without_flush)], "were answered, and not recorded"
     ),
-    Fault("release a batch while a read is under way", [(ReadGate, "after", _after_at_once)], "second time", seed=7),
+    Fault("release a batch while a read is under way", [(ReadGate, "after", _after_at_once)], "second time", seed=69),
     Fault("forget what is in hand", [(CatchUp, "_is_due", _is_due_in_hand_or_not)], "second time", seed=65),
     Fault("forget what has an attempt", [(CatchUp, "_is_due", _is_due_attempted_or_not)], "second time"),
     Fault(
         "apply a page though its lane has moved",
         [(Lane, "moved", property(lambda self: 0, lambda self, value: None))],
         "",
-        seed=138,
+        seed=375,
     ),
     Fault("let go of a queue and not go back", [(Lane, "drop_queue", _drop_queue_and_go_on)], "neither"),
     Fault("take up a subscription without going back", [(Lanes, "take_up", _take_up_only_here)], "neither", seed=110),
@@ -314,21 +319,21 @@ FAULTS = [
         "",
         seed=16,
     ),
-    Fault("send without a lease", [(config, "LEASE_S", 60.0)], "", needs=frozenset({"slow", "pause"})),
+    Fault("send without a lease", [(config, "LEASE_S", 60.0)], "", needs=frozenset({"slow", "pause"}), seed=923),
     Fault("send to a paused endpoint", [(Lane, "configure", _configure_without_holding)], "for a second"),
     Fault("send to a deleted endpoint", [(Lanes, "remove", _remove_and_go_on)], "for a second", seed=19),
     Fault(
         "send to the new path on the old host",
         [(sender, "_has_moved", lambda lane, origin: False)],
         "instead of",
-        seed=19,
+        seed=122,
     ),
     Fault(
         "send what a subscription that has ended let in",
         [(lanes, "_ended", lambda before, after: False)],
         "no subscription",
         needs=frozenset({"subscriptions"}),
-        seed=633,
+        seed=4_594,
     ),
     Fault(
         "sign with a secret that has expired",
@@ -344,6 +349,18 @@ FAULTS = [
         needs=frozenset({"erasure", "slow answers"}),
         seed=1_492,
     ),
+    Fault(
+        "filter at the head only",
+        [(Lane, "is_for", _is_for_by_type)],
+        "no subscription",
+        needs=frozenset({"filters"}),
+    ),
+    Fault(
+        "replay what the filters leave out",
+        [(Run, "is_for", lambda self, event, payloads: True)],
+        "its run leaves it out",
+        needs=frozenset({"filters", "runs"}),
+    ),
     Fault("count a token twice", [(TokenBucket, "_accrue", _accrue_twice)], "above"),
     Fault("probe without counting", [(CircuitBreaker, "started", _started_without_probe)], "half-open"),
     Fault("open shares", [(Sender, "_full_share", lambda self, lane, now: None)], "in a share"),
@@ -352,7 +369,7 @@ FAULTS = [
     Fault("keep events in memory", [(Memory, "let_go", _let_go_of_some)], "events"),
     Fault("call nobody when a share has room", [(Sender, "_call_next", _call_nobody)], "not settled"),
     Fault(
-        "forget who waits for more than a token", [(Sender, "_on_timer", _on_timer_as_it_was)], "not settled", seed=115
+        "forget who waits for more than a token", [(Sender, "_on_timer", _on_timer_as_it_was)], "not settled", seed=208
     ),
     Fault("send though its key is held", [(Keys, "holds", lambda self, key: False)], "by key", frozenset({"ordering"})),
     Fault(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dispatcher.domain.endpoint import EndpointState
+from dispatcher.domain.filters import Rule
 from dispatcher.domain.run import RunState
 from dispatcher.store.memory import CannotPrepareError, Transaction, TransactionOverError, WouldBlockError
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 ACCOUNTS = ("a", "a", "b")
 TYPES = ("mail.sent", "mail.sent", "mail.bounced", "link.clicked")
 PATTERNS = ("*", "mail.*", "mail.sent", "link.clicked")
+COLOURS = (b"red", b"red", b"blue", b"green")
 ENDPOINTS_MAX = 9
 EVENTS_MAX = 220  # a run
 
@@ -29,6 +31,7 @@ class People:
         self.options = random.Random(f"options {world.plan.seed}")
         self.later = random.Random(f"later {world.plan.seed}")
         self.erased: dict[int, str] = {}  # event → account
+        self.filters = random.Random(f"filters {world.plan.seed}")
         self.prepared = 0
         self.labels = 0
         self.events = 0
@@ -54,7 +57,8 @@ class People:
                 tx.lock_log()
                 await asyncio.sleep(rng.choice((0.01, 0.3, 2.0)))
             for _ in range(rng.choice((1, 1, 1, 2, 5))):
-                payload = b'{"n":%d}' % self.events + b" " * rng.choice((0, 0, 0, 40, 300))
+                colour = b',"colour":"%b"' % self.filters.choice(COLOURS) if plan.has("filters") else b""
+                payload = b'{"n":%d%b}' % (self.events, colour) + b" " * rng.choice((0, 0, 0, 40, 300))
                 tx.write_row(rng.choice(ACCOUNTS), rng.choice(TYPES), payload, **self._event_options())
                 self.events += 1
                 if plan.has("late trigger") and rng.random() < 0.5:
@@ -160,6 +164,8 @@ class People:
             changes += [self._subscribe, self._unsubscribe, self._add]
         if has("ordering"):
             changes += [self._order]
+        if has("filters"):
+            changes += [self._refilter]
         if has("runs"):
             changes += [self._replay, self._replay, self._resend_dead, self._change_run]
         if has("expiring secrets"):
@@ -215,6 +221,7 @@ class People:
         ordering = self._ordering() if self.world.plan.has("ordering") else "off"
         endpoint_id = tx.add_endpoint(
             account_id, url, patterns=patterns, secrets=(self._secret(),), timeout_ms=timeout_ms, ordering=ordering, **self._limits(),
+            rule=self._rule() if self.world.plan.has("filters") else None,
         )  # fmt: skip
         self.world.paths[url.rpartition("/")[2]] = endpoint_id
 
@@ -273,10 +280,22 @@ class People:
             tx.update_endpoint(endpoint_id, ordering=self._ordering())
             self.world.checker.spared.add(endpoint_id)  # order counts from then on, and nobody knows when that was
 
+    def _rule(self) -> Rule | None:
+        """Draw filters, or none. `mail.bounced` has no colour to filter by."""
+        colours = self.filters.choice(((), ("red",), ("blue", "green")))
+        fields = {event_type: {"colour": [["colour"]]} for event_type in ("mail.sent", "link.clicked")}
+        return Rule({"colour": colours}, fields) if colours else None
+
+    def _refilter(self, tx: Transaction) -> None:
+        if (endpoint_id := self._some(EndpointState.LIVE, EndpointState.PAUSED)) is not None:
+            self.world.checker.spared.add(endpoint_id)  # as in _subscribe
+            tx.refilter(endpoint_id, self._rule())
+
     def _subscribe(self, tx: Transaction) -> None:
         if (endpoint_id := self._some(EndpointState.LIVE, EndpointState.PAUSED)) is not None:
             self.world.checker.spared.add(endpoint_id)  # it is sent what it was not subscribed to when it passed
-            tx.subscribe(endpoint_id, self.rng.choice(PATTERNS))
+            rule = self.world.database.tables.endpoints[endpoint_id].rule
+            tx.subscribe(endpoint_id, self.rng.choice(PATTERNS), rule=rule)
 
     def _unsubscribe(self, tx: Transaction) -> None:
         open_ones = [s.id for s in self.world.database.tables.subscriptions.values() if s.until_id is None]

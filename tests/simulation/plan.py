@@ -22,7 +22,7 @@ KINDS = (
     "retention",
 )  # fmt: skip
 OPTIONS = ("ordering", "expiry", "priority")  # what producers and endpoints ask for
-LATER = ("unknown commits", "expiring secrets", "skip", "erasure")
+LATER = ("unknown commits", "expiring secrets", "skip", "erasure", "filters")
 LATER_FROM = 1_000  # seeds below draw none of these: they are known by what they show
 RARE = {"retention": 0.25, "standby": 0.35, "wall clock": 0.3, "gone": 0.25, "bursts": 0.4}
 
@@ -81,6 +81,8 @@ def draw(seed: int) -> Plan:
     if tiny:
         bounds |= {
             "reader.HEAD_ROWS": rng.choice((3, 8, 40)),
+            "reader.HEAD_OFFERS": rng.choice((1, 4, 5_000)),
+            "sender.TURNS_AT_ONCE": rng.choice((1, 3, 200)),
             "catchup.PAGE_ROWS": (page := rng.choice((2, 5, 20))),
             "reader.PAGE_ROWS": page,
             "catchup.READ_BYTES_MAX": (cut := rng.choice((60, 200, 1 << 20))),

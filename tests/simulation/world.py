@@ -13,7 +13,7 @@ from unittest import mock
 
 import structlog
 
-from dispatcher.engine import catchup, gaps, janitor, keys, lane, reader, recorder
+from dispatcher.engine import catchup, gaps, janitor, keys, lane, reader, recorder, sender
 from dispatcher.store.memory import LogRow, MemoryDatabase, Operation
 from tests.simulation.checks import Checker
 from tests.simulation.disasters import Disasters
@@ -26,7 +26,7 @@ from tests.simulation.process import Process, watched
 EPOCH_US = 1_900_000_000_000_000
 SETTLE_MAX_S = 90.0
 CALLBACKS_MAX = 400_000
-MODULES = {m.__name__.rpartition(".")[2]: m for m in (catchup, gaps, janitor, keys, lane, reader, recorder)}
+MODULES = {m.__name__.rpartition(".")[2]: m for m in (catchup, gaps, janitor, keys, lane, reader, recorder, sender)}
 
 
 @dataclass

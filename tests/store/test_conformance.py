@@ -622,6 +622,20 @@ async def test_configuration_changes_are_read_by_their_number(world: World, stor
     assert changes.seq > seq
 
 
+async def test_a_page_of_the_head_tells_the_newest_change_that_it_saw(world: World, store: Store) -> None:
+    async def seen() -> int:
+        return (await store.head(0, 10, 1 << 20, (), attempted=False)).config_seq
+
+    assert await seen() == 0
+    endpoint = await world.add_endpoint()
+    changed = await seen()
+    assert changed == (await store.config_changes(0, 1)).seq > 0
+    await world.insert(3)
+    assert await seen() == changed
+    await world.update_endpoint(endpoint, timeout_ms=500)
+    assert (await store.head(0, 10, 1 << 20, (), attempted=True)).config_seq > changed
+
+
 async def test_endpoints_are_read_again_though_nothing_changed(world: World, store: Store) -> None:
     a, b, c = [await world.add_endpoint() for _ in range(3)]
     seq = (await store.config_changes(0, 1)).seq
@@ -748,15 +762,37 @@ async def test_an_endpoint_is_not_told_about_itself(world: World, store: Store) 
     ]
 
 
+async def test_that_it_has_been_failing_for_long_is_told_once(world: World, store: Store) -> None:
+    a, b = await world.add_endpoint(), await world.add_endpoint()
+    for _ in range(2):
+        await store.tell_failing(a, NOW)
+    await store.tell_failing(4_711, NOW)
+    [event] = (await read(store)).events
+    assert (event.account_id, event.type) == ("acct", "endpoint.failing")
+    about = {"id": a, "name": "", "url": URL}
+    assert same_json(event.payload, {"endpoint": about, "reason": "consecutive_failures", "failing_since": SINCE})
+    assert event.is_about(a)
+    for _ in range(2):
+        await store.tell_recovered(a, NOW)
+        await store.tell_failing(a, NOW)
+    types = [event.type for event in (await read(store)).events]
+    assert types == ["endpoint.failing", "endpoint.recovered"] * 2 + ["endpoint.failing"]
+    started = await world_restart(world, store)
+    assert {e.id: (e.failing_since_us, e.failing_told) for e in started.endpoints} == {a: (NOW, True), b: (None, False)}
+
+
 async def test_a_recovery_is_told_once(world: World, store: Store) -> None:
     a, b = await world.add_endpoint(), await world.add_endpoint()
     await store.tell_recovered(a, NOW)  # nothing was noted: it has been told already
     await store.tell_recovered(4_711, NOW)
     assert ids(await read(store)) == []
     await store.note_failing({a: NOW, b: NOW})
+    await store.tell_recovered(a, NOW)  # nobody knows that it failed
+    assert ids(await read(store)) == []
+    await store.tell_failing(a, NOW)
     for _ in range(2):
         await store.tell_recovered(a, NOW)
-    [event] = (await read(store)).events
+    [_, event] = (await read(store)).events
     assert (event.account_id, event.type) == ("acct", "endpoint.recovered")
     about = {"id": a, "name": "", "url": URL}
     assert same_json(event.payload, {"endpoint": about, "reason": "delivered", "failing_since": SINCE})
@@ -772,6 +808,7 @@ async def test_a_recovery_is_told_once(world: World, store: Store) -> None:
 async def test_only_a_live_endpoint_recovers(world: World, store: Store, state: str) -> None:
     endpoint = await world.add_endpoint(state=state, paused_at_id=0)
     await store.note_failing({endpoint: NOW})
+    await store.tell_failing(endpoint, NOW)
     await store.tell_recovered(endpoint, NOW)
     assert ids(await read(store)) == []
 
@@ -865,14 +902,17 @@ async def test_what_a_former_owner_notes_changes_nothing(world: World, store: St
     endpoint = await world.add_endpoint()
     failing = await world.add_endpoint()
     await store.note_failing({failing: NOW})
+    await store.tell_failing(failing, NOW)
+    told = ids(await read(store))
     await store.close()
     second = world.store()
     started = await second.start("second")
     await store.note_failing({endpoint: NOW, failing: NOW + 1})
     await store.disable_endpoint(endpoint, "gone", NOW)
+    await store.tell_failing(endpoint, NOW)
     await store.tell_recovered(failing, NOW)
     assert (await second.config_changes(started.config_seq, 2)).endpoints == []
-    assert ids(await read(second)) == []
+    assert ids(await read(second)) == told
     again = await second.start("second")
     assert {e.id: (e.state, e.failing_since_us) for e in again.endpoints} == {
         endpoint: (EndpointState.LIVE, None),

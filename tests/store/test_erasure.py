@@ -8,8 +8,9 @@ import pytest
 
 from dispatcher import settings as settings_module
 from dispatcher.domain.event import PublicIds
+from dispatcher.domain.principal import OPERATOR
 from dispatcher.errors import InputError, NotFoundError
-from dispatcher.store import dead_letters, erasure, runs
+from dispatcher.store import alerts, dead_letters, erasure, receivers, runs
 from dispatcher.store.dead_letters import Filter
 from dispatcher.store.erasure import ERASURE
 from tests.conftest import connected
@@ -29,6 +30,9 @@ WHERE url <> 'https://erased.invalid/' OR name <> '' OR draft IS NOT NULL
    OR credentials IS NOT NULL OR extra_signature IS NOT NULL OR omit <> '{}'
 UNION ALL SELECT 'note', note FROM webhook.run WHERE note <> ''
 UNION ALL SELECT 'retry', reason FROM webhook.retry
+UNION ALL SELECT 'alert', said::text FROM webhook.alert
+UNION ALL SELECT 'alert_recipient', address FROM webhook.alert_recipient
+UNION ALL SELECT 'received', encode(body, 'escape') || headers::text FROM webhook.received
 """
 
 
@@ -53,6 +57,18 @@ async def full_endpoint(db: asyncpg.Connection, account: str = "acct", **columns
         endpoint_id,
     )
     return endpoint_id
+
+
+async def told_and_received(db: asyncpg.Connection, account: str, endpoint_id: int) -> None:
+    """Let its recipients be told of the endpoint, and a receiver of its get something."""
+    await alerts.add_recipient(db, OPERATOR, account_id=account, address="ann@example.com")
+    await db.execute(
+        "INSERT INTO webhook.alert (audience, account_id, endpoint_id, type, said) VALUES ('', $1, $2, 'endpoint.failing', '{}')",
+        account,
+        endpoint_id,
+    )
+    receiver = await receivers.create(db, OPERATOR, account)
+    await receivers.keep(db, receiver.id, [], b"said", signature="unknown", endpoint_id=None, status=200)
 
 
 async def public_id(db: asyncpg.Connection, event: int) -> str:
@@ -83,6 +99,7 @@ async def test_an_account_is_erased_everywhere_and_others_are_not(
     await retrying(db, live, ids[5:7])
     await attempted(db, gone, ids[:4], fault="timeout")
     await runs.resend(db, str(ids[0]), live, "for Ann")
+    await told_and_received(db, "acct", live)
     letters = [letter["id"] for letter in await dead_letters.find(db, Filter(account_id="acct"))]
     found = await erasure.look_at_account(db, "acct")
     assert (found.endpoints, found.events, found.response_heads, found.dead_letters, found.tests, found.began) == (
@@ -215,7 +232,10 @@ async def test_an_event_is_erased_everywhere_and_its_neighbours_are_not(db: asyn
     assert (found.id, found.account_id, found.in_log, found.response_heads, found.dead_letters, found.owed) == (
         event, "acct", True, 3, 1, 2,
     )  # fmt: skip
+    receiver = await receivers.create(db, OPERATOR, "acct")
+    await receivers.keep(db, receiver.id, [], b"said", signature="unknown", endpoint_id=None, status=200)
     done = await erasure.erase_event(db, found)
+    assert await receivers.received(db, receiver.id) == []
     assert (done.event_id, done.events, done.response_heads, done.dead_letters, done.endpoints) == (event, 1, 3, 1, 0)
     assert done.ended_at is not None
     assert await db.fetchval("SELECT count(*) FROM webhook.outbox") == 2

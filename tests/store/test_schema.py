@@ -457,3 +457,12 @@ async def test_two_phase_commit_is_refused_while_the_dispatcher_sleeps(
         await db.execute("PREPARE TRANSACTION 'ringing'")
     assert await ears.rings(db) == 0
     assert await db.fetchval("SELECT count(*) FROM webhook.outbox") == 0
+
+
+async def test_every_function_has_a_search_path_of_its_own(db: asyncpg.Connection) -> None:
+    """Else whoever calls it, or makes a schema that comes first, says what its names mean."""
+    bare = await db.fetch(
+        "SELECT proname FROM pg_proc WHERE pronamespace = 'webhook'::regnamespace "
+        "AND NOT coalesce(proconfig @> ARRAY['search_path=pg_catalog'], false)"
+    )
+    assert bare == []

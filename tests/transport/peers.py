@@ -75,16 +75,24 @@ async def connected(transport: Transport, origin: Origin, *, fresh: bool = False
     return await asyncio.wait_for(ready, within_s)
 
 
-def start(connection: Connection, request: bytes = REQUEST, timeout_s: float = 5.0) -> "asyncio.Future[Outcome]":
+def start(
+    connection: Connection, request: bytes = REQUEST, timeout_s: float = 5.0, commands: bool = False
+) -> "asyncio.Future[Outcome]":
     """Post and return the outcome as a future. A second call of on_done would raise InvalidStateError."""
     done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-    connection.post(request, timeout_s, done.set_result)
+    connection.post(request, timeout_s, done.set_result, commands)
     assert not done.done(), "on_done comes later"
     return done
 
 
 async def post(
-    transport: Transport, origin: Origin, request: bytes = REQUEST, *, timeout_s: float = 5.0, fresh: bool = False
+    transport: Transport,
+    origin: Origin,
+    request: bytes = REQUEST,
+    *,
+    timeout_s: float = 5.0,
+    fresh: bool = False,
+    commands: bool = False,
 ) -> Outcome:
     """Post as the engine does: on an idle connection, else on a new one."""
     connection = None if fresh else transport.try_acquire(origin)
@@ -94,7 +102,7 @@ async def post(
             return result
         connection = result
     assert connection is not None
-    return await asyncio.wait_for(start(connection, request, timeout_s), 30)
+    return await asyncio.wait_for(start(connection, request, timeout_s, commands), 30)
 
 
 class Talk(asyncio.Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dispatcher.domain.outcome import Fault, Outcome
+from dispatcher.domain.outcome import Command, Fault, Outcome
 from dispatcher.domain.url import Origin
 from dispatcher.ports import Limits
 from dispatcher.transport.memory import Dial, Dice, MemoryTransport, Reply, Scripted
@@ -109,6 +109,8 @@ class RealWorld(World):
         later = asyncio.get_running_loop().call_later
         if reply.status is not None:
             retry = f"retry-after: {reply.retry_after}\r\n" if reply.retry_after else ""
+            if reply.command is not None:
+                retry += f"webhook-delivery: {reply.command.value}\r\n"
             close = "connection: close\r\n" if reply.then == "close" else ""
             body = b"" if reply.status == 204 else b"ok"
             length = f"content-length: {len(body)}\r\n" if body else ""
@@ -200,6 +202,15 @@ async def test_retry_after_is_told(make_world: Make) -> None:
     world = await make_world()
     origin, _ = await world.receiver(Reply(429, retry_after="17"))
     assert (await post(world.transport, origin)).retry_after == "17"
+
+
+async def test_a_command_is_told_of_failures_and_where_it_is_asked_for(make_world: Make) -> None:
+    world = await make_world()
+    told = [Reply(500, command=Command.ABORT), *[Reply(204, command=Command.DISABLE)] * 2, Reply(204)]
+    origin, _ = await world.receiver(*told)
+    outcomes = [await post(world.transport, origin, commands=commands) for commands in (False, False, True, True)]
+    assert [outcome.command for outcome in outcomes] == [Command.ABORT, None, Command.DISABLE, None]
+    assert world.transport.opened == 1
 
 
 async def test_silence_ends_at_the_bound_on_time_to_headers(make_world: Make) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dispatcher.domain.outcome import Fault, Outcome
+from dispatcher.domain.outcome import Command, Fault, Outcome
 from dispatcher.domain.url import Origin
 from dispatcher.ports import Limits
 from dispatcher.sink import Behaviour, Sink
@@ -66,8 +66,8 @@ class Wire:
             for _ in range(5):
                 await asyncio.sleep(0)
 
-    async def post(self) -> None:
-        self.connection.post(REQUEST, 10, self.outcomes.append)
+    async def post(self, *, commands: bool = False) -> None:
+        self.connection.post(REQUEST, 10, self.outcomes.append, commands)
         await self.settle()
         assert self.socket.written == REQUEST
         self.socket.written = b""
@@ -283,6 +283,29 @@ async def test_retry_after(headers: bytes, value: str | None) -> None:
             await wire.post()
             await wire.feed(before + b"HTTP/1.1 429 X\r\n" + headers + b"content-length: 16\r\n\r\n\r\nretry-after: 3")
             assert (wire.outcomes[0].status, wire.outcomes[0].retry_after) == (429, value)
+
+
+@pytest.mark.parametrize(
+    ("headers", "command"),
+    [
+        (b"webhook-delivery: disable\r\n", Command.DISABLE), (b"WEBHOOK-Delivery:\tAbort-Message \r\n", Command.ABORT),
+        (b"webhook-delivery: disable\r\nwebhook-delivery: abort-message\r\n", Command.DISABLE), (b"x-webhook-delivery: disable\r\n", None),
+        (b"webhook-delivery: disable now\r\n", None), (b"webhook-delivery:\r\n", None), (b"webhook-delivery: \xff\r\n", None), (b"", None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("status", [200, 500])
+async def test_commands(headers: bytes, command: Command | None, status: int) -> None:
+    """In the final head only: not in a 1xx, and not in the body."""
+    for before in (b"", b"HTTP/1.1 103 X\r\nwebhook-delivery: disable\r\n\r\n"):
+        async with make_wire() as wire:
+            await wire.post(commands=True)
+            await wire.feed(
+                before
+                + b"HTTP/1.1 %d X\r\n" % status
+                + headers
+                + b"content-length: 27\r\n\r\n\r\nwebhook-delivery: disable"
+            )
+            assert (wire.outcomes[0].status, wire.outcomes[0].command) == (status, command)
 
 
 @pytest.mark.parametrize(

@@ -173,8 +173,8 @@ async def test_stopped_at_every_step_of_connecting(scheme: str) -> None:
 class Interrupted:
     """Of a pool: fail after a connection was made, when its transport already exists."""
 
-    async def _join(self, sock: Any, origin: Origin, tls: ssl.SSLContext) -> Kept | Outcome:
-        result: Any = await super()._join(sock, origin, tls)  # type: ignore[misc]
+    async def _join(self, sock: Any, origin: Origin, tls: ssl.SSLContext, trace: Any) -> Kept | Outcome:
+        result: Any = await super()._join(sock, origin, tls, trace)  # type: ignore[misc]
         assert not isinstance(result, Outcome)
         self.made = result
         what = self.plan.pop(0)

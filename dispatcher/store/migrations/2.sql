@@ -40,13 +40,15 @@ ALTER TABLE webhook.endpoint_secret
         OR secret ~ '^sealed:[0-9a-f]{8}:[A-Za-z0-9+/]+={0,2}$'
     ),
     ADD CONSTRAINT endpoint_secret_public_key CHECK ((scheme = 'v1a') = (public_key IS NOT NULL) AND public_key ~ '^whpk_[A-Za-z0-9+/]+={0,2}$');
-CREATE OR REPLACE TRIGGER endpoint_changed
-    AFTER INSERT OR DELETE OR UPDATE OF account_id, url, timeout_ms, rate_per_s, rate_burst, in_flight_max, retry_schedule_s, ordering, state,
-        signing, body_format, omit, extra_signature
-    ON webhook.endpoint FOR EACH ROW EXECUTE FUNCTION webhook.note_config_change();
 CREATE OR REPLACE TRIGGER endpoint_secret_changed
     AFTER INSERT OR DELETE OR UPDATE OF endpoint_id, scheme, expires_at
     ON webhook.endpoint_secret FOR EACH ROW EXECUTE FUNCTION webhook.note_config_change();
+
+ALTER TABLE webhook.test_attempt
+    ADD COLUMN event_type text NOT NULL DEFAULT 'endpoint.test',
+    ADD COLUMN at_fault text,
+    ADD COLUMN timing jsonb NOT NULL DEFAULT '{}',
+    ADD COLUMN response_body bytea;
 
 ALTER TABLE webhook.config_change ADD COLUMN forget boolean NOT NULL DEFAULT false;
 
@@ -90,6 +92,7 @@ CREATE TABLE webhook.run (
     state       text        NOT NULL DEFAULT 'running',
     note        text        NOT NULL DEFAULT '',
     created_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    rule        jsonb,                                               -- the endpoint's filters when it was made; NULL: none, or a resend
     CONSTRAINT run_source_known CHECK (source IN ('log', 'dead_letter')),
     CONSTRAINT run_state_known CHECK (state IN ('running', 'paused', 'canceled')),
     CONSTRAINT run_range_ordered CHECK (0 <= after_id AND after_id <= upto_id),
@@ -151,6 +154,94 @@ BEGIN
 END
 $$;
 
+-- The built-in receiver: addresses of ours that show what they get, to people who have no server yet. They end after a day.
+CREATE TABLE webhook.receiver (
+    id         bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT receiver_pkey PRIMARY KEY,
+    account_id text        NOT NULL,
+    token      text        NOT NULL CONSTRAINT receiver_token UNIQUE,
+    answer     text        NOT NULL DEFAULT 'ok',
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_by text        NOT NULL,
+    expires_at timestamptz NOT NULL,
+    CONSTRAINT receiver_account_id_length CHECK (octet_length(account_id) BETWEEN 1 AND 255),
+    CONSTRAINT receiver_token_form CHECK (token ~ '^[A-Za-z0-9_-]{43}$'),
+    CONSTRAINT receiver_answer_known CHECK (answer IN ('ok', 'error', 'gone', 'throttle', 'slow'))
+);
+CREATE INDEX receiver_account_id ON webhook.receiver (account_id, id);
+
+-- What a receiver got: the newest hundred, with the beginning of each body.
+CREATE TABLE webhook.received (
+    id          bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT received_pkey PRIMARY KEY,
+    receiver_id bigint      NOT NULL CONSTRAINT received_receiver REFERENCES webhook.receiver ON DELETE CASCADE,
+    at          timestamptz NOT NULL DEFAULT clock_timestamp(),
+    headers     jsonb       NOT NULL,                                -- [[name, value]], in their order
+    body        bytea       NOT NULL,
+    body_bytes  integer     NOT NULL,                                -- of all of it
+    signature   text        NOT NULL,
+    endpoint_id bigint,                                              -- whose keys it was held against
+    status      smallint    NOT NULL,
+    CONSTRAINT received_signature_known CHECK (signature IN ('valid', 'missing', 'old', 'wrong', 'unknown'))
+);
+CREATE INDEX received_receiver_id ON webhook.received (receiver_id, id);
+
+-- Who is told by mail what happens to endpoints: of one account's, or (audience '') operators, of all.
+CREATE TABLE webhook.alert_recipient (
+    id         bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT alert_recipient_pkey PRIMARY KEY,
+    audience   text        NOT NULL,
+    address    text        NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_by text        NOT NULL,
+    CONSTRAINT alert_recipient_once UNIQUE (audience, address),
+    CONSTRAINT alert_recipient_audience_length CHECK (octet_length(audience) <= 255),
+    CONSTRAINT alert_recipient_address_form CHECK (address ~ '^[!-?A-~]+@[!-?A-~]+$' AND octet_length(address) <= 254)
+);
+
+-- What an audience is to be told by mail: waiting → mailed or given_up; held, while its hour's mails are used up. Written with the event that says
+-- the same; a mail that tells of several has its Message-ID in all of them.
+CREATE TABLE webhook.alert (
+    id          bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT alert_pkey PRIMARY KEY,
+    audience    text        NOT NULL,
+    account_id  text        NOT NULL,
+    endpoint_id bigint      NOT NULL,
+    type        text        NOT NULL,
+    said        json        NOT NULL,
+    at          timestamptz NOT NULL DEFAULT clock_timestamp(),
+    state       text        NOT NULL DEFAULT 'waiting',
+    tries       smallint    NOT NULL DEFAULT 0,
+    due_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
+    mail        text,
+    mailed_at   timestamptz,
+    CONSTRAINT alert_state_known CHECK (state IN ('waiting', 'held', 'mailed', 'given_up')),
+    CONSTRAINT alert_mailed_by_a_mail CHECK (state <> 'mailed' OR (mail IS NOT NULL AND mailed_at IS NOT NULL))
+);
+CREATE INDEX alert_due ON webhook.alert (due_at) WHERE state IN ('waiting', 'held');
+CREATE INDEX alert_mailed ON webhook.alert (audience, mailed_at) WHERE state = 'mailed';
+CREATE INDEX alert_audience ON webhook.alert (audience, id);
+
+ALTER TABLE webhook.endpoint ADD COLUMN failing_told_at timestamptz;
+
+-- Tell of one of an account's endpoints, once to each of three: the account's endpoints, by an event; the endpoints of the operators' account, if
+-- there is one, by an event that says whose it was; and people, by mails that wait to be sent. Returns the id of the account's event.
+CREATE OR REPLACE FUNCTION webhook.tell(about bigint, event_type text, said json) RETURNS bigint
+    LANGUAGE plpgsql SET search_path = pg_catalog
+    AS $$
+DECLARE
+    whose text;
+    told  bigint;
+BEGIN
+    INSERT INTO webhook.outbox (account_id, type, payload)
+    SELECT e.account_id, event_type, said FROM webhook.endpoint AS e WHERE e.id = about
+    RETURNING account_id, id INTO whose, told;
+    INSERT INTO webhook.outbox (account_id, type, payload)
+    SELECT i.operator_account, event_type, (jsonb_build_object('account_id', whose) || said::jsonb)::json
+    FROM webhook.instance AS i WHERE i.operator_account <> whose;
+    INSERT INTO webhook.alert (audience, account_id, endpoint_id, type, said)
+    SELECT a.audience, whose, about, event_type, said
+    FROM (SELECT DISTINCT r.audience FROM webhook.alert_recipient AS r WHERE r.audience IN ('', whose)) AS a;
+    RETURN told;
+END
+$$;
+
 CREATE OR REPLACE FUNCTION webhook.tell_of_endpoint(about bigint, event_type text, why text, failed_since timestamptz) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog
     AS $$
@@ -158,18 +249,15 @@ DECLARE
     since CONSTANT text := to_char(failed_since AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"');
     told  bigint;
 BEGIN
-    INSERT INTO webhook.outbox (account_id, type, payload)
-    SELECT e.account_id, event_type,
-           CASE event_type
+    SELECT webhook.tell(about, event_type, CASE event_type
                WHEN 'endpoint.disabled' THEN json_build_object(
                    'endpoint', who, 'reason', why, 'failing_since', since, 'held_events',
                    coalesce((SELECT l.backlog FROM webhook.lane AS l WHERE l.endpoint_id = about), 0))
                ELSE json_build_object('endpoint', who, 'reason', why, 'failing_since', since)
-           END
+           END) INTO told
     FROM webhook.endpoint AS e
     CROSS JOIN LATERAL json_build_object('id', e.id, 'name', e.name, 'url', e.url) AS who
-    WHERE e.id = about
-    RETURNING id INTO told;
+    WHERE e.id = about;
     WITH own AS (
         UPDATE webhook.subscription SET until_id = told - 1
         WHERE endpoint_id = about AND until_id IS NULL AND pattern IN ('*', 'endpoint.*', event_type)
@@ -368,6 +456,86 @@ $$;
 REVOKE ALL ON FUNCTION webhook.attach_partition(text, bigint, bigint), webhook.recut_partition(text, bigint, bigint[]),
     webhook.expire_partition(bigint, bigint, bigint), webhook.adopt_default(text, bigint, bigint) FROM PUBLIC;
 
+ALTER TABLE webhook.instance
+    ADD COLUMN web_key bytea NOT NULL DEFAULT sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())),
+    ADD COLUMN operator_account text,
+    ADD CONSTRAINT instance_operator_account_length CHECK (octet_length(operator_account) BETWEEN 1 AND 255);
+
+ALTER TABLE webhook.event_type
+    ADD COLUMN json_schema json,
+    ADD COLUMN updated_at timestamptz NOT NULL DEFAULT now();
+
+-- Keys are 256 random bits and shown once; here is their SHA-256. No account: an operator's.
+CREATE TABLE webhook.api_key (
+    id           bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT api_key_pkey PRIMARY KEY,
+    account_id   text,
+    name         text        NOT NULL DEFAULT '',
+    prefix       text        NOT NULL,                               -- its first characters, so that people know which is which
+    hash         bytea       NOT NULL CONSTRAINT api_key_hash UNIQUE,
+    created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_by   text        NOT NULL,
+    expires_at   timestamptz,
+    last_used_at timestamptz,                                        -- within a minute
+    revoked_at   timestamptz,
+    CONSTRAINT api_key_account_id_length CHECK (octet_length(account_id) BETWEEN 1 AND 255),
+    CONSTRAINT api_key_name_length CHECK (char_length(name) <= 200)
+);
+CREATE INDEX api_key_account_id ON webhook.api_key (account_id, id);
+
+-- An address that lets its bearer in: the platform's backend asks for one and sends its customer there. No account: an operator's.
+CREATE TABLE webhook.login_link (
+    id         bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT login_link_pkey PRIMARY KEY,
+    account_id text,
+    hash       bytea       NOT NULL CONSTRAINT login_link_hash UNIQUE,
+    uses_left  integer     NOT NULL,
+    session_s  integer     NOT NULL,                                 -- how long a login by it lasts
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_by text        NOT NULL,
+    expires_at timestamptz NOT NULL,
+    revoked_at timestamptz,                                          -- its logins end too
+    CONSTRAINT login_link_account_id_length CHECK (octet_length(account_id) BETWEEN 1 AND 255),
+    CONSTRAINT login_link_uses_count CHECK (uses_left >= 0)
+);
+CREATE INDEX login_link_account_id ON webhook.login_link (account_id, id);
+CREATE INDEX login_link_expires_at ON webhook.login_link (expires_at);
+
+-- A login in a browser. The cookie has the id and a signature; what it may do is here.
+CREATE TABLE webhook.login (
+    id         bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT login_pkey PRIMARY KEY,
+    account_id text,
+    actor      text        NOT NULL,
+    key_id     bigint,                                               -- it ends when this key is revoked or expires
+    link_id    bigint,
+    proxy_user text,                                                 -- the trusted proxy must go on saying so
+    began_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    expires_at timestamptz NOT NULL
+);
+CREATE INDEX login_expires_at ON webhook.login (expires_at);
+
+-- Who changed what through panel and API. Written before the change, and its status after it: none is a change that was interrupted.
+CREATE TABLE webhook.audit (
+    id         bigint      GENERATED ALWAYS AS IDENTITY CONSTRAINT audit_pkey PRIMARY KEY,
+    at         timestamptz NOT NULL DEFAULT clock_timestamp(),
+    actor      text        NOT NULL,
+    account_id text,                                                 -- whose key or login it was; NULL: an operator
+    action     text        NOT NULL,
+    subject    text        NOT NULL,
+    address    text        NOT NULL,
+    status     smallint
+);
+CREATE INDEX audit_account_id ON webhook.audit (account_id, id);
+
+-- What was answered under an Idempotency-Key, in the transaction that did it.
+CREATE TABLE webhook.idempotency_key (
+    scope        text        NOT NULL,                               -- whose: an account's, or the operators'
+    key          text        NOT NULL,
+    request_hash bytea       NOT NULL,
+    answer       json        NOT NULL DEFAULT '{}',
+    created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT idempotency_key_pkey PRIMARY KEY (scope, key)
+);
+CREATE INDEX idempotency_key_created_at ON webhook.idempotency_key (created_at);
+
 DO $$
 BEGIN
     IF EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = 'webhook_dispatcher') THEN
@@ -378,5 +546,118 @@ BEGIN
     END IF;
 END
 $$;
+
+-- Field filters. What is subscribed already has none.
+ALTER TABLE webhook.event_type
+    ADD COLUMN filter_fields jsonb NOT NULL DEFAULT '{}',
+    ADD CONSTRAINT event_type_filter_fields_form CHECK (
+        jsonb_typeof(filter_fields) = 'object'
+        AND NOT jsonb_path_exists(filter_fields, 'strict $.* ? (@.type() != "array")')
+        AND NOT jsonb_path_exists(filter_fields, 'strict $.*[*] ? (@.type() != "string" || !(@ starts with "/"))')
+    );
+ALTER TABLE webhook.endpoint
+    ADD COLUMN filters jsonb NOT NULL DEFAULT '{}',
+    ADD COLUMN response_control boolean NOT NULL DEFAULT false,
+    ADD CONSTRAINT endpoint_filters_form CHECK (
+        jsonb_typeof(filters) = 'object'
+        AND NOT jsonb_path_exists(filters, 'strict $.* ? (@.type() != "array" || @.size() == 0)')
+        AND NOT jsonb_path_exists(filters, 'strict $.*[*] ? (@.type() != "string")')
+    );
+ALTER TABLE webhook.subscription ADD COLUMN rule jsonb;
+
+CREATE OR REPLACE TRIGGER endpoint_changed
+    AFTER INSERT OR DELETE OR UPDATE OF account_id, url, timeout_ms, rate_per_s, rate_burst, in_flight_max, retry_schedule_s, ordering, state,
+        signing, body_format, omit, extra_signature, response_control
+    ON webhook.endpoint FOR EACH ROW EXECUTE FUNCTION webhook.note_config_change();
+
+-- What an endpoint's filters come to with the catalogue as it is: {"values": {name: [value]}, "fields": {type: {name: [[path]]}}}, each JSON
+-- pointer taken apart. NULL: no filters. Subscriptions and replays keep it by value (dispatcher/domain/filters.py).
+CREATE OR REPLACE FUNCTION webhook.filter_rule(filters jsonb) RETURNS jsonb
+    LANGUAGE sql STABLE SET search_path = pg_catalog
+    AS $$
+    SELECT jsonb_build_object('values', filters, 'fields', coalesce(jsonb_object_agg(t.name, t.fields) FILTER (WHERE t.fields IS NOT NULL), '{}'))
+    FROM (
+        SELECT e.name, (
+            SELECT jsonb_object_agg(f.key, (
+                SELECT jsonb_agg(to_jsonb(ARRAY(
+                    SELECT replace(replace(n.name, '~1', '/'), '~0', '~')
+                    FROM unnest(string_to_array(substr(p.pointer, 2), '/')) WITH ORDINALITY AS n (name, at) ORDER BY n.at
+                )))
+                FROM jsonb_array_elements_text(f.value) AS p (pointer)
+            ))
+            FROM jsonb_each(e.filter_fields) AS f
+            WHERE filters ? f.key
+        ) AS fields
+        FROM webhook.event_type AS e
+    ) AS t
+    HAVING filters <> '{}'
+$$;
+
+-- Whether an event passes a rule. As dispatcher/domain/filters.py has it: fields are compared as text; strings, whole numbers of up to 18
+-- digits and true/false have one; in a payload that can't be read there are no fields. `\u0000` is JSON, but no text here.
+CREATE OR REPLACE FUNCTION webhook.passes(rule jsonb, event_type text, payload json) RETURNS boolean
+    LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog
+    AS $$
+DECLARE
+    readable json;
+    field    text;
+BEGIN
+    IF rule IS NULL OR starts_with(event_type, 'endpoint.') THEN
+        RETURN true;
+    END IF;
+    readable := replace(payload::text, '\u0000', '\ufffd')::json;
+    FOR field IN SELECT jsonb_object_keys(rule -> 'values') LOOP
+        IF NOT EXISTS (
+            SELECT FROM jsonb_array_elements(rule #> ARRAY['fields', event_type, field]) AS p (steps)
+            CROSS JOIN LATERAL (SELECT ARRAY(SELECT jsonb_array_elements_text(p.steps)) AS path) AS q
+            WHERE (rule #> ARRAY['values', field]) ? (readable #>> q.path)
+              AND CASE json_typeof(readable #> q.path)
+                  WHEN 'string' THEN true WHEN 'boolean' THEN true
+                  WHEN 'number' THEN (readable #>> q.path) ~ '^-?[0-9]{1,18}$'
+                  ELSE false END
+        ) THEN
+            RETURN false;
+        END IF;
+    END LOOP;
+    RETURN true;
+EXCEPTION
+    WHEN data_exception THEN
+        RETURN false;
+END
+$$;
+
+-- A subscription has the filters that its endpoint has when it is opened.
+CREATE OR REPLACE FUNCTION webhook.give_rule() RETURNS trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog
+    AS $$
+BEGIN
+    NEW.rule := (SELECT webhook.filter_rule(e.filters) FROM webhook.endpoint AS e WHERE e.id = NEW.endpoint_id);
+    RETURN NEW;
+END
+$$;
+
+CREATE OR REPLACE TRIGGER subscription_has_rule BEFORE INSERT ON webhook.subscription
+    FOR EACH ROW EXECUTE FUNCTION webhook.give_rule();
+
+-- The catalogue says otherwise where a field is: what that changes for a subscription holds from the next id on.
+CREATE OR REPLACE FUNCTION webhook.renew_rules() RETURNS trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog
+    AS $$
+DECLARE
+    at CONSTANT bigint := webhook.last_id();
+BEGIN
+    WITH closed AS (
+        UPDATE webhook.subscription AS s SET until_id = greatest(s.since_id, at)
+        FROM webhook.endpoint AS e
+        WHERE e.id = s.endpoint_id AND s.until_id IS NULL AND e.filters <> '{}' AND s.rule IS DISTINCT FROM webhook.filter_rule(e.filters)
+        RETURNING s.endpoint_id, s.pattern
+    )
+    INSERT INTO webhook.subscription (endpoint_id, pattern, since_id) SELECT endpoint_id, pattern, at FROM closed;
+    RETURN NULL;
+END
+$$;
+
+CREATE OR REPLACE TRIGGER event_type_changed AFTER INSERT OR DELETE OR UPDATE OF name, filter_fields ON webhook.event_type
+    FOR EACH STATEMENT EXECUTE FUNCTION webhook.renew_rules();
 
 INSERT INTO webhook.schema_version (version) VALUES (2);

@@ -1,0 +1,12 @@
+"""Text from strangers, for a person's terminal: answers of receivers, account ids, names that somebody wrote by SQL.
+
+A terminal obeys what is printed on it: it moves the cursor over what was said before, sets its title, answers as if
+somebody had typed. And a reader obeys what turns text round or hides it.
+"""
+
+
+def clean(text: str, *, keep: str = "") -> str:
+    """Show whatever isn't a visible character or a space as an escape, such as \\x1b or \\u202e; but for what is in `keep`."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

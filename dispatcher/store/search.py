@@ -1,0 +1,190 @@
+"""Looking for events and deliveries: from new to old, in pages that are bounded by what they *look at*.
+
+The log has no index for every question, and needs none: a page looks at so many events and no more, says how far it came,
+and the next page goes on there. So a search for something rare answers as fast as any other, and whoever asks sees it
+make progress. Times are bounds on the walk, found by halving; the other filters decide about what it meets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from dispatcher.domain.endpoint import check_patterns
+from dispatcher.domain.event import PublicIds
+from dispatcher.domain.principal import Principal
+from dispatcher.errors import InputError, NotFoundError
+from dispatcher.store import runs
+from dispatcher.store.reference import us
+from dispatcher.store.session import Connection
+from dispatcher.store.sql import SQL, load
+
+SEARCH = load(Path(__file__).with_name("search.sql"))
+
+LIMIT_MAX = 100  # rows of a page: to make an answer of twice as many holds the loop for 4 to 7 ms
+LOOKED_AT = 2_000  # events a page; a look at an event's attempts takes 10 to 20 µs
+LOOKED_AT_TEXT = 500  # where payloads are read
+LOOKED_AT_WIDE = 500  # where each event may have many endpoints
+STATES = ("delivered", "retrying", "dead", "failed", "waiting")
+_FAILING = {"retrying", "dead", "failed"}
+_END = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """How far a page came: it looked at `events`, back to the one made at `back_to`. `complete`: there are no older ones in the range."""
+
+    events: int
+    back_to: datetime | None
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """`next` is where the following page begins, None at the end."""
+
+    rows: list[dict[str, Any]]
+    searched: Searched
+    next: str | None
+
+
+async def events(
+    db: Connection,
+    principal: Principal,
+    *,
+    account_id: str | None = None,
+    types: Sequence[str] = (),
+    text: str | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    cursor: str | None = None,
+    limit: int = 50,
+) -> Found:
+    """Find events. `text` is looked for in the payload, as it was written."""
+    account_id = principal.within(account_id)
+    before, _ = _parse(cursor)
+    low, high = await _range(db, account_id, since, until)
+    exact, prefixes = runs.split(check_patterns(types) if types else ("*",))
+    looked_at = LOOKED_AT_TEXT if text is not None else LOOKED_AT
+    seen = await db.fetch(SEARCH.events, account_id, min(before, high), low, looked_at, exact, prefixes, text)
+    rows: list[Any] = []
+    met = 0
+    for row in seen:
+        met += 1
+        if row["matches"]:
+            rows.append(row)
+            if len(rows) == limit:
+                break
+    complete = len(seen) < looked_at and met == len(seen)
+    found = await _with_public_ids(db, [{k: v for k, v in dict(row).items() if k != "matches"} for row in rows], "id")
+    last = seen[met - 1] if met else None
+    return Found(
+        found,
+        Searched(met, None if last is None else last["created_at"], complete),
+        None if complete or last is None else str(last["id"]),
+    )
+
+
+async def deliveries(
+    db: Connection,
+    principal: Principal,
+    *,
+    account_id: str | None = None,
+    endpoint_id: int | None = None,
+    states: Sequence[str] = (),
+    types: Sequence[str] = (),
+    status: tuple[int, int] | None = None,
+    fault: str | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    cursor: str | None = None,
+    limit: int = 50,
+) -> Found:
+    """Find deliveries, of runs of all kinds: one row for each event and endpoint, with its last attempt."""
+    account_id = principal.within(account_id)
+    if endpoint_id is not None:
+        found = await db.fetchrow(runs.RUNS.target, endpoint_id)
+        if found is None or not principal.sees(found["account_id"]):
+            raise NotFoundError(f"there is no endpoint {endpoint_id}")
+        if account_id is not None and found["account_id"] != account_id:
+            raise NotFoundError(f"account {account_id} has no endpoint {endpoint_id}")
+        account_id = found["account_id"]
+    if unknown := set(states) - set(STATES):
+        raise InputError(f"{unknown.pop()!r} is not a state of a delivery: {', '.join(STATES)}", field="state")
+    before_event, before_endpoint = _parse(cursor)
+    low, high = await _range(db, account_id, since, until)
+    top = min(high, before_event + 1 if before_endpoint else before_event)
+    looked_at = LOOKED_AT if endpoint_id is not None else LOOKED_AT_WIDE
+    exact, prefixes = runs.split(check_patterns(types) if types else ("*",))
+    is_failing = (states and set(states) <= _FAILING) or fault is not None
+    if endpoint_id is not None and is_failing and exact is None:
+        candidates = await db.fetch(SEARCH.failed_candidates, endpoint_id, top, low, looked_at)
+    else:
+        candidates = await db.fetch(SEARCH.candidates, account_id, top, low, looked_at, exact, prefixes)
+    lowest, highest = status or (None, None)
+    rows = await db.fetch(
+        SEARCH.deliveries, account_id, [row["id"] for row in candidates], endpoint_id, list(states) or None, lowest, highest, fault,
+        before_event, before_endpoint, limit,
+    )  # fmt: skip
+    is_cut = len(rows) == limit
+    complete = len(candidates) < looked_at and not is_cut
+    back_to = candidates[-1]["created_at"] if candidates else None
+    position = None if complete or not candidates else str(candidates[-1]["id"])
+    met = len(candidates)
+    if is_cut:
+        back_to, position = rows[-1]["created_at"], f"{rows[-1]['event_id']}-{rows[-1]['endpoint_id']}"
+        met = sum(row["id"] >= rows[-1]["event_id"] for row in candidates)
+    found_rows = await _with_public_ids(db, [dict(row) for row in rows], "event_id")
+    return Found(found_rows, Searched(met, back_to, complete), position)
+
+
+async def accounts(db: Connection, *, after: str = "", limit: int = 100) -> list[dict[str, Any]]:
+    """Return the accounts that have endpoints, in order, and how these are. For operators."""
+    return [dict(row) for row in await db.fetch(SEARCH.accounts, after, limit)]
+
+
+async def past_tests(db: Connection, endpoint_id: int, *, before: int = _END, limit: int = 20) -> list[dict[str, Any]]:
+    """Return an endpoint's tests, the newest first. Whose it is, was asked before."""
+    return [dict(row) for row in await db.fetch(SEARCH.tests, endpoint_id, before, limit)]
+
+
+async def tested_types(db: Connection, endpoint_id: int, config_hash: str) -> dict[str, dict[str, Any]]:
+    """Return how the last test of each event type ended, for this configuration. Whose it is, was asked before."""
+    rows = await db.fetch(SEARCH.tested_types, endpoint_id, config_hash)
+    return {row["event_type"]: dict(row) for row in rows}
+
+
+async def tests_lately(db: Connection, endpoint_id: int) -> int:
+    """Return how many tests of the endpoint were made in the last minute."""
+    count: int = await db.fetchval(SEARCH.tests_lately, endpoint_id)
+    return count
+
+
+async def _range(
+    db: Connection, account_id: str | None, since: datetime | None, until: datetime | None
+) -> tuple[int, int]:
+    """Return the ids [low, high) that a walk is within."""
+    last_id: int = await db.fetchval(SEARCH.last_id)
+    low = 0 if since is None else await runs.id_before(db, account_id, since, last_id) + 1
+    high = last_id + 1 if until is None else await runs.id_upto(db, account_id, until, last_id) + 1
+    return low, high
+
+
+async def _with_public_ids(db: Connection, rows: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:
+    public = PublicIds(await db.fetchval(SQL.id_key)).encode([(us(row["created_at"]), row[field]) for row in rows])
+    return [row | {"public_id": text.decode()} for row, text in zip(rows, public, strict=True)]
+
+
+def _parse(cursor: str | None) -> tuple[int, int]:
+    """Return (event, endpoint) below which a page begins; endpoint 0: below the whole event."""
+    if cursor is None:
+        return _END, 0
+    event, _, endpoint = cursor.partition("-")
+    parts = [
+        int(part) if part.isascii() and part.isdecimal() and len(part) <= 18 else -1
+        for part in (event, endpoint or "0")
+    ]
+    if min(parts) < 0:
+        raise InputError("this is no cursor; take it from the `next` of a page", field="cursor")
+    return parts[0], parts[1]

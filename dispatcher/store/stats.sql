@@ -1,0 +1,40 @@
+-- What happened to endpoints, from the minutes that the dispatcher wrote. One row a dispatcher and minute: they are added up.
+
+-- name: series
+-- In steps of $4 minutes. `durations`: attempts that took < 1 ms, < 2, < 4, …
+SELECT to_timestamp(floor(extract(epoch FROM minute) / ($4 * 60)) * ($4 * 60)) AS at,
+       sum(delivered)::bigint AS delivered, sum(failed)::bigint AS failed, sum(dead)::bigint AS dead, sum(duration_ms)::bigint AS duration_ms,
+       ARRAY[{buckets}] AS durations
+FROM webhook.endpoint_stat
+WHERE endpoint_id = $1 AND minute >= $2 AND minute < $3
+GROUP BY 1
+ORDER BY 1;
+
+-- name: summaries
+-- Of a page of endpoints since $2. A sum for each bucket: unnesting arrays of 70,000 rows takes ten times as long.
+SELECT endpoint_id, sum(delivered)::bigint AS delivered, sum(failed)::bigint AS failed, sum(dead)::bigint AS dead, sum(duration_ms)::bigint AS duration_ms,
+       ARRAY[{buckets}] AS durations
+FROM webhook.endpoint_stat
+WHERE endpoint_id = ANY ($1::bigint[]) AND minute >= $2
+GROUP BY endpoint_id;
+
+-- name: now
+SELECT clock_timestamp();
+
+-- name: by_hour
+-- Of a page of endpoints since $2, for the little chart of a list.
+SELECT endpoint_id, date_trunc('hour', minute, 'UTC') AS at, sum(delivered)::bigint AS delivered, sum(failed)::bigint AS failed
+FROM webhook.endpoint_stat
+WHERE endpoint_id = ANY ($1::bigint[]) AND minute >= $2
+GROUP BY 1, 2;
+
+-- name: last_failures
+-- The last failed attempt of each of a page of endpoints, by the newest event that has one: a look at the failures' own index each.
+SELECT e.id AS endpoint_id, f.*
+FROM unnest($1::bigint[]) AS e (id)
+CROSS JOIN LATERAL (
+    SELECT event_id, started_at, status, fault FROM webhook.attempt
+    WHERE endpoint_id = e.id AND fault IS NOT NULL
+    ORDER BY event_id DESC, number DESC
+    LIMIT 1
+) AS f;

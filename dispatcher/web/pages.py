@@ -1,0 +1,134 @@
+"""Templates and static files: read once at the start, never from anywhere else.
+
+A static file's address has the hash of its content (`/static/1a2b3c4d5e6f/base.css`), so browsers keep it for ever and a
+new version is another address. Templates escape everything; scripts and styles are files, because the policy allows
+neither inline.
+"""
+
+import hashlib
+import math
+import mimetypes
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from aiohttp import web
+
+from dispatcher.settings import LOGO_TYPES, Settings
+
+HERE = Path(__file__).parent
+TEMPLATES = (HERE / "panel" / "templates", HERE / "templates")
+STATIC = (HERE / "panel" / "static", HERE / "static")
+STATIC_BYTES_MAX = 1 << 20
+
+MENU = (
+    ("/endpoints", "Endpoints"),
+    ("/alerts", "Alerts"),
+    ("/receivers", "Receiver"),
+    ("/api/v1/docs", "API"),
+)  # of every page, for whoever is logged in
+
+_TYPES = {
+    ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".woff2": "font/woff2", ".json": "application/json"
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StaticFile:
+    name: str
+    digest: str
+    body: bytes
+    content_type: str
+
+
+class StaticFiles:
+    """All static files of the panel, in memory; a few hundred kilobytes."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._files: dict[str, StaticFile] = {}
+        for directory in reversed(STATIC):
+            for path in sorted(directory.rglob("*")) if directory.is_dir() else ():
+                if path.is_file():
+                    self._add(path.relative_to(directory).as_posix(), path.read_bytes(), _type_of(path))
+        self._add("brand.css", _brand(settings).encode(), "text/css")
+        if settings.logo_file is not None:
+            suffix = settings.logo_file.suffix.lower()
+            self._add(f"logo{suffix}", settings.logo_file.read_bytes(), LOGO_TYPES[suffix])
+
+    def path(self, name: str) -> str:
+        """Return the file's address below the base path. Raises KeyError for one that isn't there."""
+        return f"/static/{self._files[name].digest}/{name}"
+
+    def respond(self, digest: str, name: str) -> web.Response:
+        found = self._files.get(name)
+        if found is None or found.digest != digest:
+            raise web.HTTPNotFound
+        headers = {"Cache-Control": "public, max-age=31536000, immutable"}
+        return web.Response(body=found.body, content_type=found.content_type, charset=_charset(found), headers=headers)
+
+    def _add(self, name: str, body: bytes, content_type: str) -> None:
+        assert len(body) <= STATIC_BYTES_MAX, f"{name} is too large to keep in memory"
+        self._files[name] = StaticFile(name, hashlib.sha256(body).hexdigest()[:12], body, content_type)
+
+
+class Templates:
+    """Jinja2, with what every page needs: `static(name)`, `url(path)`, `brand`."""
+
+    def __init__(self, settings: Settings, files: StaticFiles, base: str) -> None:
+        self._environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader([directory for directory in TEMPLATES if directory.is_dir()]),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            auto_reload=False,
+        )
+        logo = settings.logo_url
+        if settings.logo_file is not None:
+            logo = base + files.path(f"logo{settings.logo_file.suffix.lower()}")
+        self._environment.globals.update(
+            static=lambda name: base + files.path(name),
+            url=lambda path: base + path,
+            menu=MENU,
+            brand={"name": settings.product_name, "logo": logo},
+        )
+        self._environment.filters["time"] = _time
+        self._environment.filters["percent"] = _percent
+        self._environment.filters["duration"] = _duration
+
+    def render(self, name: str, context: dict[str, Any]) -> str:
+        return self._environment.get_template(name).render(context)
+
+
+def _time(at: datetime | None) -> str:
+    """Show a moment to people; scripts turn <time datetime> into the reader's own zone."""
+    return "–" if at is None else f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _duration(seconds: int) -> str:
+    for unit, of in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= of and seconds % of == 0:
+            return f"{seconds // of} {unit}"
+    return f"{seconds} s"
+
+
+def _percent(share: float) -> str:
+    """Show a share to people; what isn't all is never rounded up to it."""
+    return f"{math.floor(share * 1_000) / 10:g} %"
+
+
+def _brand(settings: Settings) -> str:
+    return (
+        f":root {{ --accent: {settings.accent_color}; }}\n"
+        f"@media (prefers-color-scheme: dark) {{ :root {{ --accent: {settings.accent_color_dark}; }} }}\n"
+    )
+
+
+def _type_of(path: Path) -> str:
+    return _TYPES.get(path.suffix) or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+
+
+def _charset(file: StaticFile) -> str | None:
+    return "utf-8" if file.content_type.startswith("text/") else None

@@ -1,0 +1,74 @@
+"""Alerts: who is told by mail what happens to endpoints, what was told, and how programs are told the same."""
+
+from typing import Any
+
+from aiohttp.web import StreamResponse
+
+from dispatcher.errors import DispatcherError
+from dispatcher.store import alerts
+from dispatcher.store.session import Connection
+from dispatcher.web.visit import Route, Visit, Who
+
+TOLD = 50  # rows
+
+
+async def show(visit: Visit) -> StreamResponse:
+    async with visit.db() as db:
+        return await _page(visit, db)
+
+
+async def add(visit: Visit) -> StreamResponse:
+    account_id, address = visit.form.get("account_id", "").strip() or None, visit.form.get("address", "").strip()
+    async with visit.db() as db:
+        try:
+            made = await alerts.add_recipient(db, visit.principal, account_id=account_id, address=address)
+        except DispatcherError as exc:
+            if visit.wants_json or not visit.principal.sees(account_id):
+                raise
+            return await _page(visit, db, problem=exc, typed=address)
+    visit.subject = f"recipient_id={made.id} account_id={made.account_id or '–'}"
+    return visit.redirect("/alerts")
+
+
+async def remove(visit: Visit) -> StreamResponse:
+    async with visit.db() as db:
+        await alerts.remove_recipient(db, visit.principal, int(visit.path["recipient_id"]))
+    return visit.redirect("/alerts")
+
+
+async def put_operator_account(visit: Visit) -> StreamResponse:
+    account_id = visit.form.get("account_id", "").strip() or None
+    async with visit.db() as db:
+        await alerts.put_operator_account(db, visit.principal, account_id)
+    return visit.redirect("/alerts")
+
+
+async def _page(
+    visit: Visit, db: Connection, *, problem: DispatcherError | None = None, typed: str = ""
+) -> StreamResponse:
+    is_operator = visit.principal.is_operator
+    account_id = visit.query.get("account_id", "").strip() or None
+    recipients = await alerts.recipients(db, visit.principal, account_id=account_id)
+    data: dict[str, Any] = {
+        "account_id": account_id,
+        "recipients": [
+            {"id": one.id, "account_id": one.account_id, "address": one.address, "created_at": one.created_at}
+            for one in recipients
+        ],
+        "told": await alerts.alerts(db, visit.principal, account_id=account_id, limit=TOLD),
+        "mail_is_set_up": visit.web.settings.mail_server is not None,
+        "mails_per_hour": visit.web.settings.alert_mails_per_hour,
+        "operator_account": await alerts.operator_account(db) if is_operator else None,
+    }
+    if visit.wants_json:
+        return visit.json(data)
+    said = None if problem is None else problem.message
+    return visit.html("alerts.html", status=200 if problem is None else 400, problem=said, typed=typed, **data)
+
+
+ROUTES = (
+    Route("GET", "/alerts", show),
+    Route("POST", "/alerts/recipients", add, change="alert_recipient.add"),
+    Route("POST", "/alerts/recipients/{recipient_id:[0-9]{1,18}}/remove", remove, change="alert_recipient.remove"),
+    Route("POST", "/alerts/operator-account", put_operator_account, Who.OPERATOR, change="operator_account.put"),
+)

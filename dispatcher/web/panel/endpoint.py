@@ -1,0 +1,187 @@
+"""One endpoint: how it stands and why, what can be done about it, its secrets, and what it has got lately, live."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from aiohttp.web import StreamResponse
+
+from dispatcher.domain.shape import HIDDEN
+from dispatcher.errors import InputError
+from dispatcher.store import search, stats
+from dispatcher.store.admin import OVERLAP_S, Admin, EndpointView
+from dispatcher.store.session import Connection
+from dispatcher.store.stats import Point
+from dispatcher.web.panel.charts import Chart, bars
+from dispatcher.web.problems import ProblemError
+from dispatcher.web.streams import Message
+from dispatcher.web.visit import Route, Visit, Who
+
+SPANS = {
+    "hour": ("hour", 60, 1),
+    "day": ("24 hours", 1_440, 5),
+    "week": ("7 days", 10_080, 60),
+}  # name, minutes, minutes a bar
+RECENT = 20
+LIVE_EVERY_S = 2.0
+TAIL_IDS = 2_000  # of the log's newest, where a live list looks for new attempts
+TAIL_BACK = timedelta(seconds=15)  # an attempt is known when it has ended, not when it began
+OVERLAPS = ((0.0, "none: the old one ends now"), (3_600.0, "an hour"), (OVERLAP_S, "a day"), (7 * 86_400.0, "a week"))
+SNIPPETS = {
+    title: Path(__file__).with_name("snippets").joinpath(f"{title.lower()}.txt").read_text()
+    for title in ("Python", "JavaScript", "PHP", "Go", "Ruby", "curl")
+}
+_PATH = "/endpoints/{endpoint_id:[0-9]{1,18}}"
+
+
+async def endpoint(visit: Visit) -> StreamResponse:
+    async with visit.db() as db:
+        view = await visit.admin(db).get(_id(visit))
+        return await _page(visit, db, view)
+
+
+async def pause(visit: Visit) -> StreamResponse:
+    async with visit.db() as db:
+        await visit.admin(db).pause(_id(visit), skip="skip" in visit.form)
+    return _back(visit)
+
+
+async def resume(visit: Visit) -> StreamResponse:
+    return await _go_on(visit, Admin.resume)
+
+
+async def enable(visit: Visit) -> StreamResponse:
+    return await _go_on(visit, Admin.enable)
+
+
+async def disable(visit: Visit) -> StreamResponse:
+    async with visit.db() as db:
+        await visit.admin(db).disable(_id(visit), visit.form.get("reason", "").strip() or None)
+    return _back(visit)
+
+
+async def delete(visit: Visit) -> StreamResponse:
+    if "sure" not in visit.form:
+        raise InputError("say that you are sure: what waits for this endpoint is never sent", field="sure")
+    async with visit.db(long=True) as db:
+        await visit.admin(db).delete(_id(visit))
+    return visit.redirect("/endpoints")
+
+
+async def reveal(visit: Visit) -> StreamResponse:
+    """Answer with the page and the secrets in it: a POST, so that the audit has it and no address leads there again."""
+    async with visit.db() as db:
+        view = await visit.admin(db).get(_id(visit))
+        secrets = [
+            {
+                "scheme": known.scheme, "secret": known.secret if known.public_key is None else None, "public_key": known.public_key,
+                "created_at": known.created_at, "expires_at": known.expires_at,
+            }
+            for known in view.signing
+        ]  # fmt: skip
+        return await _page(visit, db, view, secrets=secrets)
+
+
+async def rotate(visit: Visit) -> StreamResponse:
+    try:
+        overlap_s = float(visit.form.get("overlap_s", OVERLAP_S))
+    except ValueError as exc:
+        raise InputError("an overlap is a number of seconds", field="overlap_s") from exc
+    async with visit.db() as db:
+        await visit.admin(db).rotate_secret(_id(visit), overlap_s=overlap_s)
+    return visit.redirect(f"/endpoints/{_id(visit)}#secrets")
+
+
+async def live(visit: Visit) -> StreamResponse:
+    """Stream the endpoint's attempts as they are recorded."""
+    endpoint_id = _id(visit)
+    async with visit.db() as db:
+        view = await visit.admin(db).get(endpoint_id)
+
+    async def look(db: Connection, seen: set[Any] | None) -> tuple[set[Any], list[Message]]:
+        admin = Admin(db, visit.web.settings, visit.principal)
+        rows = await admin.tail(await admin.now() - TAIL_BACK, endpoint_id, TAIL_IDS)
+        keys = {(row["event_id"], row["run"], row["number"]) for row in rows}
+        fresh = (
+            [] if seen is None else [row for row in rows if (row["event_id"], row["run"], row["number"]) not in seen]
+        )
+        return keys, [("attempt", row) for row in fresh]
+
+    return await visit.web.streams.follow(visit, ("endpoint", view.account_id, endpoint_id), look, every_s=LIVE_EVERY_S)
+
+
+async def _page(
+    visit: Visit, db: Connection, view: EndpointView, *, secrets: list[dict[str, Any]] | None = None
+) -> StreamResponse:
+    span = visit.query.get("span", "day")
+    if span not in SPANS:
+        raise ProblemError(400, f"there is no span {span!r}: {', '.join(SPANS)}", field="span")
+    words, minutes, step_min = SPANS[span]
+    details = await visit.admin(db).details(view)
+    until = await visit.admin(db).now()
+    since = until - timedelta(minutes=minutes - 1)
+    points = await stats.series(db, view.id, since, until, step_min)
+    recent = await search.deliveries(db, visit.principal, endpoint_id=view.id, limit=RECENT)
+    settings = visit.web.settings
+    data: dict[str, Any] = {
+        "endpoint": view.as_dict() | details.as_dict(), "span": span,
+        "points": [{"at": point.at, **asdict(point.stats)} for point in points],
+        "recent": recent.rows, "searched": asdict(recent.searched), "secrets": secrets,
+        "retry_schedule_s": view.config["retry_schedule_s"] or list(settings.retry_schedule_s),
+        "source_addresses": [one.strip() for one in settings.source_addresses.split(",") if one.strip()],
+    }  # fmt: skip
+    if visit.wants_json:
+        return visit.json(data)
+    signing = [
+        {"scheme": known.scheme, "created_at": known.created_at, "expires_at": known.expires_at}
+        for known in view.signing
+    ]
+    return visit.html(
+        "endpoint.html", **data, chart=_chart(points, since, minutes, step_min, words) if points else None, spans=SPANS,
+        signing=signing, overlaps=OVERLAPS, snippets=SNIPPETS, hidden=HIDDEN,
+    )  # fmt: skip
+
+
+def _chart(points: Sequence[Point], since: datetime, minutes: int, step_min: int, words: str) -> Chart:
+    """Return the chart of a span, its empty steps too."""
+    step_s = step_min * 60
+    first = int(since.timestamp()) // step_s
+    by_step = {int(point.at.timestamp()) // step_s - first: point.stats for point in points}
+    steps = [
+        (by_step[n].delivered, by_step[n].failed) if n in by_step else (0, 0) for n in range(minutes // step_min + 1)
+    ]
+    return bars(
+        steps, width=720, height=120, span=f"in the last {words}, since {since.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    )
+
+
+async def _go_on(visit: Visit, verb: Any) -> StreamResponse:
+    choice = visit.form.get("choice") or None
+    if choice not in (None, "send", "skip"):
+        raise InputError("what was held is to send or to skip", field="choice")
+    async with visit.db(long=True) as db:  # what is skipped is counted to its end
+        await verb(visit.admin(db), _id(visit), choice)
+    return _back(visit)
+
+
+def _back(visit: Visit) -> StreamResponse:
+    return visit.redirect(f"/endpoints/{_id(visit)}")
+
+
+def _id(visit: Visit) -> int:
+    return int(visit.path["endpoint_id"])
+
+
+ROUTES = (
+    Route("GET", _PATH, endpoint),
+    Route("GET", f"{_PATH}/live", live),
+    Route("POST", f"{_PATH}/pause", pause, change="endpoint.pause"),
+    Route("POST", f"{_PATH}/resume", resume, change="endpoint.resume"),
+    Route("POST", f"{_PATH}/enable", enable, change="endpoint.enable"),
+    Route("POST", f"{_PATH}/disable", disable, Who.OPERATOR, change="endpoint.disable"),
+    Route("POST", f"{_PATH}/delete", delete, change="endpoint.delete"),
+    Route("POST", f"{_PATH}/secrets", reveal, change="endpoint.reveal_secrets"),
+    Route("POST", f"{_PATH}/rotate-secret", rotate, change="endpoint.rotate_secret"),
+)

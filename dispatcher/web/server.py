@@ -1,0 +1,114 @@
+"""Listening: a bounded number of connections, a task that sweeps what has expired, and an orderly end.
+
+Beside the engine a server that can't listen, or fails, says so and tries again; deliveries don't notice.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import cast
+
+import structlog
+from aiohttp import web
+
+from dispatcher.errors import DispatcherError, InputError
+from dispatcher.ports import Transport
+from dispatcher.settings import Settings, split_listen
+from dispatcher.store import access
+from dispatcher.store.pool import Pool
+from dispatcher.web.app import LISTEN, Web, make_app
+
+_log = structlog.get_logger(room="web")
+
+AGAIN_S = 10.0
+SWEEP_S = 600.0
+GOODBYE_S = 2.0
+
+
+class WebServer:
+    """`run` serves until it is cancelled; `ready` is set, and `port` known, once it listens."""
+
+    def __init__(self, settings: Settings, dsn: str, transport: Transport) -> None:
+        self._settings = settings
+        self._dsn = dsn
+        self._transport = transport
+        self.ready = asyncio.Event()
+        self.port = 0
+        self.web: Web | None = None
+        self._protocols: web.Server | None = None
+
+    @property
+    def connections(self) -> int:
+        return 0 if self._protocols is None else len(self._protocols.connections)
+
+    async def run(self) -> None:
+        """Serve. Raises InputError if it can't listen there."""
+        settings = self._settings
+        pool = Pool(self._dsn, size=settings.web_pool_size, statement_timeout_s=settings.web_statement_timeout_s)
+        shared = self.web = Web(settings, pool, self._transport)
+        runner = web.AppRunner(
+            make_app(shared), access_log=None, handle_signals=False, keepalive_timeout=60, shutdown_timeout=GOODBYE_S
+        )
+        await runner.setup()
+        listener: asyncio.Server | None = None
+        try:
+            self._protocols = runner.server
+            assert self._protocols is not None
+            listener = await _listen(settings, _bounded(self._protocols, settings.web_connections_max))
+            host, self.port = listener.sockets[0].getsockname()[:2]
+            shared.listening = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+            _log.info("web.listening", address=shared.listening, url=shared.url("/"))
+            self.ready.set()
+            await _sweep(shared)
+        finally:
+            self.ready.clear()
+            if listener is not None:
+                listener.close()
+            await shared.close()  # streams end first, or the runner would wait for them
+            await runner.cleanup()
+
+    async def run_beside(self) -> None:
+        """Serve for as long as the engine runs, whatever happens."""
+        while True:
+            try:
+                await self.run()
+            except DispatcherError as exc:
+                _log.error("web.failed", error=str(exc), again_in_s=AGAIN_S)
+            except Exception:  # noqa: BLE001 - logged with its trace; deliveries must not end because of a page
+                _log.exception("web.failed", again_in_s=AGAIN_S)
+            await asyncio.sleep(AGAIN_S)
+
+
+async def _listen(settings: Settings, factory: Callable[[], asyncio.BaseProtocol]) -> asyncio.Server:
+    listen = settings.web_listen or LISTEN
+    host, port = split_listen(listen)
+    try:
+        return await asyncio.get_running_loop().create_server(factory, host, port, backlog=128)
+    except OSError as exc:
+        raise InputError(f"can't listen at {listen}: {exc.strerror or exc}; correct DISPATCHER_WEB_LISTEN") from exc
+
+
+def _bounded(server: web.Server, most: int) -> Callable[[], asyncio.BaseProtocol]:
+    """Return what makes a protocol for a new connection; beyond the bound one that hangs up. Those that come in one turn of the loop aren't
+    counted among themselves: it may go beyond by the backlog."""
+
+    def accept() -> asyncio.BaseProtocol:
+        return server() if len(server.connections) < most else _HangUp()
+
+    return accept
+
+
+class _HangUp(asyncio.Protocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).abort()  # uvloop's isn't one by its class
+
+
+async def _sweep(shared: Web) -> None:
+    """Delete a page of expired logins, links and Idempotency-Keys every ten minutes, for ever; while there are more, every second."""
+    while True:
+        done = 0
+        try:
+            async with shared.pool.connection() as db:
+                done = await access.sweep(db)
+        except DispatcherError as exc:
+            _log.info("web.sweep", error=str(exc))  # the database is away or busy: next time
+        await asyncio.sleep(SWEEP_S if done < access.SWEPT else 1.0)

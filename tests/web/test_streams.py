@@ -1,0 +1,122 @@
+"""Live streams: one look a topic however many watch, bounds, and their ends."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+
+from dispatcher.store.pool import Pool
+from dispatcher.web import streams as streams_module
+from dispatcher.web.streams import QUEUE_MAX, Streams, _Stream
+from dispatcher.web.visit import Route, Visit
+from tests.rig import until
+from tests.web.conftest import Site, site
+
+LOOKS = [0]
+
+
+async def look(db: Any, seen: int | None) -> tuple[int, list[tuple[str, Any]]]:
+    LOOKS[0] += 1
+    now = (seen or 0) + 1
+    return now, [("tick", {"n": now})]
+
+
+async def live(visit: Visit) -> Any:
+    return await visit.web.streams.follow(visit, ("ticks", visit.principal.account_id), look, every_s=0.02)
+
+
+@pytest.fixture
+async def live_site(dsn: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
+    from dispatcher.web import panel
+
+    monkeypatch.setattr(panel, "ROUTES", (*panel.ROUTES, Route("GET", "/live-test", live)))
+    async with site(dsn, web_streams_max=3) as made:
+        yield made
+
+
+async def opened(web: Site, key: str) -> aiohttp.ClientResponse:
+    return await web.http.get(web.url + "/live-test", headers={"Authorization": f"Bearer {key}"})
+
+
+async def message(response: aiohttp.ClientResponse) -> str:
+    lines = []
+    async with asyncio.timeout(10):
+        while line := (await response.content.readline()).decode().strip():
+            lines.append(line)
+    return "\n".join(lines)
+
+
+async def test_those_who_watch_the_same_share_one_look(live_site: Site):
+    key = await live_site.key("a")
+    watchers = [await opened(live_site, key) for _ in range(3)]
+    for response in watchers:
+        assert response.headers["Content-Type"] == "text/event-stream"
+        assert await message(response) == "retry: 2000"
+    assert live_site.web.streams.topics == 1
+    before = LOOKS[0]
+    texts = [await message(response) for response in watchers]
+    assert all(text.startswith("event: tick\ndata: {") for text in texts)
+    assert LOOKS[0] - before < 20, "one a tick, not one a stream and tick"
+    for response in watchers:
+        response.close()
+    await until(lambda: live_site.web.streams.open == 0, what="the streams have ended")
+    assert live_site.web.streams.topics == 0, "nobody watches: nobody looks"
+
+
+async def test_streams_are_few(live_site: Site):
+    key = await live_site.key()
+    watchers = [await opened(live_site, key) for _ in range(3)]
+    refused = await opened(live_site, key)
+    assert (refused.status, refused.headers["Retry-After"]) == (503, "30")
+    for response in watchers:
+        response.close()
+
+
+async def test_accounts_do_not_share_a_topic(live_site: Site):
+    watchers = [await opened(live_site, await live_site.key(account)) for account in ("a", "b")]
+    assert live_site.web.streams.topics == 2
+    for response in watchers:
+        response.close()
+
+
+async def test_a_stream_ends_after_its_life(live_site: Site, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(streams_module, "LIFE_S", 0.1)
+    response = await opened(live_site, await live_site.key())
+    async with asyncio.timeout(10):
+        await response.read()
+    assert live_site.web.streams.open == 0
+
+
+async def test_the_server_ends_streams_when_it_stops(dsn: str, monkeypatch: pytest.MonkeyPatch):
+    from dispatcher.web import panel
+
+    monkeypatch.setattr(panel, "ROUTES", (*panel.ROUTES, Route("GET", "/live-test", live)))
+    async with site(dsn) as web:
+        response = await opened(web, await web.key())
+        await message(response)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+    assert loop.time() - began < 5
+    response.close()
+
+
+async def test_a_look_that_fails_is_tried_again(dsn: str):
+    pool = Pool("postgresql://127.0.0.1:1/none", size=1, statement_timeout_s=1)
+    streams = Streams(pool, streams_max=1)
+    topic = streams_module._Topic(pool, look, 0.01)
+    stream = _Stream()
+    topic.add(stream)
+    await asyncio.sleep(0.05)
+    assert not topic._task.done()
+    await topic.stop()
+    assert (streams.open, list(stream.messages)) == (0, [])
+    await pool.close()
+
+
+def test_a_slow_stream_loses_the_oldest_and_is_told():
+    stream = _Stream()
+    for n in range(QUEUE_MAX + 1):
+        stream.put(b"%d" % n)
+    assert list(stream.messages) == [b"event: missed\ndata: null\n\n", b"%d" % QUEUE_MAX]
