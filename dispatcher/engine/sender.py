@@ -100,6 +100,7 @@ class Sender:
         self._timer_when = float("inf")
         self._serial = 0  # ties in the heap
         self._pumping = False
+        self._call_soon = asyncio.get_running_loop().call_soon
         self._share_waiters = 0  # lanes in the lines of shares
         self._drained: asyncio.Event = asyncio.Event()
         self._timestamp: tuple[int, bytes] = (0, b"")
@@ -116,7 +117,7 @@ class Sender:
     def pump_soon(self) -> None:
         if not self._pumping:
             self._pumping = True
-            asyncio.get_running_loop().call_soon(self._pump)
+            self._call_soon(self._pump)
 
     def hold(self, reason: str) -> None:
         self.held_by.add(reason)
@@ -184,7 +185,8 @@ class Sender:
                 share.line.append(lane)
                 self._share_waiters += 1
                 return
-            if not self.may_start(self._clock.now()):  # asked for each POST: a freeze may end in the middle of a turn
+            now = self._clock.now()  # for each POST: a freeze may end in the middle of a turn
+            if not self.may_start(now):
                 break
             assert lane.endpoint.target is not None
             connection = self._transport.try_acquire(lane.endpoint.target.origin)
@@ -268,7 +270,7 @@ class Sender:
                 and lane.breaker.may_start(now)
             ):
                 delivery = self._next(lane)
-                self._occupy(delivery)
+                self._occupy(delivery, now)
                 self.answered(delivery, result)
             self.offer(lane)
             return
@@ -336,13 +338,13 @@ class Sender:
         if lane.bucket is not None or lane.pace is not None:
             lane.take_token(now)
         delivery = self._next(lane)
-        self._occupy(delivery)
+        self._occupy(delivery, now)
         self._post(delivery, connection)
 
-    def _occupy(self, delivery: Delivery) -> None:
+    def _occupy(self, delivery: Delivery, now: float) -> None:
         """Count the delivery into its slot and shares, and begin its attempt."""
         lane = delivery.lane
-        now = delivery.started = self._clock.now()
+        delivery.started = now
         delivery.probe = lane.breaker.started()
         delivery.started_us = self._clock.wall_us(now)
         if not delivery.first_attempt_us:
