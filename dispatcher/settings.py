@@ -9,6 +9,7 @@ import ipaddress
 import os
 import re
 import tomllib
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -486,7 +487,7 @@ class Settings(BaseSettings):
     def mail_server(self) -> MailServer | None:
         return None if self.smtp_url is None or self.mail_from is None else parse_smtp(self.smtp_url)
 
-    @property
+    @cached_property
     def address_policy(self) -> AddressPolicy:
         return AddressPolicy(
             allowed_networks=parse_networks(self.allowed_networks),

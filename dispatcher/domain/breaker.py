@@ -63,7 +63,7 @@ class CircuitBreaker:
         self.wait_s = limits.wait_s
         self.probing = False
         self.opened_times = 0
-        self._slices = [[0, 0] for _ in range(WINDOW_SLICES)]  # calls, failures; the newest last
+        self._slices: list[list[int]] = []  # calls, failures; the newest last; none before the first call
         self._slice_at = 0
 
     def __repr__(self) -> str:
@@ -95,7 +95,7 @@ class CircuitBreaker:
         if not (probe and self.state is BreakerState.HALF_OPEN):
             return False
         self.state, self.probing, self.consecutive, self.wait_s = BreakerState.CLOSED, False, 0, self.limits.wait_s
-        self._slices = [[0, 0] for _ in range(WINDOW_SLICES)]
+        self._slices = []
         return True
 
     def failed(self, now: float, probe: bool) -> bool:
@@ -125,8 +125,8 @@ class CircuitBreaker:
     def _slice(self, now: float) -> list[int]:
         """Return the counters of the slice that `now` lies in; a clock that steps back stays in the newest."""
         at = int(now / SLICE_S)
-        if at > self._slice_at:
-            fresh = min(at - self._slice_at, WINDOW_SLICES)
+        if at > self._slice_at or not self._slices:
+            fresh = min(at - self._slice_at, WINDOW_SLICES) if self._slices else WINDOW_SLICES
             self._slices = self._slices[fresh:] + [[0, 0] for _ in range(fresh)]
             self._slice_at = at
         return self._slices[-1]

@@ -132,14 +132,14 @@ def _checked(text: object) -> str:
         raise InputError("The URL must be a string, e.g. https://example.com/hook.")
     if len(text) > URL_CHARS_MAX:
         raise InputError(f"The URL has {len(text)} characters; the most is {URL_CHARS_MAX}.")
-    for position, character in enumerate(text, start=1):
-        # Not printable: controls, separators, surrogates, and what hides or turns the text round (U+200B, U+202E).
-        if character in " \\" or not character.isprintable():
-            raise InputError(
-                f"The URL's character {position} is U+{ord(character):04X}. "
-                "White space, control characters and backslashes must be percent-encoded or removed."
-            )
-    return text
+    # Not printable: controls, separators, surrogates, and what hides or turns the text round (U+200B, U+202E).
+    if text.isprintable() and " " not in text and "\\" not in text:
+        return text
+    position, character = next((n, c) for n, c in enumerate(text, start=1) if c in " \\" or not c.isprintable())
+    raise InputError(
+        f"The URL's character {position} is U+{ord(character):04X}. "
+        "White space, control characters and backslashes must be percent-encoded or removed."
+    )
 
 
 # RFC 3986, appendix B, for URLs that have an authority. The fragment is matched only to be left out: it is never sent.

@@ -377,14 +377,12 @@ class Sender:
 
     def _request(self, delivery: Delivery) -> bytes:
         """Render the request; the timestamp is this attempt's."""
-        requests = delivery.lane.requests
-        assert requests is not None, "a lane without a target is held"
         second = delivery.started_us // 1_000_000
         cached, timestamp = self._timestamp
         if cached != second:
             timestamp = b"%d" % second
             self._timestamp = (second, timestamp)
-        return requests.render(delivery.event, timestamp, delivery.number)
+        return delivery.lane.requests.render(delivery.event, timestamp, delivery.number)
 
     def answered(self, delivery: Delivery, outcome: Outcome) -> None:
         """Take the outcome of a POST: free its slot, decide, hand the result to the recorder."""

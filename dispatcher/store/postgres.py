@@ -26,6 +26,7 @@ from dispatcher.domain.ranges import IdRanges
 from dispatcher.domain.run import Run, RunSource, RunState
 from dispatcher.domain.sealing import Keyring, secret_place
 from dispatcher.domain.shape import PLAIN
+from dispatcher.domain.signing import check_key, scheme_of
 from dispatcher.domain.url import parse_url
 from dispatcher.errors import DatabaseRefusedError, DispatcherError, InputError
 from dispatcher.ports import (
@@ -64,6 +65,7 @@ CACHED_SEQUENCE = (
 )
 START_S = 60.0  # bounds Start, once it has the lock: reading 100,000 endpoints took 9 s
 BEAT_S = 1.0
+START_PAGE_ROWS = 1_000
 LOCK_REFUSALS_MAX = 15  # about 10 s of asking for our lock, which another session has without raising the epoch
 
 MAY_NOT_END = (
@@ -220,7 +222,11 @@ class PgStore:
                 for row in await connection.fetch(SQL.read_lanes)
             ]
             runs = await connection.fetch(SQL.open_runs, None)
-            endpoints = self._endpoints(await connection.fetch(SQL.endpoints, None), runs)
+            # By pages: a hundred thousand at once kept the loop busy, and without a heartbeat, for seconds.
+            endpoints: list[Endpoint] = []
+            cursor = await connection.cursor(SQL.endpoints, None)
+            while rows := await cursor.fetch(START_PAGE_ROWS):
+                endpoints += self._endpoints(rows, runs)
             due = {row["id"]: _us(row["due_at"]) for row in await connection.fetch(SQL.read_retries_due)}
         last_id = await connection.fetchval(SQL.last_id)
         return Started(
@@ -726,6 +732,8 @@ def _endpoint(row: Any, runs: tuple[Run, ...], settings: Settings, keyring: Keyr
     try:
         place = secret_place(row["id"])
         signing = tuple(keyring.open(secret, place) for secret in row["secrets"])
+        for secret in signing:
+            check_key(secret, scheme_of(secret))
         shape = shape_of(row, keyring)
         if not signing:
             raise InputError(

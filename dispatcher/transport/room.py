@@ -113,7 +113,9 @@ class Room:
         self._idled = False
         self._sweeper: asyncio.TimerHandle | None = None
         self._closing = False
-        self._now: Callable[[], float]  # the loop's, known once a connection is asked for: to ask for the loop at each answer took 2 µs
+        self._now: Callable[
+            [], float
+        ]  # the loop's, known once a connection is asked for: to ask for the loop at each answer took 2 µs
         self.count = 0  # open and opening, in all
         self.opened = 0
         self.reused = 0

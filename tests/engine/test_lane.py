@@ -566,7 +566,31 @@ def test_the_request_head_is_rendered_once():
     assert make_lane().requests._head == (
         b"POST /hook?x=1 HTTP/1.1\r\nhost: a.example\r\nuser-agent: tests\r\ncontent-type: application/json\r\nwebhook-id: "
     )
-    assert make_lane(target=None).requests is None
+    assert make_lane(target=None).held
+
+
+def test_what_an_idle_endpoint_never_needs_is_made_at_its_first_use():
+    lane = make_lane()
+    made_when_used = ("queue", "late", "retries", "retry_hands", "runs_done", "requests")
+    assert not [name for name in made_when_used if has(lane, name)]
+    lane.queue.append(make_event(1))
+    assert [event.id for event in lane.queue] == [1]
+    assert not lane.late
+    requests = lane.requests
+    assert lane.requests is requests
+    lane.configure(lane.endpoint, 0.0)
+    assert not has(lane, "requests"), "made anew by the new configuration"
+    with pytest.raises(AttributeError, match="no colour"):
+        _ = lane.colour
+
+
+def has(lane: Lane, name: str) -> bool:
+    """Tell whether the slot is filled, without filling it."""
+    try:
+        object.__getattribute__(lane, name)
+    except AttributeError:
+        return False
+    return True
 
 
 def test_limits_come_from_the_settings():

@@ -169,8 +169,8 @@ class WatchedSender(Sender):
         self.process = process
         self.watch = process.world.checker.watch_sender(self, process)
 
-    def _occupy(self, delivery: Delivery) -> None:
-        super()._occupy(delivery)
+    def _occupy(self, delivery: Delivery, now: float) -> None:
+        super()._occupy(delivery, now)
         self.watch.occupied(delivery)
 
     def _vacate(self, delivery: Delivery) -> None:
