@@ -9,7 +9,7 @@ demo: $(STAMP)
 	$(BIN)/dispatcher demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(ARGS)
