@@ -45,6 +45,14 @@ OUTBOX = Target(
     "RETURNING id) SELECT max(id) FROM made",
 )
 
+# The same with a key, an expiry and a priority each, for endpoints that don't order.
+OUTBOX_OPTIONS = Target(
+    rows="",
+    bulk="WITH made AS (INSERT INTO webhook.outbox (account_id, type, payload, ordering_key, expires_at, priority) "
+    "SELECT 'acct_' || (n % $1::integer), 'message.delivered', $2::text::json, 'key_' || n, now() + interval '1 hour', 1 "
+    "FROM generate_series($3::integer, $4::integer) AS n RETURNING id) SELECT max(id) FROM made",
+)
+
 
 def payload(size: int, n: int | None = None) -> str:
     """Return JSON of about `size` bytes, with a number by which the event is known when it arrives."""

@@ -4,7 +4,8 @@ transaction of five million rows.
 A held transaction keeps vacuum from taking anything away. A queue whose rows change state slows down behind what it
 can't get rid of; a log has nothing to get rid of. Both are fed so that there is always something to deliver, and
 their rate is told over time. The big transaction loads its rows for one endpoint with a rate limit, beside fresh
-events for others at a steady rate: while it loads, its ids are a gap that grows.
+events for others at a steady rate: while it loads, its ids are a gap that grows. What of that is the machine's (such a
+load takes a core, and the disk) tells the same load into a table of the same shape that nobody reads.
 """
 
 import asyncio
@@ -26,6 +27,8 @@ OTHERS_RATE = 1_000.0
 LOADER_RATE_PER_S = 500.0
 LOADER_PAYLOAD_BYTES = 200
 SAMPLE_S = 0.5
+LOADS, ELSEWHERE = "while it loads", "while as many load elsewhere"
+NOBODYS = load.Target(rows="", bulk=load.OUTBOX.bulk.replace("webhook.outbox", "elsewhere"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,8 @@ async def run(bench: Bench, size: Size) -> Result:
     loading = await _big(bench, size)
     goals = [
         *table.goal("a transaction held: last fifth's rate ÷ first's", "last_to_first", "dispatcher, a transaction held", "≥", 0.95),
-        *loading.goal(f"others' p99 while {size.loaded:,} rows load ÷ before", "p99_ms", "while it loads", "≤", 1.5, over="before"),
+        *loading.goal(f"others' p99 while {size.loaded:,} rows load ÷ before", "p99_ms", LOADS, "≤", 1.5, over="before"),
+        *loading.goal(f"others' p99 while {size.loaded:,} rows load ÷ while they load elsewhere", "p99_ms", LOADS, "≤", 1.5, over=ELSEWHERE),
         *loading.goal("others' p99 after its commit ÷ before", "p99_ms", "after its commit", "≤", 1.5, over="before"),
     ]  # fmt: skip
     plot = Plot("held", "Full load, with and without a held transaction", "seconds", "deliveries a second", lines)
@@ -170,13 +174,15 @@ async def _big(bench: Bench, size: Size) -> Table:
             await arrivals.all_of(await producers.open_loop(OTHERS_RATE, min(2.0, size.fresh_s), accounts))
             await fresh("before", size.fresh_s)
             loader = await asyncpg.connect(dsn)
-            loading = asyncio.create_task(
-                load.bulk(loader, size.loaded, 1, size=LOADER_PAYLOAD_BYTES, rows=size.loaded)
-            )
-            step = min(5.0, size.fresh_s)
-            while not loading.done():
-                await fresh("while it loads", step)
-            await loading
+            await loader.execute("CREATE TABLE elsewhere (LIKE webhook.outbox INCLUDING ALL)")
+            for row, target in ((ELSEWHERE, NOBODYS), (LOADS, load.OUTBOX)):
+                loading = asyncio.create_task(
+                    load.bulk(loader, size.loaded, 1, size=LOADER_PAYLOAD_BYTES, target=target, rows=size.loaded)
+                )
+                while not loading.done():
+                    await fresh(row, min(5.0, size.fresh_s))
+                await loading
+                await loader.execute("DROP TABLE IF EXISTS elsewhere")
             await fresh("after its commit", size.fresh_s)
             loader.terminate()
         connection.terminate()

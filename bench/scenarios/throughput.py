@@ -34,6 +34,7 @@ class Variant:
     payload_bytes: int = load.PAYLOAD_BYTES
     fan_out: int = 1
     delay_s: float = 0
+    target: load.Target = load.OUTBOX
     tls: bool = False
     transport: str = "thin"
     share: float = 1
@@ -51,6 +52,7 @@ FACTORS = (
     replace(BASE, name="4 kB", payload_bytes=4_000, share=0.5),
     replace(BASE, name="32 kB", payload_bytes=32_000, share=0.1),
     replace(BASE, name="fan-out 5", fan_out=5, share=0.2),
+    replace(BASE, name="every column given", target=load.OUTBOX_OPTIONS),
     replace(BASE, name="sink answers after 50 ms", delay_s=0.05),
 )
 USUAL: dict[usual.Form, float] = {"row": 0.05, "batched": 0.2}  # share of the events
@@ -72,6 +74,10 @@ SIZES = {
 
 async def run(bench: Bench, size: Size) -> Result:
     others, factors = Table("Beside others"), Table("One factor at a time")
+    if unknown := set(size.factors) - {one.name for one in FACTORS}:
+        raise ValueError(
+            f"there is no factor {', '.join(sorted(unknown))}; there are {', '.join(one.name for one in FACTORS)}"
+        )
     chosen = [one for one in FACTORS if one.name in size.factors]
     with rig.certificate() as certificate:
         for n in range(size.rounds):
@@ -144,7 +150,7 @@ async def _deliver(
                 yield running, lambda last: rig.passed(connection, last)
 
         events = max(500, round(size.events * variant.share))
-        plan = _Plan(events, accounts, variant.fan_out, variant.payload_bytes, load.OUTBOX, "webhook")
+        plan = _Plan(events, accounts, variant.fan_out, variant.payload_bytes, variant.target, "webhook")
         await _measure(bench, table, variant.name, connection, sink_pid, plan, start)
         wanted = (events + plan.first) * variant.fan_out
         recorded = await connection.fetchval("SELECT count(*) FROM webhook.attempt WHERE fault IS NULL")

@@ -31,7 +31,7 @@ from dispatcher.ports import HeadPage, Started, Store
 _log = structlog.get_logger(room="reader")
 
 HEAD_ROWS = 1_000
-HEAD_OFFERS = 5_000  # deliveries that one page may become at once: events for ten thousand endpoints each would hold the loop for seconds
+HEAD_OFFERS = 2_000  # deliveries that one page may become at once: events for ten thousand endpoints each would hold the loop for seconds
 POLL_S = 0.0005  # between polls while events were just coming
 POLLS_AT_ONCE = 2  # a timer of uvloop's waits a millisecond at the least, a poll takes a fifth of one
 POLLS_BEFORE_SLEEP = 6
