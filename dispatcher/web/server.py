@@ -4,11 +4,13 @@ Beside the engine a server that can't listen, or fails, says so and tries again;
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import cast
 
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from dispatcher.errors import DispatcherError, InputError
 from dispatcher.ports import Transport
@@ -48,6 +50,7 @@ class WebServer:
         runner = web.AppRunner(
             make_app(shared), access_log=None, handle_signals=False, keepalive_timeout=60, shutdown_timeout=GOODBYE_S
         )
+        logging.getLogger("aiohttp.server").addFilter(_is_ours)
         await runner.setup()
         listener: asyncio.Server | None = None
         try:
@@ -76,6 +79,11 @@ class WebServer:
             except Exception:  # noqa: BLE001 - logged with its trace; deliveries must not end because of a page
                 _log.exception("web.failed", again_in_s=AGAIN_S)
             await asyncio.sleep(AGAIN_S)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Leave out what isn't HTTP: anybody may send it, and it was answered with a 400; a trace in the log for each would be theirs to fill."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
 
 
 async def _listen(settings: Settings, factory: Callable[[], asyncio.BaseProtocol]) -> asyncio.Server:
