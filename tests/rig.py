@@ -18,11 +18,12 @@ from dispatcher.sink import Behaviour, Received, Sink
 from dispatcher.store.postgres import PgStore
 from dispatcher.transport.pool import Pool
 
+PATIENCE_S = 60.0  # a bound for what must happen, not for how soon: machines may be busy with much else
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSwMfKQ9r8GKYqrTwjU"
 
 
 async def until(
-    condition: Callable[[], Any] | Callable[[], Awaitable[Any]], *, within_s: float = 15.0, what: str = ""
+    condition: Callable[[], Any] | Callable[[], Awaitable[Any]], *, within_s: float = PATIENCE_S, what: str = ""
 ) -> Any:
     """Wait until `condition` is true and return its value; fail after `within_s`."""
     loop = asyncio.get_running_loop()

@@ -28,7 +28,7 @@ import orjson
 
 from dispatcher.sink import Received
 from dispatcher.store.embedded import EmbeddedServer
-from tests.rig import Rig, until
+from tests.rig import PATIENCE_S, Rig, until
 
 INVARIANT = (Path(__file__).parent.parent / "invariant.sql").read_text()
 ROOT = Path(__file__).parent.parent.parent
@@ -84,7 +84,7 @@ class Dispatcher:
     def all(self, event: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["event"] == event]
 
-    async def said(self, event: str, *, times: int = 1, within_s: float = 15.0) -> dict[str, Any]:
+    async def said(self, event: str, *, times: int = 1, within_s: float = PATIENCE_S) -> dict[str, Any]:
         """Wait for the log line, and return the last one."""
 
         def found() -> bool:
@@ -102,7 +102,7 @@ class Dispatcher:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    async def ended(self, *, within_s: float = 15.0) -> int:
+    async def ended(self, *, within_s: float = PATIENCE_S) -> int:
         """Wait for its end, and return its exit status."""
         try:
             async with asyncio.timeout(within_s):
@@ -112,7 +112,7 @@ class Dispatcher:
             raise AssertionError(f"still there after {within_s} s: {self}") from None
         return status
 
-    async def stop(self, *, within_s: float = 15.0) -> int:
+    async def stop(self, *, within_s: float = PATIENCE_S) -> int:
         self.signal(signal.SIGTERM)
         return await self.ended(within_s=within_s)
 
@@ -250,7 +250,7 @@ class Load:
             await task
         self._tasks = []
 
-    async def more(self, count: int, *, within_s: float = 15.0) -> None:
+    async def more(self, count: int, *, within_s: float = PATIENCE_S) -> None:
         """Wait until so many more events are committed."""
         target = len(self.committed) + count
         await until(lambda: len(self.committed) >= target, within_s=within_s, what=f"{count} more committed")
