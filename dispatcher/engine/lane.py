@@ -485,10 +485,15 @@ class Lane:
             "endpoint_id": self.id, "live": self.live, "queued": self.queued(), "in_flight": self.in_flight,
             "in_flight_limit": self.limit(), "breaker": self.breaker.state.value,
             "pace_per_s": None if self.pace is None or self.pace.is_over(now) else round(self.pace.rate_at(now), 2),
-            "waits_s": round(max(0.0, self.blocked_until - now), 3), "latency_s": round(self.latency_s, 4),
+            "waits_s": round(max(0.0, self.blocked_until - now), 3), "probe_in_s": self._probe_in_s(now), "latency_s": round(self.latency_s, 4),
             "keys_held": 0 if self.keys is None else len(self.keys),
             "held_back_ids": 0 if self.keys is None else self.keys.held_back.count(),
         }  # fmt: skip
+
+    def _probe_in_s(self, now: float) -> float | None:
+        """Return how long the breaker lets nothing start; None unless it is open."""
+        breaker = self.breaker
+        return round(max(0.0, breaker.until - now), 3) if breaker.state is BreakerState.OPEN else None
 
     def limit(self) -> int:
         return self.in_flight_limit if self.breaker.state is CLOSED else 1

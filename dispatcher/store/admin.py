@@ -758,8 +758,9 @@ class Admin:
             return InputError("the payload is nested too deeply", field="data")
         return InputError(f"the payload is not JSON: {exc.detail or exc}", field="data")
 
-    async def show(self, reference: str) -> dict[str, Any]:
-        """Tell what happened to one event: each endpoint that should have had it, run by run. `reference` is an outbox id or evt_….
+    async def show(self, reference: str, endpoint_id: int | None = None) -> dict[str, Any]:
+        """Tell what happened to one event: each endpoint that should have had it (or only `endpoint_id`), run by run. `reference` is an outbox
+        id or evt_….
 
         Of an event that retention has taken from the log, what a dead letter and the attempts still tell (`in_log` false).
         """
@@ -774,10 +775,15 @@ class Admin:
             "type": row["type"], "occurred_at": row["occurred_at"], "created_at": row["created_at"], "payload": row["payload"],
             "ordering_key": row["ordering_key"], "expires_at": row["expires_at"], "priority": row["priority"], "in_log": in_log,
             "deliveries": deliveries(
-                await self._db.fetch(ADMIN.event_deliveries, event.id, row["account_id"], row["type"], row["payload"] or "null"),
-                await self._db.fetch(ADMIN.event_attempts, event.id),
+                await self._db.fetch(ADMIN.event_deliveries, event.id, row["account_id"], row["type"], row["payload"] or "null", endpoint_id),
+                await self._db.fetch(ADMIN.event_attempts, event.id, endpoint_id),
             ),
         }  # fmt: skip
+
+    async def next_retry(self, endpoint_id: int) -> datetime | None:
+        """Return when the earliest retry of an endpoint is due; whose it is, was asked before."""
+        due_at: datetime | None = await self._db.fetchval(ADMIN.next_retry, endpoint_id)
+        return due_at
 
     async def tail(self, since: datetime, endpoint_id: int | None, window_ids: int) -> list[dict[str, Any]]:
         """Return attempts that began after `since`, oldest first, at most 1,000."""

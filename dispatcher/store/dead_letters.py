@@ -22,6 +22,7 @@ from dispatcher.errors import InputError, NotFoundError, StateError
 from dispatcher.store import runs
 from dispatcher.store.reference import us
 from dispatcher.store.runs import RUNS, RunView, Step
+from dispatcher.store.search import Found, Searched
 from dispatcher.store.session import Connection
 from dispatcher.store.sql import SQL, load
 
@@ -30,6 +31,8 @@ LETTERS = load(Path(__file__).with_name("dead_letters.sql"))
 STATES = ("open", "resent", "discarded", "erased")
 PAGE = 5_000  # letters marked at once
 IDS_MAX = 1_000  # named one by one
+LOOKED_AT = 2_000  # letters a page
+_ID_MAX = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,46 @@ async def find(
         await connection.execute(LETTERS.plan_each)
         rows = await connection.fetch(LETTERS.page, *settled.values(after), limit)
     return await _described(connection, rows)
+
+
+async def newest(
+    connection: Connection,
+    *,
+    endpoint_id: int | None = None,
+    account_id: str | None = None,
+    patterns: Sequence[str] = (),
+    state: str | None = "open",
+    before: int = _ID_MAX,
+    limit: int = 50,
+    by: Principal = OPERATOR,
+) -> Found:
+    """Find dead letters from new to old. A page looks at LOOKED_AT of them and no more, and says how far it came."""
+    chosen = await _settle(
+        connection,
+        Filter(endpoint_id=endpoint_id, account_id=account_id, patterns=tuple(patterns), state=None),
+        by,
+    )
+    types = runs.split(chosen.patterns or ("*",))
+    if endpoint_id is not None and state == "open":
+        seen = await connection.fetch(LETTERS.walk_open, endpoint_id, before, LOOKED_AT, *types)
+    else:
+        seen = await connection.fetch(LETTERS.walk, chosen.account_id, before, LOOKED_AT, endpoint_id, state, *types)
+    ids: list[int] = []
+    met = 0
+    for row in seen:
+        met += 1
+        if row["matches"]:
+            ids.append(row["id"])
+            if len(ids) == limit:
+                break
+    complete = len(seen) < LOOKED_AT and met == len(seen)
+    rows = await find(connection, Filter(ids=tuple(ids), state=None), limit=limit, by=by) if ids else []
+    last = seen[met - 1] if met else None
+    return Found(
+        rows[::-1],
+        Searched(met, None if last is None else last["died_at"], complete),
+        None if complete or last is None else str(last["id"]),
+    )
 
 
 async def show(connection: Connection, letter_id: int, *, by: Principal = OPERATOR) -> dict[str, Any]:

@@ -23,6 +23,30 @@ FROM (
 ) AS d
 ORDER BY d.id;
 
+-- name: walk
+-- From new to old, letters of account $1 (NULL: of all) below $2; at most $3 are looked at, whichever match.
+SELECT w.id, w.died_at,
+       ($4::bigint IS NULL OR w.endpoint_id = $4) AND ($5::text IS NULL OR w.state = $5)
+       AND ($6::text[] IS NULL OR w.type = ANY ($6::text[]) OR w.type ^@ ANY ($7::text[])) AS matches
+FROM (
+    SELECT id, endpoint_id, type, state, died_at FROM webhook.dead_letter
+    WHERE ($1::text IS NULL OR account_id = $1) AND id < $2
+    ORDER BY id DESC
+    LIMIT $3
+) AS w
+ORDER BY w.id DESC;
+
+-- name: walk_open
+-- The same of endpoint $1, open ones only, which have an index of their own.
+SELECT w.id, w.died_at, ($4::text[] IS NULL OR w.type = ANY ($4::text[]) OR w.type ^@ ANY ($5::text[])) AS matches
+FROM (
+    SELECT id, type, died_at FROM webhook.dead_letter
+    WHERE endpoint_id = $1 AND state = 'open' AND id < $2
+    ORDER BY id DESC
+    LIMIT $3
+) AS w
+ORDER BY w.id DESC;
+
 -- name: totals
 -- What a choice comes to, endpoint by endpoint, before anything is done.
 SELECT d.endpoint_id, e.state, e.url, e.rate_per_s, d.letters, d.events, d.last_id

@@ -38,6 +38,7 @@ SHORTER = "with --since and --until"
 # server.
 SKEW = timedelta(seconds=5)
 PAGE = 5_000  # dead letters marked at once
+_ID_MAX = (1 << 31) - 1
 
 Step = Callable[[int], None]  # called with how many more are done
 
@@ -395,7 +396,7 @@ async def counting(connection: Connection, timeout_s: float = COUNT_TIMEOUT_S) -
 
 
 async def get(connection: Connection, run_id: int, *, by: Principal = OPERATOR) -> RunView:
-    rows = await connection.fetch(RUNS.runs, run_id, None, by.account_id, None, 0, 1) if 0 < run_id < 1 << 31 else []
+    rows = await connection.fetch(RUNS.runs, [run_id], None, by.account_id, None, 0, 1) if 0 < run_id < 1 << 31 else []
     if not rows:
         raise NotFoundError(
             f"there is no run {run_id}", remedy="`dispatcher replay list --state all` shows which there are"
@@ -416,6 +417,24 @@ async def find(
     """Return runs in the order in which they were made. `state` may be `open`: running or paused."""
     rows = await connection.fetch(RUNS.runs, None, endpoint_id, by.within(account_id), state, after, limit)
     return [_view(row) for row in rows]
+
+
+async def newest(
+    connection: Connection,
+    *,
+    endpoint_id: int | None = None,
+    before: int = _ID_MAX,
+    limit: int = 50,
+    by: Principal = OPERATOR,
+) -> list[RunView]:
+    """Return runs from new to old. Whose the endpoint is, was asked before."""
+    before = min(before, _ID_MAX)
+    if endpoint_id is None and by.account_id is not None:
+        ids = await connection.fetchval(RUNS.newest_of_account, by.account_id, before, limit)
+    else:
+        ids = await connection.fetchval(RUNS.newest, endpoint_id, before, limit)
+    rows = await connection.fetch(RUNS.runs, ids, None, by.account_id, None, 0, limit)
+    return [_view(row) for row in reversed(rows)]
 
 
 async def next_due(connection: Connection, run_id: int) -> datetime | None:

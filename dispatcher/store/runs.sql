@@ -133,7 +133,7 @@ RETURNING id;
 -- ═══ following and changing one ═══
 
 -- name: runs
--- $1 one run, $2 an endpoint's, $3 an account's, $4 in a state ('open': neither finished nor canceled), after id $5. A deleted endpoint's run
+-- $1 some, $2 an endpoint's, $3 an account's, $4 in a state ('open': neither finished nor canceled), after id $5. A deleted endpoint's run
 -- can't go on.
 SELECT * FROM (
     SELECT r.id, r.endpoint_id, e.account_id, e.url, e.state AS endpoint_state, r.source, r.after_id, r.upto_id, r.patterns, r.only_failed,
@@ -145,12 +145,25 @@ SELECT * FROM (
     FROM webhook.run AS r
     JOIN webhook.run_progress AS p ON p.run_id = r.id
     JOIN webhook.endpoint AS e ON e.id = r.endpoint_id
-    WHERE ($1::integer IS NULL OR r.id = $1) AND ($2::bigint IS NULL OR r.endpoint_id = $2) AND ($3::text IS NULL OR e.account_id = $3)
+    WHERE ($1::integer[] IS NULL OR r.id = ANY ($1)) AND ($2::bigint IS NULL OR r.endpoint_id = $2) AND ($3::text IS NULL OR e.account_id = $3)
       AND ($4::text IS DISTINCT FROM 'open' OR p.finished_at IS NULL) AND r.id > $5
 ) AS q
 WHERE $4::text IS NULL OR q.state = $4 OR ($4 = 'open' AND q.state IN ('running', 'paused'))
 ORDER BY q.id
 LIMIT $6;
+
+-- name: newest
+-- Ids from new to old, below $2; $1 an endpoint's, NULL all.
+SELECT ARRAY(SELECT id FROM webhook.run WHERE ($1::bigint IS NULL OR endpoint_id = $1) AND id < $2 ORDER BY id DESC LIMIT $3);
+
+-- name: newest_of_account
+-- The same of account $1: a look at the index for each of its endpoints.
+SELECT ARRAY(
+    SELECT r.id FROM webhook.endpoint AS e
+    CROSS JOIN LATERAL (SELECT id FROM webhook.run WHERE endpoint_id = e.id AND id < $2 ORDER BY id DESC LIMIT $3) AS r
+    WHERE e.account_id = $1
+    ORDER BY r.id DESC LIMIT $3
+);
 
 -- name: next_due
 SELECT min(due_at) FROM webhook.retry WHERE run = $1 AND run <> 0;

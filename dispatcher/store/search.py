@@ -16,7 +16,7 @@ from dispatcher.domain.event import PublicIds
 from dispatcher.domain.principal import Principal
 from dispatcher.errors import InputError, NotFoundError
 from dispatcher.store import runs
-from dispatcher.store.reference import us
+from dispatcher.store.reference import event_reference, us
 from dispatcher.store.session import Connection
 from dispatcher.store.sql import SQL, load
 
@@ -25,9 +25,9 @@ SEARCH = load(Path(__file__).with_name("search.sql"))
 LIMIT_MAX = 100  # rows of a page: to make an answer of twice as many holds the loop for 4 to 7 ms
 LOOKED_AT = 2_000  # events a page; a look at an event's attempts takes 10 to 20 µs
 LOOKED_AT_TEXT = 500  # where payloads are read
-LOOKED_AT_WIDE = 500  # where each event may have many endpoints
-STATES = ("delivered", "retrying", "dead", "failed", "waiting")
-_FAILING = {"retrying", "dead", "failed"}
+PAIRS_MAX = 2_000  # of event and endpoint a page: an account's events are each looked at for all of its endpoints
+STATES = ("delivered", "retrying", "dead", "expired", "failed", "waiting")
+_FAILING = {"retrying", "dead", "expired", "failed"}  # each has an attempt with a fault
 _END = (1 << 63) - 1
 
 
@@ -96,12 +96,15 @@ async def deliveries(
     types: Sequence[str] = (),
     status: tuple[int, int] | None = None,
     fault: str | None = None,
+    event: str | None = None,
+    text: str | None = None,
     since: datetime | None = None,
     until: datetime | None = None,
     cursor: str | None = None,
     limit: int = 50,
 ) -> Found:
-    """Find deliveries, of runs of all kinds: one row for each event and endpoint, with its last attempt."""
+    """Find deliveries, of runs of all kinds: one row for each event and endpoint, with its last attempt. `event` is an outbox id or evt_…;
+    `text` is looked for in the payload, as it was written."""
     account_id = principal.within(account_id)
     if endpoint_id is not None:
         found = await db.fetchrow(runs.RUNS.target, endpoint_id)
@@ -114,21 +117,28 @@ async def deliveries(
         raise InputError(f"{unknown.pop()!r} is not a state of a delivery: {', '.join(STATES)}", field="state")
     before_event, before_endpoint = _parse(cursor)
     low, high = await _range(db, account_id, since, until)
+    reference = None if event is None else await event_reference(db, event)
+    if reference is not None:
+        low, high = max(low, reference.id), min(high, reference.id + 1)
     top = min(high, before_event + 1 if before_endpoint else before_event)
-    looked_at = LOOKED_AT if endpoint_id is not None else LOOKED_AT_WIDE
-    exact, prefixes = runs.split(check_patterns(types) if types else ("*",))
+    looked_at = LOOKED_AT_TEXT if text is not None else LOOKED_AT
+    matching = (*runs.split(check_patterns(types) if types else ("*",)), text)
     is_failing = (states and set(states) <= _FAILING) or fault is not None
-    if endpoint_id is not None and is_failing and exact is None:
-        candidates = await db.fetch(SEARCH.failed_candidates, endpoint_id, top, low, looked_at)
+    if endpoint_id is not None and is_failing:
+        seen = await db.fetch(SEARCH.failed_candidates, endpoint_id, top, low, looked_at, *matching)
     else:
-        candidates = await db.fetch(SEARCH.candidates, account_id, top, low, looked_at, exact, prefixes)
+        seen = await db.fetch(SEARCH.candidates, account_id, top, low, looked_at, *matching)
+    if reference is not None:
+        seen = [row for row in seen if row["created_at"] is not None and reference.fits(row["created_at"])]
+    candidates = await _affordable(db, seen, endpoint_id)
+    is_whole = len(seen) < looked_at and len(candidates) == len(seen)
     lowest, highest = status or (None, None)
     rows = await db.fetch(
-        SEARCH.deliveries, account_id, [row["id"] for row in candidates], endpoint_id, list(states) or None, lowest, highest, fault,
-        before_event, before_endpoint, limit,
+        SEARCH.deliveries, account_id, [row["id"] for row in candidates if row["matches"]], endpoint_id, list(states) or None, lowest,
+        highest, fault, before_event, before_endpoint, limit,
     )  # fmt: skip
     is_cut = len(rows) == limit
-    complete = len(candidates) < looked_at and not is_cut
+    complete = is_whole and not is_cut
     back_to = candidates[-1]["created_at"] if candidates else None
     position = None if complete or not candidates else str(candidates[-1]["id"])
     met = len(candidates)
@@ -137,6 +147,25 @@ async def deliveries(
         met = sum(row["id"] >= rows[-1]["event_id"] for row in candidates)
     found_rows = await _with_public_ids(db, [dict(row) for row in rows], "event_id")
     return Found(found_rows, Searched(met, back_to, complete), position)
+
+
+async def _affordable(db: Connection, seen: Sequence[Any], endpoint_id: int | None) -> Sequence[Any]:
+    """Return as many of the events as may be looked at endpoint by endpoint; one at least."""
+    if endpoint_id is not None:
+        return seen
+    accounts = list({row["account_id"] for row in seen if row["matches"]})
+    endpoints = {row["account_id"]: row["endpoints"] for row in await db.fetch(SEARCH.endpoints_of, accounts)}
+    pairs = 0
+    for met, row in enumerate(seen):
+        pairs += endpoints.get(row["account_id"], 0) if row["matches"] else 0
+        if pairs > PAIRS_MAX:
+            return seen[: max(1, met)]
+    return seen
+
+
+async def retries_of(db: Connection, event_id: int, endpoint_id: int) -> list[datetime]:
+    """Return when the retries of a delivery are due. Whose it is, was asked before."""
+    return [row["due_at"] for row in await db.fetch(SEARCH.retries_of, endpoint_id, event_id)]
 
 
 async def accounts(db: Connection, *, after: str = "", limit: int = 100) -> list[dict[str, Any]]:

@@ -17,23 +17,36 @@ FROM (
 ORDER BY w.id DESC;
 
 -- name: candidates
--- The same walk, for deliveries: ids only.
-SELECT id, created_at FROM webhook.outbox
-WHERE ($1::text IS NULL OR account_id = $1) AND id < $2 AND id >= $3 AND ($5::text[] IS NULL OR type = ANY ($5::text[]) OR type ^@ ANY ($6::text[]))
-ORDER BY id DESC
-LIMIT $4;
+-- The same walk, for deliveries: at most $4 are looked at, whichever match.
+SELECT w.id, w.account_id, w.created_at,
+       ($5::text[] IS NULL OR w.type = ANY ($5::text[]) OR w.type ^@ ANY ($6::text[]))
+       AND ($7::text IS NULL OR position($7 IN w.payload::text) > 0) AS matches
+FROM (
+    SELECT id, account_id, type, created_at, payload FROM webhook.outbox
+    WHERE ($1::text IS NULL OR account_id = $1) AND id < $2 AND id >= $3
+    ORDER BY id DESC
+    LIMIT $4
+) AS w
+ORDER BY w.id DESC;
 
 -- name: failed_candidates
--- Events of which endpoint $1 has a failed attempt, from their own index: for who asks for failures among millions of successes.
-SELECT f.event_id AS id, o.created_at
+-- Events of which endpoint $1 has a failed attempt, from their own index: for who asks for failures among millions of successes. An event that
+-- retention has taken from the log matches nothing.
+SELECT f.event_id AS id, o.account_id, o.created_at,
+       o.type IS NOT NULL AND ($5::text[] IS NULL OR o.type = ANY ($5::text[]) OR o.type ^@ ANY ($6::text[]))
+       AND ($7::text IS NULL OR position($7 IN o.payload::text) > 0) AS matches
 FROM (
     SELECT DISTINCT event_id FROM webhook.attempt
     WHERE endpoint_id = $1 AND fault IS NOT NULL AND event_id < $2 AND event_id >= $3
     ORDER BY event_id DESC
     LIMIT $4
 ) AS f
-LEFT JOIN LATERAL (SELECT created_at FROM webhook.outbox WHERE id = f.event_id LIMIT 1) AS o ON true
+LEFT JOIN LATERAL (SELECT account_id, type, created_at, payload FROM webhook.outbox WHERE id = f.event_id LIMIT 1) AS o ON true
 ORDER BY f.event_id DESC;
+
+-- name: endpoints_of
+-- How many endpoints each account has, deleted ones too: what a look at one of its events costs.
+SELECT account_id, count(*) AS endpoints FROM webhook.endpoint WHERE account_id = ANY ($1::text[]) GROUP BY account_id;
 
 -- name: deliveries
 -- Of the events $2, what each endpoint that was to have them (or has had them) came to; $3 one endpoint, $4 states, $5 the status of its last
@@ -81,6 +94,10 @@ WHERE ($4::text[] IS NULL OR q.state = ANY ($4::text[]))
   AND ($7::text IS NULL OR q.fault = $7)
 ORDER BY q.event_id DESC, q.endpoint_id DESC
 LIMIT $10;
+
+-- name: retries_of
+-- When the retries of a delivery are due, one for each run at most; by the table's key.
+SELECT due_at FROM webhook.retry WHERE endpoint_id = $1 AND event_id = $2 ORDER BY due_at LIMIT 100;
 
 -- name: accounts
 -- Every account that has endpoints, in order, after $1. Its index is walked by hops: an account a step, however many endpoints it has.

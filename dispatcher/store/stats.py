@@ -49,8 +49,11 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Point:
+    """`backlog`: the most events that waited for their first attempt."""
+
     at: datetime
     stats: Stats
+    backlog: int
 
 
 async def series(
@@ -71,7 +74,8 @@ async def series(
         step_min = next(step for step in STEPS_MIN if span_min / step <= POINTS_MAX)
     elif span_min / step_min > POINTS_MAX:
         raise InputError(f"these would be more than {POINTS_MAX} points; give a larger step", field="step_min")
-    return [Point(row["at"], _stats(row)) for row in await db.fetch(STATS.series, endpoint_id, since, until, step_min)]
+    rows = await db.fetch(STATS.series, endpoint_id, since, until, step_min)
+    return [Point(row["at"], _stats(row), row["backlog"]) for row in rows]
 
 
 async def summaries(db: Connection, endpoint_ids: list[int], span: timedelta = timedelta(days=1)) -> dict[int, Stats]:

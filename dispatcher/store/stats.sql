@@ -4,7 +4,7 @@
 -- In steps of $4 minutes. `durations`: attempts that took < 1 ms, < 2, < 4, …
 SELECT to_timestamp(floor(extract(epoch FROM minute) / ($4 * 60)) * ($4 * 60)) AS at,
        sum(delivered)::bigint AS delivered, sum(failed)::bigint AS failed, sum(dead)::bigint AS dead, sum(duration_ms)::bigint AS duration_ms,
-       ARRAY[{buckets}] AS durations
+       ARRAY[{buckets}] AS durations, max(backlog) AS backlog
 FROM webhook.endpoint_stat
 WHERE endpoint_id = $1 AND minute >= $2 AND minute < $3
 GROUP BY 1

@@ -40,6 +40,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from ipaddress import ip_address
+from typing import Any
 from urllib.parse import urlsplit
 
 import structlog
@@ -66,17 +67,21 @@ _log = structlog.get_logger(room="web")
 
 LISTEN = "127.0.0.1:8080"  # unless a setting says otherwise
 
+LaneHealth = Callable[[int | None], list[dict[str, Any]]]  # of one endpoint, or all; empty unless this process delivers
 Handler = Callable[[web.Request], Awaitable[StreamResponse]]
 
 
 class Web:
     """What all visits share. Made within a running loop; `close` it."""
 
-    def __init__(self, settings: Settings, pool: Pool, transport: Transport) -> None:
+    def __init__(
+        self, settings: Settings, pool: Pool, transport: Transport, *, lane_health: LaneHealth | None = None
+    ) -> None:
         public = settings.public_url or ""
         self.settings = settings
         self.pool = pool
         self.transport = transport
+        self.lane_health = lane_health  # of the engine beside; None where there is none
         self.base = urlsplit(public).path  # before every path that a browser is told
         self.mount = (
             self.base if settings.web_base_path is None else settings.web_base_path

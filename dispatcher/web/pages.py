@@ -25,6 +25,10 @@ STATIC_BYTES_MAX = 1 << 20
 
 MENU = (
     ("/endpoints", "Endpoints"),
+    ("/deliveries", "Deliveries"),
+    ("/events", "Events"),
+    ("/recover", "Recover"),
+    ("/dead-letters", "Dead letters"),
     ("/alerts", "Alerts"),
     ("/receivers", "Receiver"),
     ("/api/v1/docs", "API"),

@@ -366,12 +366,14 @@ async def test_deliveries_appear_live(customer: Browser, monkeypatch: pytest.Mon
         response = await customer.web.http.get(
             f"{customer.web.url}/endpoints/{endpoint}/live", headers={"Cookie": customer.cookie}
         )
-        line = b""
+        line, event = b"", b""
         async with asyncio.timeout(20):
-            while not line.startswith(b"data:"):  # what was there at the first look is not news: more, until one is
+            # What was there at the first look is not news: more, until one is.
+            while not (line.startswith(b"data:") and event == b"event: attempt\n"):
                 await people.attempted(db, endpoint, await people.emit(db, 1), fault="status")
                 with contextlib.suppress(TimeoutError):
                     line = await asyncio.wait_for(response.content.readline(), 0.5)
+                event = line if line.startswith(b"event:") else event
         response.close()
     data = json.loads(line.removeprefix(b"data:"))
     assert (data["endpoint_id"], data["type"], data["status"]) == (endpoint, "message.sent", 500)

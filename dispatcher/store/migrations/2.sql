@@ -122,6 +122,7 @@ CREATE TABLE webhook.endpoint_stat (
     expired     integer     NOT NULL DEFAULT 0,                      -- deliveries whose events' expires_at had passed
     duration_ms bigint      NOT NULL,                                -- of all attempts together
     durations   integer[]   NOT NULL,                                -- attempts that took < 1 ms, < 2, < 4, … the last: all longer ones
+    backlog     bigint      NOT NULL DEFAULT 0,                      -- events that waited for their first attempt when it was written
     CONSTRAINT endpoint_stat_pkey PRIMARY KEY (minute, endpoint_id, epoch)
 );
 CREATE INDEX endpoint_stat_endpoint_id ON webhook.endpoint_stat (endpoint_id, minute);

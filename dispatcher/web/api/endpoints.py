@@ -198,7 +198,10 @@ async def show_stats(call: Call) -> Any:
         await call.visit.admin(db).get(call.endpoint_id)
         points = await stats.series(db, call.endpoint_id, query.since, query.until, query.step_min)
     return {
-        "data": [asdict(point.stats) | {"at": point.at, "success_rate": point.stats.success_rate} for point in points]
+        "data": [
+            asdict(point.stats) | {"at": point.at, "success_rate": point.stats.success_rate, "backlog": point.backlog}
+            for point in points
+        ]
     }
 
 

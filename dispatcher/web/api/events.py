@@ -8,7 +8,7 @@ from dispatcher.domain.endpoint import pattern_matches
 from dispatcher.domain.event import TOLD_TO_OTHERS
 from dispatcher.errors import NotFoundError
 from dispatcher.store import runs, search
-from dispatcher.store.admin import NewEvent
+from dispatcher.store.admin import Admin, NewEvent
 from dispatcher.store.search import Found
 from dispatcher.web.api import models
 from dispatcher.web.api.operation import BATCH_BYTES_MAX, Call, Operation
@@ -75,19 +75,22 @@ async def show_event(call: Call) -> Any:
     Each endpoint that was to have it, with what happened there, attempt by attempt; and each endpoint of its account that was
     not, with why."""
     async with call.visit.db() as db:
-        admin = call.visit.admin(db)
-        shown = await admin.show(call.path["event"])
-        endpoints = await admin.endpoints(shown["account_id"], None)
-    had = {delivery["endpoint_id"] for delivery in shown["deliveries"]}
+        shown = await told_of(call.visit.admin(db), call.path["event"])
     payload = shown["payload"]
-    return shown | {
-        "data": None if payload is None else orjson.loads(payload),
-        "not_for": [
-            {"endpoint_id": row["id"], "name": row["name"], "state": row["state"], "why": _why_not(row, shown["type"])}
-            for row in endpoints
-            if row["id"] not in had
-        ],
-    }
+    return shown | {"data": None if payload is None else orjson.loads(payload)}
+
+
+async def told_of(admin: Admin, reference: str) -> dict[str, Any]:
+    """Return an event, each endpoint that was to have it, and as `not_for` each of its account that was not, with why."""
+    shown = await admin.show(reference)
+    endpoints = await admin.endpoints(shown["account_id"], None)
+    had = {delivery["endpoint_id"] for delivery in shown["deliveries"]}
+    not_for = [
+        {"endpoint_id": row["id"], "name": row["name"], "state": row["state"], "why": _why_not(row, shown["type"])}
+        for row in endpoints
+        if row["id"] not in had
+    ]
+    return shown | {"not_for": not_for}
 
 
 def _why_not(endpoint: dict[str, Any], event_type: str) -> str:
@@ -110,12 +113,13 @@ async def list_deliveries(call: Call) -> Any:
     async with call.visit.db() as db:
         found = await search.deliveries(
             db, call.principal, account_id=query.account_id, endpoint_id=query.endpoint_id, states=query.state, types=query.type,
-            status=_statuses(query.status), fault=query.fault, since=query.since, until=query.until, cursor=query.cursor, limit=query.limit,
+            status=statuses(query.status), fault=query.fault, event=query.event, text=query.text, since=query.since, until=query.until,
+            cursor=query.cursor, limit=query.limit,
         )  # fmt: skip
     return _page(found)
 
 
-def _statuses(status: int | None) -> tuple[int, int] | None:
+def statuses(status: int | None) -> tuple[int, int] | None:
     if status is None or status >= 100:
         return None if status is None else (status, status)
     if status > 9:
@@ -126,7 +130,7 @@ def _statuses(status: int | None) -> tuple[int, int] | None:
 async def show_delivery(call: Call) -> Any:
     """Show a delivery with its attempts"""
     async with call.visit.db() as db:
-        shown = await call.visit.admin(db).show(call.path["event"])
+        shown = await call.visit.admin(db).show(call.path["event"], call.endpoint_id)
     for delivery in shown["deliveries"]:
         if delivery["endpoint_id"] == call.endpoint_id:
             return delivery

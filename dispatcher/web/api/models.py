@@ -355,6 +355,7 @@ class StatsFilter(Given):
 
 class StatsPoint(StatsAnswer):
     at: datetime
+    backlog: int = Field(description="The most events that waited for their first attempt.")
 
 
 class Series(Answer):
@@ -502,10 +503,11 @@ class Ranged(Paged):
     until: Moment | None = None
 
 
+Wanted = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00]+$")]
+
+
 class EventFilter(Ranged):
-    text: Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00]+$")] | None = Field(
-        None, description="Somewhere in the payload, as it was written: a reference, a number."
-    )
+    text: Wanted | None = Field(None, description="Somewhere in the payload, as it was written: a reference, a number.")
 
 
 class AttemptAnswer(Answer):
@@ -570,6 +572,8 @@ class DeliveryFilter(Ranged):
     state: list[DeliveryState] = Field([], max_length=6, description="Repeat it for several.")
     status: int | None = Field(None, ge=1, le=999, description="Of the last answer: 503, or 5 for all 5xx.")
     fault: FaultName | None = Field(None, description="Of the last attempt.")
+    event: EventRef | None = Field(None, description="One event, by its outbox id or evt_….")
+    text: Wanted | None = Field(None, description="Somewhere in the payload, as it was written.")
 
 
 class DeliveryRow(Answer):

@@ -3,6 +3,7 @@ says in words what it shows, for who can't see it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log2
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,47 @@ class Chart:
     most: int  # attempts of the highest bar
     bars: tuple[Bar, ...]
     words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a chart, in as many parts as it has gaps: each the `points` of a polyline."""
+
+    name: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    width: float
+    height: float
+    most: float  # what the top is
+    lines: tuple[Line, ...]
+    words: str
+
+
+def lines(
+    series: dict[str, Sequence[float | None]], *, width: float, height: float, words: str, log: bool = False
+) -> Lines:
+    """Return a chart of values that hold for a step each; None leaves a gap. `log`: each power of two is as high as the next, from 1 up."""
+    most = max((value for values in series.values() for value in values if value is not None), default=0)
+    top, floor = height - 3, height - 1
+
+    def at(value: float) -> float:
+        share = log2(max(1.0, value)) / max(1.0, log2(max(1.0, most))) if log else value / (most or 1)
+        return round(floor - share * top, 2)
+
+    made = []
+    for name, values in series.items():
+        step = width / max(1, len(values))
+        parts: list[list[str]] = [[]]
+        for n, value in enumerate(values):
+            if value is not None:
+                parts[-1] += [f"{n * step:.2f},{at(value)}", f"{(n + 1) * step:.2f},{at(value)}"]
+            elif parts[-1]:
+                parts.append([])
+        made.append(Line(name, tuple(" ".join(part) for part in parts if part)))
+    return Lines(width, height, most, tuple(made), words)
 
 
 def bars(steps: Sequence[tuple[int, int]], *, width: float, height: float, span: str) -> Chart:

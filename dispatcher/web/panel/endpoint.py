@@ -14,7 +14,8 @@ from dispatcher.store import search, stats
 from dispatcher.store.admin import OVERLAP_S, Admin, EndpointView
 from dispatcher.store.session import Connection
 from dispatcher.store.stats import Point
-from dispatcher.web.panel.charts import Chart, bars
+from dispatcher.web.panel.charts import Chart, Lines, bars, lines
+from dispatcher.web.panel.standing import standing
 from dispatcher.web.problems import ProblemError
 from dispatcher.web.streams import Message
 from dispatcher.web.visit import Route, Visit, Who
@@ -95,19 +96,21 @@ async def rotate(visit: Visit) -> StreamResponse:
 
 
 async def live(visit: Visit) -> StreamResponse:
-    """Stream the endpoint's attempts as they are recorded."""
+    """Stream the endpoint's attempts as they are recorded, and how it stands when that changes."""
     endpoint_id = _id(visit)
     async with visit.db() as db:
         view = await visit.admin(db).get(endpoint_id)
 
-    async def look(db: Connection, seen: set[Any] | None) -> tuple[set[Any], list[Message]]:
+    async def look(db: Connection, seen: tuple[set[Any], Any] | None) -> tuple[Any, list[Message]]:
         admin = Admin(db, visit.web.settings, visit.principal)
         rows = await admin.tail(await admin.now() - TAIL_BACK, endpoint_id, TAIL_IDS)
         keys = {(row["event_id"], row["run"], row["number"]) for row in rows}
-        fresh = (
-            [] if seen is None else [row for row in rows if (row["event_id"], row["run"], row["number"]) not in seen]
-        )
-        return keys, [("attempt", row) for row in fresh]
+        stands = standing(visit.web.lane_health, await admin.get(endpoint_id), await admin.next_retry(endpoint_id))
+        if seen is None:
+            return (keys, stands), [("standing", stands)]
+        fresh = [row for row in rows if (row["event_id"], row["run"], row["number"]) not in seen[0]]
+        messages: list[Message] = [("attempt", row) for row in fresh]
+        return (keys, stands), messages if stands == seen[1] else [*messages, ("standing", stands)]
 
     return await visit.web.streams.follow(visit, ("endpoint", view.account_id, endpoint_id), look, every_s=LIVE_EVERY_S)
 
@@ -124,10 +127,11 @@ async def _page(
     since = until - timedelta(minutes=minutes - 1)
     points = await stats.series(db, view.id, since, until, step_min)
     recent = await search.deliveries(db, visit.principal, endpoint_id=view.id, limit=RECENT)
+    stands = standing(visit.web.lane_health, view, await visit.admin(db).next_retry(view.id))
     settings = visit.web.settings
     data: dict[str, Any] = {
-        "endpoint": view.as_dict() | details.as_dict(), "span": span,
-        "points": [{"at": point.at, **asdict(point.stats)} for point in points],
+        "endpoint": view.as_dict() | details.as_dict(), "span": span, "standing": stands,
+        "points": [{"at": point.at, "backlog": point.backlog, **asdict(point.stats)} for point in points],
         "recent": recent.rows, "searched": asdict(recent.searched), "secrets": secrets,
         "retry_schedule_s": view.config["retry_schedule_s"] or list(settings.retry_schedule_s),
         "source_addresses": [one.strip() for one in settings.source_addresses.split(",") if one.strip()],
@@ -138,23 +142,41 @@ async def _page(
         {"scheme": known.scheme, "created_at": known.created_at, "expires_at": known.expires_at}
         for known in view.signing
     ]
+    steps = _steps(points, since, minutes, step_min)
     return visit.html(
-        "endpoint.html", **data, chart=_chart(points, since, minutes, step_min, words) if points else None, spans=SPANS,
+        "endpoint.html", **data, chart=_chart(steps, since, words) if points else None, latency=_latency(steps, words),
+        backlog=_backlog(steps, words), step_min=step_min, since=since, until=until, spans=SPANS,
         signing=signing, overlaps=OVERLAPS, snippets=SNIPPETS, hidden=HIDDEN,
     )  # fmt: skip
 
 
-def _chart(points: Sequence[Point], since: datetime, minutes: int, step_min: int, words: str) -> Chart:
-    """Return the chart of a span, its empty steps too."""
+def _steps(points: Sequence[Point], since: datetime, minutes: int, step_min: int) -> list[Point | None]:
+    """Return a span's steps in order, None where nothing happened."""
     step_s = step_min * 60
     first = int(since.timestamp()) // step_s
-    by_step = {int(point.at.timestamp()) // step_s - first: point.stats for point in points}
-    steps = [
-        (by_step[n].delivered, by_step[n].failed) if n in by_step else (0, 0) for n in range(minutes // step_min + 1)
-    ]
-    return bars(
-        steps, width=720, height=120, span=f"in the last {words}, since {since.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
-    )
+    by_step = {int(point.at.timestamp()) // step_s - first: point for point in points}
+    return [by_step.get(n) for n in range(minutes // step_min + 1)]
+
+
+def _chart(steps: Sequence[Point | None], since: datetime, words: str) -> Chart:
+    counts = [(0, 0) if point is None else (point.stats.delivered, point.stats.failed) for point in steps]
+    span = f"in the last {words}, since {since.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    return bars(counts, width=720, height=120, span=span)
+
+
+def _latency(steps: Sequence[Point | None], words: str) -> Lines:
+    p50 = [None if point is None else point.stats.p50_ms for point in steps]
+    p95 = [None if point is None else point.stats.p95_ms for point in steps]
+    known = [value for value in p95 if value is not None]
+    said = f"p95 of latency between {min(known):,} and {max(known):,} ms" if known else "no latency is known"
+    return lines({"p95": p95, "p50": p50}, width=720, height=80, log=True, words=f"{said} in the last {words}")
+
+
+def _backlog(steps: Sequence[Point | None], words: str) -> Lines:
+    waited = [None if point is None else point.backlog for point in steps]
+    most = max((value for value in waited if value is not None), default=0)
+    said = f"at most {most:,} events waited for their first attempt in the last {words}"
+    return lines({"waiting": waited}, width=720, height=80, words=said)
 
 
 async def _go_on(visit: Visit, verb: Any) -> StreamResponse:

@@ -14,6 +14,17 @@ function cell(label, text, className) {
   return made;
 }
 
+function eventCell(one) {
+  const made = cell("Event", "");
+  const link = document.createElement("a");
+  const type = document.createElement("code");
+  type.textContent = one.type;
+  link.href = `${live.dataset.deliveries}/${one.event_id}/${one.endpoint_id}`;
+  link.append(type);
+  made.append(link);
+  return made;
+}
+
 source.addEventListener("open", () => { live.textContent = "Live: attempts show up here as they are made."; });
 source.addEventListener("error", () => { live.textContent = "Not live at the moment; trying again."; });
 source.addEventListener("missed", () => { live.textContent = "Live, but too many to show them all: load the page again."; });
@@ -22,13 +33,34 @@ source.addEventListener("attempt", (event) => {
   const row = document.createElement("tr");
   row.append(
     cell("Last attempt", format.format(new Date(one.started_at))),
-    cell("Event", one.type),
+    eventCell(one),
     cell("Outcome", one.fault === null ? "delivered" : `failed ${one.fault === "status" ? one.status : one.fault}`, one.fault === null ? "good" : "bad"),
     cell("Attempt", String(one.number)),
-    cell("Took", `${(one.duration_us / 1000).toLocaleString(undefined, { maximumFractionDigits: 1 })} ms`),
+    cell("Took", milliseconds(one.duration_us)),
   );
   attempts.prepend(row);
   while (attempts.rows.length > ROWS_MAX) attempts.lastElementChild.remove();
   document.getElementById("recent-table").hidden = false;
   document.getElementById("none-yet")?.remove();
+});
+
+// How it stands. The sentence is announced, so it is set only when it is another one; the figures beside it are not.
+const words = document.getElementById("lane-words");
+const figures = document.getElementById("lane-figures");
+source.addEventListener("standing", (event) => {
+  const now = JSON.parse(event.data);
+  if (words === null) return;
+  if (now.state !== words.dataset.state || String(now.failing) !== words.dataset.failing) {
+    document.getElementById("changed").hidden = false;
+  }
+  if (words.textContent !== now.words) words.textContent = now.words;
+  const said = [`${now.backlog.toLocaleString()} events wait`, `${now.retries.toLocaleString()} deliveries wait for a retry`];
+  if (now.next_retry_at !== null) {
+    const due = new Date(now.next_retry_at);
+    said[1] += `, the first ${due <= new Date() ? "since" : "at"} ${format.format(due)}`;
+  }
+  if (now.lane !== null) said.push(`${now.lane.in_flight.toLocaleString()} of at most ${now.lane.in_flight_limit.toLocaleString()} POSTs in flight`);
+  if (now.lane !== null && now.lane.pace_per_s !== null && now.lane.breaker === "closed") said.push(`${now.lane.pace_per_s.toLocaleString()} POSTs a second at the moment`);
+  if (now.wait_s !== null) said.push(`tried again in ${now.wait_s.toLocaleString()} s`);
+  figures.textContent = said.join("; ") + ".";
 });

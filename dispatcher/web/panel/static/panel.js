@@ -3,6 +3,10 @@
 
 const format = new Intl.DateTimeFormat(undefined, { dateStyle: "short", timeStyle: "medium" });
 
+function milliseconds(us) {
+  return `${(us / 1000).toLocaleString(undefined, { maximumFractionDigits: 1 })} ms`;
+}
+
 function localize(root) {
   for (const element of root.querySelectorAll("time[datetime]")) {
     const at = new Date(element.dateTime);
