@@ -26,7 +26,7 @@ def reload(current: Settings, read: Callable[[], Settings]) -> Settings:
         return current
     changed = [name for name in Settings.model_fields if getattr(fresh, name) != getattr(current, name)]
     at_once = {name: getattr(fresh, name) for name in changed if name in AT_ONCE}
-    _log.info(
+    _log.warning(  # at any level: somebody waits for the answer
         "reloaded",
         changed={
             f"{ENV_PREFIX}{name.upper()}": HIDDEN if name in SECRETS else value for name, value in at_once.items()
