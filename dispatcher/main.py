@@ -41,7 +41,7 @@ DESCRIPTORS_SPARE = 100  # for the database, logs, name look-ups and listeners; 
 
 
 def make_transport(settings: Settings) -> Pool:
-    spare = DESCRIPTORS_SPARE + (0 if settings.web_listen is None else settings.web_connections_max)
+    spare = spare_descriptors(settings)
     limits = Limits(
         sockets_max=allowed_sockets(settings.sockets_max, spare),
         sockets_per_origin_max=settings.sockets_per_origin_max,
@@ -158,7 +158,7 @@ class _Live:
         self._is_debugging = not self._is_debugging
         level = "debug" if self._is_debugging else self._settings.log_level
         log.configure(self._settings, level=level)
-        _log.warning("log.level", level=level)
+        _log.warning("log.level", now=level)
 
 
 def log_unhandled(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -186,6 +186,17 @@ async def serve_web(settings: Settings, dsn: str) -> None:
             raise
     finally:
         await transport.close()
+
+
+def spare_descriptors(settings: Settings) -> int:
+    return DESCRIPTORS_SPARE + (0 if settings.web_listen is None else settings.web_connections_max)
+
+
+def descriptors(settings: Settings) -> tuple[int, int]:
+    """Return how many descriptors this process may have if it asks, and how many the settings need."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = settings.sockets_max + spare_descriptors(settings)
+    return (sys.maxsize if hard == resource.RLIM_INFINITY else hard), needed
 
 
 def allowed_sockets(wanted: int, spare: int = DESCRIPTORS_SPARE) -> int:

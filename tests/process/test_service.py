@@ -88,9 +88,9 @@ async def test_sighup_changes_what_can_change_and_names_the_rest(dsn, db, tmp_pa
         refused = await made.said("reload.refused")
         assert "DISPATCHER_SLOTS" in refused["error"]
         made.signal(signal.SIGUSR1)
-        assert (await made.said("log.level"))["level"] == "debug"
+        assert (await made.said("log.level"))["now"] == "debug"
         made.signal(signal.SIGUSR1)
-        assert (await made.said("log.level", times=2))["level"] == "info"
+        assert (await made.said("log.level", times=2))["now"] == "info"
         assert await made.stop() == 0
         assert not any("hunter2" in str(said) for said in made.lines)
     finally:
