@@ -288,6 +288,7 @@ class Incarnation:
             settings.memory_bytes_max,
         )
         self.sender.set_slots(settings.slots)
+        self.sender.pump_soon()
 
     async def run(self) -> None:
         """Run the tasks until stopped (returns) or until one fails for good (raises its error)."""

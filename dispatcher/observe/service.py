@@ -66,10 +66,11 @@ class Observation:
     def _look(self) -> None:
         """Once a second: whoever started us hears when we are ready, then how we are."""
         self._looks += 1
-        if not self._is_ready and self._engine.state in (State.OWNER, State.STANDBY):
-            self._is_ready = True
-            self._notifier.ready(self._status())
-        elif self._is_ready and self._looks % STATUS_EVERY_S == 0:
+        if not self._is_ready:
+            if judge(self._engine, self.pulse, self.observer).is_ready:
+                self._is_ready = True
+                self._notifier.ready(self._status())
+        elif self._looks % STATUS_EVERY_S == 0:
             self._notifier.status(self._status())
         if self._looks % REPEATS_EVERY_S == 0:
             log.repeats.tell(_log)

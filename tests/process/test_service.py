@@ -61,7 +61,8 @@ async def test_a_standby_is_ready_too(dsn, db, tmp_path, monkeypatch):
             standby = await Dispatcher(dsn).launch()
             try:
                 await standing_by(db)
-                await heard.heard("READY=1\nSTATUS=standby")
+                await heard.heard("READY=1")
+                assert "READY=1\nSTATUS=standby" in heard.messages, "whoever is ready has no problem to tell of"
             finally:
                 await standby.kill()
 
