@@ -7,19 +7,26 @@ import resource
 import signal
 import socket
 import ssl
+import sys
 from functools import partial
 from typing import Any
 
 import structlog
 
+from dispatcher import log
+from dispatcher import settings as settings_module
 from dispatcher.engine.engine import Engine, State
 from dispatcher.errors import ForcedStopError, InputError
 from dispatcher.mail.mailer import Mailer
+from dispatcher.observe.reload import reload
+from dispatcher.observe.service import Observation
+from dispatcher.observe.systemd import Notifier
 from dispatcher.ports import Limits
 from dispatcher.settings import Settings
 from dispatcher.store.partitions import PgPartitions
 from dispatcher.store.postgres import PgStore
 from dispatcher.transport.pool import Pool
+from dispatcher.transport.tcp import check_local
 from dispatcher.transport.tls import make_tls_context
 from dispatcher.web.app import LaneHealth
 from dispatcher.web.server import WebServer
@@ -35,7 +42,7 @@ DESCRIPTORS_SPARE = 100  # for the database, logs, name look-ups and listeners; 
 
 
 def make_transport(settings: Settings) -> Pool:
-    spare = DESCRIPTORS_SPARE + (0 if settings.web_listen is None else settings.web_connections_max)
+    spare = spare_descriptors(settings)
     limits = Limits(
         sockets_max=allowed_sockets(settings.sockets_max, spare),
         sockets_per_origin_max=settings.sockets_per_origin_max,
@@ -54,19 +61,25 @@ def make_transport(settings: Settings) -> Pool:
         raise InputError(
             f"setting DISPATCHER_CA_FILE: {settings.ca_file} holds no certificate in PEM form ({exc.reason})"
         ) from exc
+    check_local(settings.local_addresses)
     kind = Pool
     if settings.transport == "aiohttp":
         from dispatcher.transport.aiohttp_transport import AiohttpTransport  # importing it takes 0.2 s and 8 MB
 
         kind = AiohttpTransport
     return kind(
-        limits, settings.address_policy, tls=tls, tls_as=partial(make_tls_context, ca_file), proxy=settings.proxy
+        limits,
+        settings.address_policy,
+        tls=tls,
+        tls_as=partial(make_tls_context, ca_file),
+        proxy=settings.proxy,
+        local=settings.local_addresses,
     )
 
 
-def make_engine(settings: Settings, dsn: str, transport: Pool) -> Engine:
+def make_engine(settings: Settings, dsn: str, transport: Pool, store: PgStore | None = None) -> Engine:
     return Engine(
-        PgStore(dsn, settings),
+        store or PgStore(dsn, settings),
         transport,
         settings,
         owner=f"{socket.gethostname()}:{os.getpid()}",
@@ -75,9 +88,13 @@ def make_engine(settings: Settings, dsn: str, transport: Pool) -> Engine:
 
 
 async def serve(settings: Settings, dsn: str) -> None:
-    """Run one dispatcher until SIGTERM or SIGINT; a second signal ends it at once (ForcedStopError)."""
+    """Run one dispatcher until SIGTERM or SIGINT; a second signal ends it at once (ForcedStopError). SIGHUP reads the settings again,
+    SIGUSR1 turns debug lines on and off."""
     transport = make_transport(settings)
-    engine = make_engine(settings, dsn, transport)
+    store = PgStore(dsn, settings)
+    engine = make_engine(settings, dsn, transport, store)
+    notifier = Notifier()
+    observation = Observation(engine, transport, settings, dsn, store.round_trips, notifier)
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     signals: list[int] = []
@@ -86,6 +103,7 @@ async def serve(settings: Settings, dsn: str) -> None:
         signals.append(number)
         if len(signals) == 1:
             _log.info("signal", name=signal.Signals(number).name)
+            notifier.stopping()
             engine.stop()
         else:
             _log.warning("signal.forced", name=signal.Signals(number).name)
@@ -94,8 +112,12 @@ async def serve(settings: Settings, dsn: str) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+    live = _Live(settings, engine, observation, notifier)
+    # A terminal that is closed says SIGHUP too, and means the end.
+    loop.add_signal_handler(signal.SIGHUP, *((on_signal, signal.SIGHUP) if sys.stdin.isatty() else (live.reload,)))
+    loop.add_signal_handler(signal.SIGUSR1, live.toggle_debug)
     loop.set_exception_handler(log_unhandled)
-    beside = []
+    beside = [asyncio.create_task(observation.run())]
     if settings.web_listen is not None:
         beside.append(asyncio.create_task(make_web(settings, dsn, transport, engine.lane_health).run_beside()))
     if settings.mail_server is not None:
@@ -113,6 +135,31 @@ async def serve(settings: Settings, dsn: str) -> None:
             other.cancel()
         await asyncio.gather(*beside, return_exceptions=True)
         await transport.close()
+
+
+class _Live:
+    """What people may change while it runs."""
+
+    def __init__(self, settings: Settings, engine: Engine, observation: Observation, notifier: Notifier) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._observation = observation
+        self._notifier = notifier
+        self._is_debugging = False
+
+    def reload(self) -> None:
+        self._notifier.reloading()
+        self._settings = reload(self._settings, settings_module.load)
+        self._is_debugging = False
+        log.configure(self._settings)
+        self._engine.adopt(self._settings)
+        self._observation.reloaded(self._settings)
+
+    def toggle_debug(self) -> None:
+        self._is_debugging = not self._is_debugging
+        level = "debug" if self._is_debugging else self._settings.log_level
+        log.configure(self._settings, level=level)
+        _log.warning("log.level", now=level)
 
 
 def log_unhandled(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -140,6 +187,17 @@ async def serve_web(settings: Settings, dsn: str) -> None:
             raise
     finally:
         await transport.close()
+
+
+def spare_descriptors(settings: Settings) -> int:
+    return DESCRIPTORS_SPARE + (0 if settings.web_listen is None else settings.web_connections_max)
+
+
+def descriptors(settings: Settings) -> tuple[int, int]:
+    """Return how many descriptors this process may have if it asks, and how many the settings need."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = settings.sockets_max + spare_descriptors(settings)
+    return (sys.maxsize if hard == resource.RLIM_INFINITY else hard), needed
 
 
 def allowed_sockets(wanted: int, spare: int = DESCRIPTORS_SPARE) -> int:

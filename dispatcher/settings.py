@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, FilePath, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, FilePath, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -40,6 +40,7 @@ LOGO_TYPES = {
 }
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 SECRETS = ("database_url", "proxy_url", "encryption_keys", "smtp_url")  # no message and no listing shows them
+FROM_FILES = ("database_url", "proxy_url", "smtp_url")  # may be in a file; encryption_keys has one key a line there
 
 
 def default_data_dir() -> Path:
@@ -59,6 +60,7 @@ class Settings(BaseSettings):
         repr=False,
         description="PostgreSQL to use (postgresql://user:password@host/db). Unset: an embedded server in data_dir.",
     )
+    database_url_file: FilePath | None = Field(None, description="File with the same; instead of the other.")
     data_dir: Path = Field(
         default_factory=default_data_dir, description="Where the embedded PostgreSQL keeps its data and its socket."
     )
@@ -120,6 +122,11 @@ class Settings(BaseSettings):
         None,
         repr=False,
         description="Outbound proxy for all POSTs: http://user:password@host:port (CONNECT), or socks5://… with the extra `socks`.",
+    )
+    proxy_url_file: FilePath | None = Field(None, description="File with the same; instead of the other.")
+    local_address: str | None = Field(
+        None,
+        description="Addresses that POSTs go out from, comma-separated: at most one IPv4 and one IPv6. Unset: the system chooses.",
     )
     dns_ttl_s: float = Field(30, ge=1, le=3_600, description="Upper bound on how long a looked-up address is used.")
     ca_file: FilePath | None = Field(
@@ -279,6 +286,7 @@ class Settings(BaseSettings):
         repr=False,
         description="Mail server for alerts: smtp://user:password@host:587 (STARTTLS), smtps://… (TLS) or smtp+plain://…. Unset: no mail.",
     )
+    smtp_url_file: FilePath | None = Field(None, description="File with the same; instead of the other.")
     mail_from: str | None = Field(
         None, validate_default=True, description="Address that mails come from; needed with smtp_url."
     )
@@ -289,11 +297,45 @@ class Settings(BaseSettings):
         10, ge=1, le=1_000, description="Mails an hour to an account's recipients; what is beyond is told in one."
     )
 
-    # ── logs ──
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level logged.")
-    log_format: Literal["auto", "json", "console"] = Field(
-        "auto", description="auto: console on a terminal, else JSON."
+    # ── health and logs ──
+    health_listen: str | None = Field(
+        None,
+        description="host:port of /livez, /readyz and /metrics, without a login: for machines of yours only. Unset: they aren't served.",
     )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Lowest level logged. SIGHUP reads it again, SIGUSR1 turns debug on and off."
+    )
+    log_format: Literal["auto", "json", "journal", "console"] = Field(
+        "auto",
+        description="journal: JSON with a priority for journald. auto: console on a terminal, journal under systemd, else json.",
+    )
+    log_repeats_per_minute: int = Field(
+        20,
+        ge=0,
+        le=1_000_000,
+        description="Lines a minute of one kind about one endpoint; the rest are counted in one. 0: no bound. On debug none is left out.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_secret_files(cls, values: Any) -> Any:
+        """Put what a file holds in the place of the setting that it stands for."""
+        values = dict(values)
+        for name in FROM_FILES:
+            path = values.get(f"{name}_file")
+            if path is None:
+                continue
+            if values.get(name) is not None:
+                raise ValueError(
+                    f"{ENV_PREFIX}{name.upper()} and {ENV_PREFIX}{name.upper()}_FILE are both set; give one of the two"
+                )
+            try:
+                values[name] = Path(path).read_text().strip() or None
+            except (OSError, UnicodeDecodeError, TypeError) as exc:
+                raise ValueError(f"{ENV_PREFIX}{name.upper()}_FILE can't be read: {exc}") from exc
+            if values[name] is None:
+                raise ValueError(f"{ENV_PREFIX}{name.upper()}_FILE: {path} is empty")
+        return values
 
     @field_validator("retry_schedule_s", mode="before")
     @classmethod
@@ -395,7 +437,18 @@ class Settings(BaseSettings):
                 raise ValueError(str(exc)) from exc
         return value
 
-    @field_validator("web_listen", "web_connect")
+    @field_validator("local_address")
+    @classmethod
+    def _check_local(cls, value: str | None) -> str | None:
+        if value is not None:
+            versions = [
+                ipaddress.ip_address(part).version for part in _listed(value)
+            ]  # its ValueError says what is wrong
+            if not versions or len(set(versions)) != len(versions):
+                raise ValueError("give one IPv4 address, one IPv6 address, or one of each")
+        return value
+
+    @field_validator("web_listen", "web_connect", "health_listen")
     @classmethod
     def _check_listen(cls, value: str | None) -> str | None:
         if value is not None:
@@ -470,6 +523,10 @@ class Settings(BaseSettings):
         if value is not None and not value.isprintable():
             raise ValueError("give printable characters")
         return value
+
+    @property
+    def local_addresses(self) -> tuple[str, ...]:
+        return () if self.local_address is None else _listed(self.local_address)
 
     @property
     def frame_origins(self) -> tuple[str, ...]:
@@ -579,7 +636,9 @@ def _known(env_name: str) -> bool:
 
 
 def _explain(error: Any, path: str | None) -> str:
-    name = str(error["loc"][0]) if error["loc"] else "settings"
+    if not error["loc"]:  # of two settings, which the sentence names
+        return str(error["msg"].removeprefix("Value error, "))
+    name = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
         return f"{name} in {path} is not a setting; see the table in README.md"
     message = error["msg"].removeprefix("Value error, ")

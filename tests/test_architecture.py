@@ -1,6 +1,6 @@
 """The rooms of the house (DESIGN §12) and the doors between them, read from the imports; and the linters, so that `make test` holds them.
 
-    errors → domain → settings, ports → {store, transport, engine} → demo, mail, web, cli → main
+    errors → domain → settings, ports → {store, transport, engine} → demo, mail, web → observe → cli → main
 
 A room imports what stands before it. The three in braces don't know each other: the engine sees the store and the transport through ports.
 """
@@ -19,19 +19,21 @@ PACKAGE = ROOT / "dispatcher"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {"errors", "domain", "ports", "settings", "log"}
-EVERYTHING = BASE | {"store", "transport", "engine", "mail", "web", "sink", "demo", "cli", "main"}
+EVERYTHING = BASE | {"store", "transport", "engine", "mail", "web", "observe", "sink", "demo", "cli", "main"}
 MAY_IMPORT = {  # room: what of ours it may import besides itself
     "errors": set(),
     "domain": {"errors"},
     "ports": {"domain"},
     "settings": {"domain", "errors"},
-    "log": {"settings", "domain"},  # for its type; to clean what is shown
+    "repeats": set(),
+    "log": {"settings", "domain", "repeats"},  # for its type; to clean what is shown
     "store": BASE - {"log"},
     "transport": BASE - {"log"},
     "engine": BASE - {"log"},
     "sink": {"domain", "errors"},  # a receiver: it must not share code with what it judges
     "mail": BASE | {"store"},
     "web": BASE | {"store", "engine"},
+    "observe": BASE | {"store", "transport", "engine", "web"},  # it tells of all of them; none of them knows
     "demo": EVERYTHING,
     "cli": EVERYTHING,
     "main": EVERYTHING,
@@ -79,7 +81,7 @@ def test_imports_run_one_way(path):
 
 def test_the_judge_sees_imports():
     assert {room for _, room in imported_rooms(PACKAGE / "main.py")} >= {"engine", "store", "transport"}
-    assert {room for _, room in imported_rooms(PACKAGE / "log.py")} == {"settings", "domain"}
+    assert {room for _, room in imported_rooms(PACKAGE / "log.py")} == {"settings", "domain", "repeats"}
     assert len(MODULES) > 20
 
 
@@ -120,7 +122,8 @@ def test_the_domain_is_pure(path):
 
 LIBRARIES = {
     "asyncpg": {"store"},
-    "aiohttp": {"transport", "sink", "web"},
+    "aiohttp": {"transport", "sink", "web", "observe"},
+    "prometheus_client": {"observe"},
     "httptools": {"transport", "sink"},
     "aiodns": {"transport"},
 }

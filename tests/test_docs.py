@@ -2,12 +2,16 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import click
+import pytest
+from annotated_types import Ge, Le
 from pydantic_core import PydanticUndefined
 
 from dispatcher.cli import cli
+from dispatcher.observe.catalogue import METRICS
+from dispatcher.observe.reload import AT_ONCE
 from dispatcher.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +38,61 @@ def _shown(default: Any) -> str:
     return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
 
 
+SETTINGS_PAGE = """\
+# Settings
+
+Every setting, from the one table (`dispatcher/settings.py`). Each is read from the environment, `DISPATCHER_<NAME>`, or from a TOML file
+(`dispatcher --config FILE`, or `DISPATCHER_CONFIG`), where it is written in lower case without the prefix; the environment goes first. A bad or
+unknown one stops the start with a sentence that names it. `dispatcher settings` shows what holds and where it comes from.
+
+Secrets may be in files, as service managers and containers hand them over: `DISPATCHER_DATABASE_URL_FILE` and its like.
+
+**at once**: SIGHUP reads the file again and these hold from then on; the others are named in one line of the log and need a restart.
+
+"""
+
+METRICS_PAGE = """\
+# Metrics
+
+What `/metrics` shows where `DISPATCHER_HEALTH_LISTEN` says, from the one table (`dispatcher/observe/catalogue.py`), beside the process's own
+(`process_cpu_seconds_total`, `process_open_fds`, …). Labels are bounded: no endpoint, account or event type is one. What only an owner knows a
+standby leaves out; what only the database knows is left out while it is away. Times are in seconds, in buckets of powers of two from 256 µs on.
+
+The alerts on them: [runbooks](runbooks.md). A dashboard: `deploy/grafana/dispatcher.json`.
+
+"""
+
+
+def settings_page() -> str:
+    lines = ["| setting | default | values | at once | what it is |", "|---|---|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        at_once = "yes" if name in AT_ONCE else ""
+        lines.append(
+            f"| `DISPATCHER_{name.upper()}` | {_shown(field.default)} | {_values(field)} | {at_once} | {field.description} |"
+        )
+    return SETTINGS_PAGE + "\n".join(lines) + "\n"
+
+
+def _values(field: Any) -> str:
+    if get_origin(field.annotation) is Literal:
+        return ", ".join(f"`{one}`" for one in get_args(field.annotation))
+    bounds = {type(m): m for m in field.metadata}
+    if Ge in bounds and Le in bounds:
+        return f"{bounds[Ge].ge:,} – {bounds[Le].le:,}"
+    return ""
+
+
+def metrics_page() -> str:
+    kinds = {"seconds": "histogram", "size": "histogram"}
+    lines = ["| metric | kind | label | what it is |", "|---|---|---|---|"]
+    for spec in METRICS:
+        label = f"`{spec.label}`" if spec.label else ""
+        lines.append(f"| `{spec.full_name}` | {kinds.get(spec.kind, spec.kind)} | {label} | {spec.help} |")
+    return METRICS_PAGE + "\n".join(lines) + "\n"
+
+
+PAGES = {"settings.md": settings_page, "metrics.md": metrics_page}
+
 MARKED = re.compile(r"<!-- settings -->\n(.*?)\n?<!-- /settings -->", re.DOTALL)
 
 
@@ -41,6 +100,11 @@ def test_readme_lists_every_setting_as_it_is() -> None:
     found = MARKED.search(README)
     assert found is not None
     assert found[1] == settings_table(), "run python -m tests.test_docs"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_that_are_made_of_tables_are_as_these_are(name: str) -> None:
+    assert (ROOT / "docs" / name).read_text() == PAGES[name](), "run python -m tests.test_docs"
 
 
 def test_every_verb_teaches_and_is_in_the_readme() -> None:
@@ -76,4 +140,6 @@ def test_links_between_documents_lead_somewhere() -> None:
 
 if __name__ == "__main__":
     block = f"<!-- settings -->\n{settings_table()}\n<!-- /settings -->"
+    for page, make in PAGES.items():
+        (ROOT / "docs" / page).write_text(make())
     (ROOT / "README.md").write_text(MARKED.sub(lambda _: block, README))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import orjson
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -192,8 +193,12 @@ def test_what_was_written_by_sql_is_shown_so_too(run: Cli) -> None:
 
 
 def test_the_log_on_a_terminal_too(capsys: pytest.CaptureFixture[str]) -> None:
+    before = structlog.get_config()
     log.configure(Settings(log_format="console"))
-    log.get("tests").warning("said", detail="\x1b[2J\x9bK", more="\x1b[2J a\r\nfake line", count=3)
+    try:
+        log.get("tests").warning("said", detail="\x1b[2J\x9bK", more="\x1b[2J a\r\nfake line", count=3)
+    finally:
+        structlog.configure(**before)  # what it writes to is closed when the test ends
     out = capsys.readouterr().out
     assert is_tame(out)
     assert r"detail=\x1b[2J\x9bK" in out

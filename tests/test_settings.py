@@ -88,6 +88,7 @@ BOUNDS = {  # setting: least, most. Written down once more, so that a bound that
     "session_s": (60, 2_592_000),
     "portal_session_s": (60, 2_592_000),
     "portal_link_s": (10, 604_800),
+    "log_repeats_per_minute": (0, 1_000_000),
 }
 
 
@@ -120,7 +121,7 @@ def test_a_number_at_its_bounds_and_beyond(name, monkeypatch):
         ("doorbell", ("on", "off")),
         ("transport", ("thin", "aiohttp")),
         ("log_level", ("debug", "info", "warning", "error")),
-        ("log_format", ("auto", "json", "console")),
+        ("log_format", ("auto", "json", "journal", "console")),
     ],
 )
 def test_a_choice(name, choices, monkeypatch):
@@ -334,6 +335,8 @@ WEB = [
     ("public_url", ("https://a.example", "http://a:1/b/c"), ("a.example", "ftp://a", "https://a/?b", "https://u:p@a/", "https://a/b c")),
     ("web_base_path", ("", "/a", "/a/b-c"), ("a", "/a b", "//a", "/{a}")),
     ("web_trusted_proxies", ("", "10.0.0.0/8, ::1"), ("10.0.0.1/8", "proxy")),
+    ("health_listen", ("0.0.0.0:9090", "[::1]:0"), ("9090", "h:port")),
+    ("local_address", ("192.0.2.1", "2001:db8::1, 192.0.2.1"), ("", "eth0", "192.0.2.1,192.0.2.2", "192.0.2.0/24")),
     ("source_addresses", ("192.0.2.1,2001:db8::/32",), ("many",)),
     ("mail_from", ("alerts@acme.example",), ("alerts", "a@b\nc", "A <a@b.example>")),
     ("mail_sender_name", ("Acme",), ("", "a\nb", "x" * 61)),
@@ -402,6 +405,7 @@ def test_every_setting_is_tried_here():
         "retention_bytes_max",
         "encryption_keys",
         "encryption_keys_file",
+        *(f"{name}_file" for name in settings_module.FROM_FILES),
         *(name for name, _, _ in WEB),
     }
     assert set(FIELDS) == tried | {"data_dir", "ca_file", "database_url"}
@@ -471,6 +475,46 @@ def test_a_file_may_hold_every_setting(toml):
     )
     assert (settings.retry_schedule_s, settings.allow_http, settings.grace_s) == ((5, 30), True, 1.5)
     assert settings.address_policy.allowed_networks == parse_networks("10.0.0.0/8 ::1")
+
+
+FILED = {
+    "database_url": "postgresql://u:hunter2@h/d",
+    "proxy_url": "http://u:hunter2@proxy.example:3128",
+    "smtp_url": "smtp://u:hunter2@mail.example:587",
+}
+
+
+@pytest.mark.parametrize("name", settings_module.FROM_FILES)
+def test_a_secret_may_be_in_a_file(name, toml, tmp_path, monkeypatch):
+    secret = tmp_path / "secret"
+    secret.write_text(f"{FILED[name]}\n")
+    monkeypatch.setenv("DISPATCHER_MAIL_FROM", "a@b.example")
+    assert getattr(load(toml(f'{name}_file = "{secret}"')), name) == FILED[name]
+    monkeypatch.delenv("DISPATCHER_CONFIG")
+    monkeypatch.setenv(f"DISPATCHER_{name.upper()}_FILE", str(secret))
+    settings = load()
+    assert getattr(settings, name) == FILED[name]
+    assert "hunter2" not in repr(settings)
+    monkeypatch.setenv(f"DISPATCHER_{name.upper()}", FILED[name])
+    text = refusal()
+    assert f"DISPATCHER_{name.upper()} and DISPATCHER_{name.upper()}_FILE are both set" in text
+    assert "hunter2" not in text
+    monkeypatch.delenv(f"DISPATCHER_{name.upper()}")
+    secret.write_text("\n")
+    assert f"DISPATCHER_{name.upper()}_FILE: {secret} is empty" in refusal()
+    secret.write_bytes(b"\xff\xfe")
+    assert f"DISPATCHER_{name.upper()}_FILE can't be read" in refusal()
+    monkeypatch.setenv(f"DISPATCHER_{name.upper()}_FILE", str(tmp_path / "none"))
+    assert f"DISPATCHER_{name.upper()}_FILE" in refusal()
+
+
+def test_a_bad_value_in_a_file_is_not_shown(tmp_path, monkeypatch):
+    secret = tmp_path / "secret"
+    secret.write_text("ftp://u:hunter2@h")
+    monkeypatch.setenv("DISPATCHER_PROXY_URL_FILE", str(secret))
+    text = refusal()
+    assert text.startswith("setting DISPATCHER_PROXY_URL: ")
+    assert "hunter2" not in text
 
 
 # What is said about a bad one

@@ -10,6 +10,7 @@ from dispatcher import errors
 from dispatcher.cli.common import Context, say
 from dispatcher.cli.completion import completion
 from dispatcher.cli.dead_letter import dead_letter
+from dispatcher.cli.doctor import doctor
 from dispatcher.cli.endpoint import endpoint
 from dispatcher.cli.erase import erase
 from dispatcher.cli.event import event, tail
@@ -19,6 +20,7 @@ from dispatcher.cli.partitions import maintain, partitions
 from dispatcher.cli.replay import replay, resend
 from dispatcher.cli.rotate_key import rotate_key_command
 from dispatcher.cli.service import demo, migrate, run, web
+from dispatcher.cli.settings import settings_command
 from dispatcher.cli.status import status
 from dispatcher.sink import sink_command
 
@@ -57,6 +59,7 @@ def cli(context: click.Context, config: Path | None) -> None:
       dispatcher event send acct_1 message.sent '{}'    send it an event
       dispatcher run                                    the service
       dispatcher status                                 who owns it, who stands by, how far behind
+      dispatcher doctor                                 what is wrong, and what to do about it
 
     \b
     When something went wrong:
@@ -77,6 +80,8 @@ for command in (
     run,
     web,
     status,
+    doctor,
+    settings_command,
     demo,
     migrate,
     endpoint,

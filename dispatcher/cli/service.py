@@ -117,7 +117,7 @@ def demo(context: Context, seconds: float | None, rate: float, plain: bool, json
     dispatcher demo --seconds 15 --rate 500
     """
     settings = context.settings(
-        database_url=None, proxy_url=None, allowed_networks="127.0.0.0/8", log_level="error",
+        database_url=None, database_url_file=None, proxy_url=None, proxy_url_file=None, allowed_networks="127.0.0.0/8", log_level="error",
         encryption_keys=new_encryption_key(), encryption_keys_file=None,
         retry_schedule_s=(1, 2, 3, 5, 8, 13, 21), breaker_wait_s=1.0, breaker_wait_max_s=4.0,
     )  # fmt: skip

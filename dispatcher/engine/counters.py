@@ -27,6 +27,7 @@ class Counters:
     expired: int = 0  # settled unsent, because the event's expires_at had passed
     throttled: int = 0  # answers that asked for less: 429, 502, 503, 504
     stale: int = 0
+    rate_waits: int = 0  # turns that a lane gave up for lack of a token, of its rate or its pace
     breaker_opened: int = 0
     batches: int = 0
     rows_recorded: int = 0

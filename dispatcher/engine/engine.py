@@ -28,6 +28,7 @@ from dispatcher.engine.clock import Clock
 from dispatcher.engine.config import ConfigWatcher
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.gaps import Gaps
+from dispatcher.engine.histogram import Histograms
 from dispatcher.engine.janitor import Janitor
 from dispatcher.engine.lane import Lane, LaneLimits
 from dispatcher.engine.lanes import Lanes, Memory, is_wanted
@@ -66,6 +67,7 @@ class Engine:
         partitions: Partitions | None = None,
     ) -> None:
         self.counters = Counters()
+        self.histograms = Histograms()
         self.state = State.STARTING
         self.ready = asyncio.Event()  # started, and reading
         self.incarnation: Incarnation | None = None
@@ -82,6 +84,12 @@ class Engine:
     def stop(self) -> None:
         """Begin an orderly stop. Safe to call twice, and before `run`."""
         self._stop.set()
+
+    def adopt(self, settings: Settings) -> None:
+        """Go on by other settings, as far as they can change while it runs: slots, memory, grace."""
+        self._settings = settings
+        if self.incarnation is not None:
+            self.incarnation.adopt(settings)
 
     async def run(self) -> None:
         """Deliver until stopped; before that, wait while another owns the database. Raises FencedError when another took over from us, and
@@ -246,6 +254,7 @@ class Incarnation:
         self.recorder.note_retry = self.reader.catch_up.note_retry
         self.recorder.look = self.reader.catch_up.look
         self.recorder.piled_up = self._piled_up
+        self.recorder.histograms = engine.histograms
         store.on_owner_lost(self._lost_ownership)
         self._restore(started)
 
@@ -271,6 +280,15 @@ class Incarnation:
                 self.lanes.fall_behind(lane, started.position, drop=True)
         self.lanes.rows_gone.update(rows)  # rows of endpoints that are no more
         self.reader.begin(started)
+
+    def adopt(self, settings: Settings) -> None:
+        self._settings = settings
+        self.lanes.memory.events_max, self.lanes.memory.bytes_max = (
+            settings.memory_events_max,
+            settings.memory_bytes_max,
+        )
+        self.sender.set_slots(settings.slots)
+        self.sender.pump_soon()
 
     async def run(self) -> None:
         """Run the tasks until stopped (returns) or until one fails for good (raises its error)."""

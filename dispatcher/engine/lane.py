@@ -458,6 +458,10 @@ class Lane:
             at = max(at, self.pace.ready_at(now))
         return at
 
+    def lacks_token(self, now: float) -> bool:
+        """Tell whether nothing but its rate, or its pace, keeps it from a POST that `ready_at` put off."""
+        return not self.held and self.blocked_until <= now and self.breaker.state is not BreakerState.OPEN
+
     def take_token(self, now: float) -> None:
         """A POST starts; `ready_at` said that it may."""
         if self.bucket is not None:

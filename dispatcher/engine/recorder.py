@@ -12,12 +12,13 @@ from collections.abc import Callable
 
 import structlog
 
-from dispatcher.domain.outcome import Verdict
+from dispatcher.domain.outcome import Fault, Outcome, Verdict
 from dispatcher.domain.run import ORIGINAL, RunState
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.delivery import Delivery
 from dispatcher.engine.gaps import Gaps
+from dispatcher.engine.histogram import Histograms
 from dispatcher.engine.lane import NOTHING, Lane
 from dispatcher.engine.lanes import Lanes
 from dispatcher.engine.runs import LaneRun
@@ -43,7 +44,7 @@ CHECKPOINT_GAPS_MAX = 1_000
 UNSETTLED_MAX_S = 5.0  # a POST that takes longer doesn't hold the checkpoint: its id becomes a hole
 AWAY_WAIT_S, AWAY_WAIT_MAX_S = 0.05, 1.0
 STATS_MAX = 1_000  # a batch
-EXPIRED = Verdict.EXPIRED  # looking a member up in its Enum costs 40 ns
+EXPIRED, STATUS = Verdict.EXPIRED, Fault.STATUS  # looking a member up in its Enum costs 40 ns
 
 
 class Recorder:
@@ -70,6 +71,7 @@ class Recorder:
         self.note_retry: Callable[[Lane, int], None] = lambda lane, due_us: None
         self.look: Callable[[Lane], None] = lambda lane: None
         self.piled_up: Callable[[bool], None] = lambda yes: None
+        self.histograms = Histograms()
         self._store = store
         self._lanes = lanes
         self._clock = clock
@@ -122,6 +124,8 @@ class Recorder:
                 batch = self._build(results, checkpoint=checkpoint)
                 last = last and not self._results and not self._minutes and not self._minutes_over
                 recorded = await self._write(batch)
+                self.histograms.batch_us.add(int((self._clock.now() - now) * 1e6))
+                self.histograms.batch_rows.add(len(results))
                 self._under_way = 0
                 self._committed(results, batch, recorded)
             if last:
@@ -157,6 +161,9 @@ class Recorder:
         attempts = batch.attempts
         minute = now_us // MINUTE_US
         runs: dict[LaneRun, tuple[Lane, set[int]]] = {}
+        histograms = self.histograms
+        attempt_counts, received_counts = histograms.attempt_us.counts, histograms.received_us.counts
+        attempt_us = received_us = 0
         for r in results:
             outcome, verdict = r.outcome, r.decision.verdict
             attempts.append(
@@ -182,12 +189,22 @@ class Recorder:
                 continue
             stat.duration_us += r.duration_us
             stat.durations[(r.duration_us // 1000).bit_length()] += 1
+            attempt_counts[r.duration_us.bit_length()] += (
+                1  # both in place: 0.25 µs a result, a third of what two calls cost
+            )
+            attempt_us += r.duration_us
             if r.run != ORIGINAL and not self._count_into_run(r, runs):
                 verdict = Verdict.DELIVERED  # of a canceled run: nothing follows
             if outcome.fault is None:
                 stat.delivered += 1
+                if r.number == 1 and r.run == ORIGINAL:
+                    latency_us = r.started_us + r.duration_us - r.event.created_us
+                    if latency_us > 0:  # else one of the clocks was set back
+                        received_counts[latency_us.bit_length()] += 1
+                        received_us += latency_us
             else:
                 stat.failed += 1
+                self._count_failure(outcome)
             if verdict is Verdict.DELIVERED:
                 if r.number > 1:
                     batch.settled_retries.append((r.lane.id, r.event.id, r.run))
@@ -226,6 +243,8 @@ class Recorder:
                 )
                 if r.number > 1:
                     batch.settled_retries.append((r.lane.id, r.event.id, r.run))
+        histograms.attempt_us.total += attempt_us
+        histograms.received_us.total += received_us
         if checkpoint:
             batch.checkpoint = self._checkpoint(results)
             for lane in self._lanes.running:
@@ -259,6 +278,11 @@ class Recorder:
         return True
 
     # ── statistics ──
+
+    def _count_failure(self, outcome: Outcome) -> None:
+        assert outcome.fault is not None
+        kind = outcome.fault.value if outcome.fault is not STATUS else f"{(outcome.status or 0) // 100}xx"
+        self.histograms.failures[kind] = self.histograms.failures.get(kind, 0) + 1
 
     def _begin_minute(self, lane: Lane, minute: int) -> Stat:
         old = self._minutes.pop(lane, None)

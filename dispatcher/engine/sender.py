@@ -83,7 +83,6 @@ class Sender:
         self._recorder = recorder
         self._clock = clock
         self._counters = counters
-        self._slots = slots
         self._rng = rng
         self._look = look
         self._disable = disable
@@ -91,9 +90,8 @@ class Sender:
         self._tell_failing = tell_failing
         self._failing_after_us = failing_after_s * 1_000_000
         self._disable_after_us = disable_after_s * 1_000_000
-        self._failing = Share(max(1, slots // 4))
-        self._untried = Share(max(1, slots // 4))
-        self._slow = Share(max(1, slots // 2))
+        self._failing, self._untried, self._slow = Share(1), Share(1), Share(1)
+        self.set_slots(slots)
         self._line = Line()
         self._timers: list[tuple[float, int, Lane]] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -106,6 +104,12 @@ class Sender:
         self._timestamp: tuple[int, bytes] = (0, b"")
 
     # ── who may be served ──
+
+    def set_slots(self, slots: int) -> None:
+        """Bound the POSTs in flight; those above a lower bound end as they would."""
+        self._slots = slots
+        self._failing.limit = self._untried.limit = max(1, slots // 4)
+        self._slow.limit = max(1, slots // 2)
 
     def offer(self, lane: Lane) -> None:
         """A lane has something to send, or something that kept it from sending has changed."""
@@ -175,6 +179,8 @@ class Sender:
                 return  # whatever ends next offers the lane again
             at = lane.ready_at(now)
             if at > now:
+                if lane.lacks_token(now):
+                    self._counters.rate_waits += 1
                 self._wake_lane_at(lane, at)
                 return
             if not lane.breaker.may_start(now):

@@ -115,6 +115,10 @@ class PgStore:
         self._lock_refusals = 0
         self._public_ids: PublicIds | None = None
 
+    def round_trips(self) -> dict[str, tuple[int, int]]:
+        """Return how many pieces of work each session did, and how often it connected."""
+        return {session.name: (session.round_trips, session.connects) for session in self._sessions}
+
     # ── start and ownership ──
 
     async def start(self, owner: str, on_standby: Callable[[], None] = lambda: None) -> Started:

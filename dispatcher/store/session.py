@@ -68,7 +68,7 @@ class Session:
         parameters: dict[str, str] | None = None,
     ) -> None:
         self._dsn = dsn
-        self._name = name
+        self.name = name
         self._timeout_s = timeout_s
         self._setup = setup
         self._parameters = _PARAMETERS | {"application_name": f"dispatcher {name}"} | (parameters or {})
@@ -105,7 +105,7 @@ class Session:
             if not isinstance(exc, asyncpg.PostgresError) or is_away(exc):
                 self.drop()  # also when we were cancelled: the answer may still be on its way
             if is_away(exc):
-                raise StoreAwayError(f"{self._name}: {'no answer in time' if late else _say(exc)}") from exc
+                raise StoreAwayError(f"{self.name}: {'no answer in time' if late else _say(exc)}") from exc
             raise
         finally:
             timer.cancel()
@@ -132,10 +132,10 @@ class Session:
 
     async def _connect(self) -> Connection:
         try:
-            connection = await connect(self._dsn, f"dispatcher {self._name}", self._timeout_s)
+            connection = await connect(self._dsn, f"dispatcher {self.name}", self._timeout_s)
         except Exception as exc:
             if is_away(exc):
-                raise StoreAwayError(f"{self._name}: {_say(exc)}") from exc
+                raise StoreAwayError(f"{self.name}: {_say(exc)}") from exc
             raise
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -143,11 +143,11 @@ class Session:
                 if self._setup is not None:
                     await self._setup(connection)
                 if self.life is not None and await connection.fetchval(SQL.life) != self.life:
-                    raise LifeLostError(f"{self._name}: the server was restarted after a crash, or promoted")
+                    raise LifeLostError(f"{self.name}: the server was restarted after a crash, or promoted")
         except BaseException as exc:
             connection.terminate()
             if is_away(exc):
-                raise StoreAwayError(f"{self._name}: {_say(exc)}") from exc
+                raise StoreAwayError(f"{self.name}: {_say(exc)}") from exc
             raise
         self.connects += 1
         self._connection = connection

@@ -8,6 +8,7 @@ import asyncio
 import os
 import socket
 import ssl
+from collections.abc import Sequence
 from functools import partial
 from time import perf_counter  # uvloop's own clock stands still within a turn, and has milliseconds
 from typing import Any
@@ -33,6 +34,7 @@ _LATE = {
 
 class Pool(Room):
     """The `Transport` port on sockets. `guard` judges addresses; `tls` verifies peers; with `proxy` all goes through it.
+    `local`: the addresses to connect from.
 
     `tls_as` makes what takes the place of `tls` for an origin with a client identity."""
 
@@ -45,13 +47,15 @@ class Pool(Room):
         tls_as: MakeContext | None = None,
         resolver: Resolver | None = None,
         proxy: Proxy | None = None,
+        local: Sequence[str] = (),
     ) -> None:
         super().__init__(limits)
         self._guard = guard
         self._tls = tls or make_tls_context(None)
         self._contexts = Contexts(tls_as or partial(make_tls_context, None))
         self._resolver = resolver or Resolver(limits.dns_ttl_s)
-        self._tunnels = Tunnels(proxy, self._resolver, limits.connect_s) if proxy is not None else None
+        self._local = local
+        self._tunnels = Tunnels(proxy, self._resolver, limits.connect_s, local) if proxy is not None else None
 
     async def close(self) -> None:
         await super().close()
@@ -93,8 +97,10 @@ class Pool(Room):
                 stage = Fault.CONNECT
                 if trace is not None:
                     trace.resolved = perf_counter()
-                if self._tunnels is None or origin.host == RECEIVER_HOST:
+                if origin.host == RECEIVER_HOST:
                     sock = await connect_tcp(allowed, origin.port)
+                elif self._tunnels is None:
+                    sock = await connect_tcp(allowed, origin.port, self._local)
                 else:
                     sock = await self._tunnels.reach(allowed, origin.port)
                 if trace is not None:

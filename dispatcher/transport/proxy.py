@@ -12,6 +12,7 @@ import base64
 import os
 import re
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 from dispatcher.domain.proxy import Proxy
@@ -33,7 +34,10 @@ class ProxyRefusedError(ProxyError):
 class Tunnels:
     """Reach addresses through `proxy`, whose name `resolver` looks up, within `connect_s`."""
 
-    def __init__(self, proxy: Proxy, resolver: Resolver, connect_s: float) -> None:
+    def __init__(self, proxy: Proxy, resolver: Resolver, connect_s: float, local: Sequence[str] = ()) -> None:
+        if local and proxy.scheme == "socks5":
+            raise InputError("setting DISPATCHER_LOCAL_ADDRESS: not with a socks5:// proxy; leave one of the two out")
+        self._local = local
         self._proxy = proxy
         self._resolver = resolver
         self._connect_s = connect_s
@@ -71,7 +75,7 @@ class Tunnels:
             head += f"proxy-authorization: Basic {credentials}\r\n"
         loop = asyncio.get_running_loop()
         try:
-            sock = await connect_tcp(list(ours), self._proxy.port)
+            sock = await connect_tcp(list(ours), self._proxy.port, self._local)
         except OSError as exc:
             raise ProxyError(f"the proxy is not reachable: {_reason(exc)}") from exc
         try:

@@ -122,6 +122,10 @@ class Room:
         self.unasked_bytes = 0
         self.connect_failures = 0
 
+    @property
+    def sockets_max(self) -> int:
+        return self._limits.sockets_max
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.count} sockets, {len(self._lines)} origins, {self.opened} opened, {self.reused} reused)"
 

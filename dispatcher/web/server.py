@@ -59,7 +59,7 @@ class WebServer:
         try:
             self._protocols = runner.server
             assert self._protocols is not None
-            listener = await _listen(settings, _bounded(self._protocols, settings.web_connections_max))
+            listener = await _listen(settings, bounded(self._protocols, settings.web_connections_max))
             host, self.port = listener.sockets[0].getsockname()[:2]
             shared.listening = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
             _log.info("web.listening", address=shared.listening, url=shared.url("/"))
@@ -98,7 +98,7 @@ async def _listen(settings: Settings, factory: Callable[[], asyncio.BaseProtocol
         raise InputError(f"can't listen at {listen}: {exc.strerror or exc}; correct DISPATCHER_WEB_LISTEN") from exc
 
 
-def _bounded(server: web.Server, most: int) -> Callable[[], asyncio.BaseProtocol]:
+def bounded(server: web.Server, most: int) -> Callable[[], asyncio.BaseProtocol]:
     """Return what makes a protocol for a new connection; beyond the bound one that hangs up. Those that come in one turn of the loop aren't
     counted among themselves: it may go beyond by the backlog."""
 

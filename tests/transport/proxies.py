@@ -22,6 +22,7 @@ class FakeProxy:
         self.user, self.password = user, password
         self.asked: list[tuple[str, int]] = []
         self.connections = 0
+        self.callers: list[str] = []
         self.routes: dict[str, str] = {}
         self.refuses: set[str] = set()
         self.says: bytes | None = None
@@ -40,6 +41,7 @@ class FakeProxy:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self.callers.append(writer.get_extra_info("peername")[0])
         task = asyncio.current_task()
         assert task is not None
         self.open.add(task)
