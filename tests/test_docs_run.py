@@ -1,0 +1,105 @@
+"""The documents' examples do what they say: each block that is marked `<!-- run: KIND -->` is run, a document's in their order.
+
+They run as a reader would run them: psql, a Python or a Node of their own, on the database in DATABASE_URL.
+"""
+
+import asyncio
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from dispatcher.store import embedded
+
+ROOT = Path(__file__).parent.parent
+MARKED = re.compile(r"^( *)<!-- run: (\w+) -->\n *```\w+\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+NODE_MODULES = ROOT / "tests" / "standard_webhooks" / "node_modules"
+DJANGO = """
+import os
+from urllib.parse import parse_qs, urlsplit
+import django
+from django.conf import settings
+parts = urlsplit(os.environ["DATABASE_URL"])
+settings.configure(DATABASES={"default": {
+    "ENGINE": "django.db.backends.postgresql", "NAME": parts.path[1:], "USER": parts.username,
+    "HOST": parse_qs(parts.query)["host"][0],
+}})
+django.setup()
+"""
+
+
+@dataclass(frozen=True)
+class Block:
+    kind: str
+    text: str
+
+
+def blocks(document: str) -> list[Block]:
+    return [
+        Block(found[2], textwrap.dedent(found[3])) for found in MARKED.finditer((ROOT / "docs" / document).read_text())
+    ]
+
+
+async def run(block: Block, dsn: str, server: embedded.EmbeddedServer) -> str:
+    """Run one block; return what it printed. Fails with what it said."""
+    match block.kind:
+        case "sql":
+            psql = embedded._binaries(server.data_dir, server.version) / "psql"
+            command, text = [str(psql), "-X", "-q", "-At", "-v", "ON_ERROR_STOP=1", "-d", dsn, "-f", "-"], block.text
+        case "python":
+            command, text = [sys.executable, "-"], block.text
+        case "django":
+            command, text = [sys.executable, "-"], DJANGO + block.text
+        case "node":
+            if shutil.which("node") is None or not (NODE_MODULES / "pg").is_dir():
+                pytest.skip("node with pg is not installed: npm install --prefix tests/standard_webhooks")
+            command, text = ["node", "-"], block.text
+        case _:
+            raise AssertionError(f"nobody knows how to run {block.kind}")
+    environment = os.environ | {"DATABASE_URL": dsn, "NODE_PATH": str(NODE_MODULES)}
+    done = await asyncio.to_thread(
+        subprocess.run, command, input=text, capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode == 0, f"{block.text}\n{done.stderr}"
+    return done.stdout
+
+
+async def count(db: asyncpg.Connection) -> int:
+    events: int = await db.fetchval("SELECT count(*) FROM webhook.outbox")
+    return events
+
+
+async def test_producers_sql(dsn: str, db: asyncpg.Connection, server: embedded.EmbeddedServer) -> None:
+    insert, emit, table, move = [block for block in blocks("producers.md") if block.kind == "sql"]
+    assert await run(insert, dsn, server) == "1\n"
+    first, again = (await run(emit, dsn, server)).split()
+    assert first == again
+    await run(table, dsn, server)
+    old = "INSERT INTO app_outbox (customer, kind, body, sent_at) VALUES ('acct', 'a.b', '{}', $1::text::timestamptz)"
+    for sent_at in ("2026-01-01", None, None):
+        await db.execute(old, sent_at)
+    before = await count(db)
+    assert await run(move, dsn, server) == "2\n", "what wasn't sent is handed over"
+    assert await count(db) == before + 2
+    await db.execute(old, None)
+    assert await count(db) == before + 3, "what comes then follows"
+    await run(move, dsn, server)
+    assert await count(db) == before + 3, "repeated, it does nothing twice"
+
+
+@pytest.mark.parametrize(("kind", "events"), [("python", 1 + 1_000 + 5), ("django", 1), ("node", 2)])
+async def test_producers_programs(
+    dsn: str, db: asyncpg.Connection, server: embedded.EmbeddedServer, kind: str, events: int
+) -> None:
+    found = [block for block in blocks("producers.md") if block.kind == kind]
+    assert found
+    for block in found:
+        await run(block, dsn, server)
+    assert await count(db) == events
