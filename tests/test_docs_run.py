@@ -4,19 +4,25 @@ They run as a reader would run them: psql, a Python or a Node of their own, on t
 """
 
 import asyncio
+import base64
+import hmac
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import asyncpg
 import pytest
 
+from dispatcher.domain.signing import secret_key
 from dispatcher.store import embedded
+from tests.rig import SECRET
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"^( *)<!-- run: (\w+) -->\n *```\w+\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
@@ -32,6 +38,16 @@ settings.configure(DATABASES={"default": {
     "HOST": parse_qs(parts.query)["host"][0],
 }})
 django.setup()
+"""
+# What a receiver of the documents answers to a request that is signed, and to the same with another body.
+RECEIVE_PYTHON = """
+import json
+headers, body = json.loads(os.environ["SENT"])
+print(receive(headers, body.encode()), receive(headers, (body + " ").encode()))
+"""
+RECEIVE_NODE = """
+const [headers, body] = JSON.parse(process.env.SENT);
+console.log(receive(headers, body), receive(headers, body + " "));
 """
 
 
@@ -57,18 +73,35 @@ async def run(block: Block, dsn: str, server: embedded.EmbeddedServer) -> str:
             command, text = [sys.executable, "-"], block.text
         case "django":
             command, text = [sys.executable, "-"], DJANGO + block.text
+        case "receiver_python":
+            command, text = [sys.executable, "-"], block.text + RECEIVE_PYTHON
+        case "receiver_node":
+            command, text = ["node", "-"], block.text + RECEIVE_NODE
         case "node":
-            if shutil.which("node") is None or not (NODE_MODULES / "pg").is_dir():
-                pytest.skip("node with pg is not installed: npm install --prefix tests/standard_webhooks")
             command, text = ["node", "-"], block.text
         case _:
             raise AssertionError(f"nobody knows how to run {block.kind}")
-    environment = os.environ | {"DATABASE_URL": dsn, "NODE_PATH": str(NODE_MODULES)}
+    if command[0] == "node" and (shutil.which("node") is None or not (NODE_MODULES / "pg").is_dir()):
+        pytest.skip("node and its packages are not installed: npm install --prefix tests/standard_webhooks")
+    environment = os.environ | {
+        "DATABASE_URL": dsn,
+        "NODE_PATH": str(NODE_MODULES),
+        "WEBHOOK_SECRET": SECRET,
+        "SENT": json.dumps(sent()),
+    }
     done = await asyncio.to_thread(
         subprocess.run, command, input=text, capture_output=True, text=True, timeout=120, env=environment
     )
     assert done.returncode == 0, f"{block.text}\n{done.stderr}"
     return done.stdout
+
+
+def sent() -> tuple[dict[str, str], str]:
+    """A request as the dispatcher signs it."""
+    now, body = int(time.time()), '{"type":"message.sent","data":{"n":  1}}'
+    mac = hmac.digest(secret_key(SECRET), f"evt_1.{now}.{body}".encode(), "sha256")
+    signature = f"v1,{base64.b64encode(mac).decode()}"
+    return {"webhook-id": "evt_1", "webhook-timestamp": str(now), "webhook-signature": signature}, body
 
 
 async def count(db: asyncpg.Connection) -> int:
@@ -103,3 +136,12 @@ async def test_producers_programs(
     for block in found:
         await run(block, dsn, server)
     assert await count(db) == events
+
+
+async def test_receivers_verify_and_remember(dsn: str, db: asyncpg.Connection, server: embedded.EmbeddedServer) -> None:
+    seen, *programs = sorted(blocks("receivers.md"), key=lambda block: block.kind != "sql")
+    assert await run(seen, dsn, server) == "evt_0ee4da927ccba008cff736c89e3074c0\n"
+    assert await run(seen, dsn, server) == "", "the second time there is no row"
+    assert len(programs) == 2
+    for program in programs:
+        assert (await run(program, dsn, server)).splitlines()[-1] == "200 401", program.kind
