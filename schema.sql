@@ -601,7 +601,7 @@ CREATE INDEX IF NOT EXISTS event_key_created_at ON webhook.event_key (created_at
 
 
 -- ─── Functions and triggers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
--- Advisory locks are (9324665, n): 1 doorbell, 2 owner, 3 configuration changes. (9324665 is "webhook" on a telephone's keys.)
+-- Advisory locks are (9324665, n): 1 doorbell, 2 owner, 3 configuration changes, 4 migration. (9324665 is "webhook" on a telephone's keys.)
 
 -- The last id handed out. A fresh sequence has handed out none, though its last_value reads 1.
 CREATE OR REPLACE FUNCTION webhook.last_id() RETURNS bigint

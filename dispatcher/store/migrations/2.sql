@@ -1,12 +1,7 @@
 -- Version 1 → 2: runs (resend and replay), states of dead letters, counted discards, statistics by the minute, erasure, who owns since when,
 -- the shape of an endpoint's requests, secrets encrypted at rest.
 --
--- `dispatcher migrate` applies it in one transaction. The first block takes locks that producers' inserts wait for, as long as it takes to read
--- the log through (two partial indexes that are empty, and a check): three seconds for a million events. Nothing else does.
-
-CREATE INDEX outbox_ordering_key ON webhook.outbox (account_id, ordering_key, id) WHERE ordering_key IS NOT NULL;
-CREATE INDEX outbox_urgent ON webhook.outbox (account_id, id) WHERE priority > 0;
-ALTER TABLE webhook.outbox ADD CONSTRAINT outbox_ordering_key_length CHECK (octet_length(ordering_key) BETWEEN 1 AND 255);
+-- `dispatcher migrate` applies it in one transaction, after 2.online.sql, which has what the log itself needs. Nothing here holds producers up.
 
 ALTER TABLE webhook.endpoint
     ADD COLUMN ordering text NOT NULL DEFAULT 'off',
