@@ -19,9 +19,13 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from click.testing import CliRunner
 
+from dispatcher.cli import cli
 from dispatcher.domain.signing import secret_key
-from dispatcher.store import embedded
+from dispatcher.settings import Settings
+from dispatcher.store import embedded, migrate
+from tests.conftest import connected, dsn_of
 from tests.rig import SECRET
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +65,28 @@ def blocks(document: str) -> list[Block]:
     return [
         Block(found[2], textwrap.dedent(found[3])) for found in MARKED.finditer((ROOT / "docs" / document).read_text())
     ]
+
+
+MIGRATE = {
+    "alembic": """
+import os
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from sqlalchemy import create_engine
+import migration
+engine = create_engine(os.environ["DATABASE_URL"].replace("postgresql://", "postgresql+psycopg://", 1))
+with engine.begin() as connection, Operations.context(MigrationContext.configure(connection)):
+    migration.upgrade()
+""",
+    "django_migration": DJANGO
+    + """
+from django.db import connection
+from django.db.migrations.state import ProjectState
+import migration
+with connection.schema_editor(atomic=True) as editor:
+    migration.Migration("0001_webhook", "app").apply(ProjectState(), editor)
+""",
+}
 
 
 async def run(block: Block, dsn: str, server: embedded.EmbeddedServer) -> str:
@@ -145,3 +171,24 @@ async def test_receivers_verify_and_remember(dsn: str, db: asyncpg.Connection, s
     assert len(programs) == 2
     for program in programs:
         assert (await run(program, dsn, server)).splitlines()[-1] == "200 401", program.kind
+
+
+@pytest.mark.parametrize("kind", ["alembic", "django_migration"])
+async def test_the_schema_goes_in_by_the_platforms_own_tool(
+    server: embedded.EmbeddedServer, tmp_path: Path, kind: str
+) -> None:
+    [block] = [block for block in blocks("operations-database.md") if block.kind == kind]
+    (tmp_path / "migration.py").write_text(block.text)
+    (tmp_path / "webhook_2.sql").write_text(CliRunner().invoke(cli, ["migrate", "--sql"]).output)
+    async with connected(server.dsn) as db:
+        await db.execute(f"CREATE DATABASE of_{kind}")
+    try:
+        dsn = dsn_of(server.dsn, f"of_{kind}")
+        driver = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + MIGRATE[kind]
+        await run(Block("python", driver), dsn, server)
+        async with connected(dsn) as db:
+            assert await migrate.check(db, Settings()) == []
+            assert (await migrate.migrate(db, Settings())).done == (), "whole, and committed"
+    finally:
+        async with connected(server.dsn) as db:
+            await db.execute(f"DROP DATABASE of_{kind} WITH (FORCE)")

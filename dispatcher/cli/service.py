@@ -76,7 +76,7 @@ async def _web(settings: Settings) -> None:
 @click.option(
     "--sql",
     is_flag=True,
-    help="Print the schema's SQL, for another tool to apply to an empty database; change nothing.",
+    help="Print the schema's SQL without BEGIN and COMMIT, for a tool that has its own transaction; change nothing.",
 )
 @as_json
 @click.pass_obj
@@ -92,7 +92,7 @@ def migrate(context: Context, sql: bool, json_out: bool) -> None:
     DISPATCHER_DATABASE_URL=postgresql://owner:password@host/db dispatcher migrate
     """
     if sql:
-        click.echo(schema_sql(), nl=False)
+        click.echo(schema_sql().replace("\nBEGIN;\n", "\n", 1).removesuffix("\nCOMMIT;\n"))
         return
     settings = context.settings()
 
