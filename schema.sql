@@ -588,9 +588,21 @@ CREATE TABLE IF NOT EXISTS webhook.idempotency_key (
 );
 CREATE INDEX IF NOT EXISTS idempotency_key_created_at ON webhook.idempotency_key (created_at);
 
+-- Events that were given a key by their producer: which event came of it. Kept for a day. Not idempotency_key: that one remembers a request and its
+-- whole answer for whoever asked the API; this is written by producers' own transactions, a row an event, so it is as narrow as it can be.
+CREATE TABLE IF NOT EXISTS webhook.event_key (
+    account_id text        NOT NULL,
+    key        text        NOT NULL,
+    event_id   bigint,                                               -- NULL only within the transaction that writes it
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT event_key_pkey PRIMARY KEY (account_id, key),
+    CONSTRAINT event_key_length CHECK (octet_length(key) BETWEEN 1 AND 255)
+);
+CREATE INDEX IF NOT EXISTS event_key_created_at ON webhook.event_key (created_at);
+
 
 -- ─── Functions and triggers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
--- Advisory locks are (9324665, n): 1 doorbell, 2 owner, 3 configuration changes. (9324665 is "webhook" on a telephone's keys.)
+-- Advisory locks are (9324665, n): 1 doorbell, 2 owner, 3 configuration changes, 4 migration. (9324665 is "webhook" on a telephone's keys.)
 
 -- The last id handed out. A fresh sequence has handed out none, though its last_value reads 1.
 CREATE OR REPLACE FUNCTION webhook.last_id() RETURNS bigint
@@ -613,6 +625,56 @@ $$;
 
 CREATE OR REPLACE TRIGGER outbox_doorbell AFTER INSERT ON webhook.outbox
     FOR EACH STATEMENT EXECUTE FUNCTION webhook.ring_doorbell();
+
+-- Insert an event and return its id; under a key that the account used within 24 hours, insert nothing and return the id of then. Of two
+-- transactions with one key the second waits for the first: it gets the first one's id, or inserts where that was rolled back. Without a
+-- key it is the INSERT and nothing else.
+--
+-- The key's row comes first and is filled in afterwards, because the event's id may only be taken by an INSERT: what the dispatcher knows of
+-- an id that nobody can see yet is who holds the outbox's lock. A key that is used again within its day is found by the first SELECT; whoever
+-- comes at the same moment locks the row that won, so that it can't be swept before it is read. SECURITY DEFINER, because producers may see
+-- neither keys nor other people's ids; it does no more for them than the INSERT that they are granted.
+CREATE OR REPLACE FUNCTION webhook.emit(
+    account_id text, type text, payload json, occurred_at timestamptz DEFAULT NULL, ordering_key text DEFAULT NULL,
+    expires_at timestamptz DEFAULT NULL, priority integer DEFAULT NULL, traceparent text DEFAULT NULL, event_key text DEFAULT NULL
+) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog
+    AS $$
+DECLARE
+    is_first boolean := true;
+    emitted  bigint;
+BEGIN
+    IF emit.event_key IS NOT NULL THEN
+        SELECT k.event_id INTO emitted FROM webhook.event_key AS k
+        WHERE k.account_id = emit.account_id AND k.key = emit.event_key AND k.created_at > clock_timestamp() - interval '24 hours';
+        IF FOUND THEN
+            RETURN emitted;
+        END IF;
+        INSERT INTO webhook.event_key AS k (account_id, key) VALUES (emit.account_id, emit.event_key)
+        ON CONFLICT ON CONSTRAINT event_key_pkey DO UPDATE SET event_id = NULL, created_at = excluded.created_at
+            WHERE k.created_at <= excluded.created_at - interval '24 hours'
+        RETURNING true INTO is_first;
+        IF is_first IS NULL THEN
+            SELECT k.event_id INTO STRICT emitted FROM webhook.event_key AS k
+            WHERE k.account_id = emit.account_id AND k.key = emit.event_key;
+            RETURN emitted;
+        END IF;
+    END IF;
+    INSERT INTO webhook.outbox (account_id, type, payload, occurred_at, ordering_key, expires_at, priority, traceparent)
+    VALUES (
+        emit.account_id, emit.type, emit.payload, emit.occurred_at, emit.ordering_key, emit.expires_at, emit.priority::smallint,
+        emit.traceparent
+    )
+    RETURNING id INTO emitted;
+    IF emit.event_key IS NOT NULL THEN
+        UPDATE webhook.event_key AS k SET event_id = emitted
+        WHERE k.account_id = emit.account_id AND k.key = emit.event_key;
+    END IF;
+    RETURN emitted;
+END
+$$;
+
+REVOKE ALL ON FUNCTION webhook.emit(text, text, json, timestamptz, text, timestamptz, integer, text, text) FROM PUBLIC;
 
 CREATE OR REPLACE FUNCTION webhook.note_config_change() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog
@@ -992,6 +1054,7 @@ BEGIN
         -- Not id, not created_at. SELECT (id) so that INSERT … RETURNING id works, which ORMs use.
         GRANT INSERT (account_id, type, payload, occurred_at, ordering_key, expires_at, priority, traceparent), SELECT (id)
             ON webhook.outbox TO webhook_producer;
+        GRANT EXECUTE ON FUNCTION webhook.emit(text, text, json, timestamptz, text, timestamptz, integer, text, text) TO webhook_producer;
     END IF;
     IF EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = 'webhook_dispatcher') THEN
         GRANT USAGE ON SCHEMA webhook TO webhook_dispatcher;

@@ -92,3 +92,10 @@ class DatabaseAwayError(DispatcherError):
 
     code = "database_away"
     exit_code = 6
+
+
+class UnreachableError(DispatcherError):
+    """The API can't be reached now, or has no room; the same call may succeed later."""
+
+    code = "unreachable"
+    exit_code = 6

@@ -374,7 +374,7 @@ class SweptDeadLetters:
 
 
 Parent = Literal["outbox", "attempt"]
-Sweep = Literal["tests", "stats", "runs"]
+Sweep = Literal["tests", "stats", "runs", "event_keys"]
 
 
 class Partitions(Protocol):

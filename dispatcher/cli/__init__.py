@@ -16,12 +16,14 @@ from dispatcher.cli.erase import erase
 from dispatcher.cli.event import event, tail
 from dispatcher.cli.event_type import event_type
 from dispatcher.cli.key import key
+from dispatcher.cli.listen import listen
 from dispatcher.cli.partitions import maintain, partitions
 from dispatcher.cli.replay import replay, resend
 from dispatcher.cli.rotate_key import rotate_key_command
 from dispatcher.cli.service import demo, migrate, run, web
 from dispatcher.cli.settings import settings_command
 from dispatcher.cli.status import status
+from dispatcher.cli.verify import verify
 from dispatcher.sink import sink_command
 
 
@@ -97,6 +99,8 @@ for command in (
     maintain,
     rotate_key_command,
     completion,
+    listen,
+    verify,
 ):
     cli.add_command(command)
 cli.add_command(sink_command, "sink")

@@ -11,7 +11,7 @@ from dispatcher.errors import TakenOverError
 from dispatcher.main import serve, serve_web
 from dispatcher.ports import FencedError
 from dispatcher.settings import Settings
-from dispatcher.store.migrate import check
+from dispatcher.store.migrate import check, schema_sql
 from dispatcher.store.migrate import migrate as migrate_schema
 from dispatcher.store.sealing import check_keys
 
@@ -73,10 +73,17 @@ async def _web(settings: Settings) -> None:
 
 
 @click.command()
+@click.option(
+    "--sql",
+    is_flag=True,
+    help="Print the schema's SQL without BEGIN and COMMIT, for a tool that has its own transaction; change nothing.",
+)
 @as_json
 @click.pass_obj
-def migrate(context: Context, json_out: bool) -> None:
-    """Install the schema, or bring it up to date. Safe to repeat.
+def migrate(context: Context, sql: bool, json_out: bool) -> None:
+    """Install the schema, or bring it up to date. Safe to repeat, also after an interruption.
+
+    Producers and an older dispatcher may go on meanwhile; what takes long says how far it is, on stderr.
 
     Applies DISPATCHER_PAYLOAD_BYTES_MAX and DISPATCHER_DOORBELL to the database too. Needs CREATE on the database, and CREATEROLE for the roles
     webhook_producer and webhook_dispatcher (without it they are left out, with a notice).
@@ -84,11 +91,14 @@ def migrate(context: Context, json_out: bool) -> None:
     \b
     DISPATCHER_DATABASE_URL=postgresql://owner:password@host/db dispatcher migrate
     """
+    if sql:
+        click.echo(schema_sql().replace("\nBEGIN;\n", "\n", 1).removesuffix("\nCOMMIT;\n"))
+        return
     settings = context.settings()
 
     async def work() -> None:
         async with database(settings, migrated=False) as dsn, connection_to(dsn, "migrate") as connection:
-            migrated = await migrate_schema(connection, settings)
+            migrated = await migrate_schema(connection, settings, tell=lambda text: say(text, err=True))
         if json_out:
             print_json({"version": migrated.version, "done": list(migrated.done)})
         else:

@@ -89,7 +89,7 @@ def shape_changes(given: dict[str, Any]) -> dict[str, Any]:
         changes["headers"] = headers
     for name in ("basic", "bearer", "extra_signature_key"):
         if (value := given.pop(name)) is not None:
-            changes[name] = _secret(value)
+            changes[name] = secret_of(value)
     for option, name in (("client_cert", "client_certificate"), ("client_key", "client_key")):
         if (path := given.pop(option)) is not None:
             changes[name] = _read(path)
@@ -123,13 +123,13 @@ def described(view: EndpointView, *, reveal: bool) -> Iterator[tuple[str, str]]:
 
 
 def _header(text: str) -> tuple[str, str]:
-    name, colon, value = _secret(text).partition(":")
+    name, colon, value = secret_of(text).partition(":")
     if not colon:
         raise InputError("a header is given as 'Name: value'")  # not quoted: it may be a value
     return name.strip().lower(), value.strip(" ")
 
 
-def _secret(text: str) -> str:
+def secret_of(text: str) -> str:
     """Return the text, or what is in the file that it names; a line break at its end belongs to the file."""
     return _read(Path(text[1:])).removesuffix("\n").removesuffix("\r") if text.startswith("@") else text
 

@@ -41,10 +41,12 @@ SETTLE_POLL_S = 0.2
 EXPIRE_S, EXPIRE_MAX_S = 10.0, 300.0
 SHELLS_MAX = 4  # dropped a turn
 SWEEP_S = 3_600.0
+KEYS_SWEEP_S = 60.0  # there may be a key an event: 200 pages a minute are 16,000 a second
+KEYS_DAYS = 1  # webhook.emit() says so
 WARN_S = 3_600.0
 SWEEP_ROWS = 5_000
 SWEEP_PAUSE_S = 0.02
-SWEEP_PAGES = 200  # of each kind an hour
+SWEEP_PAGES = 200  # of each kind a time
 RUNS_ROWS = 100  # each is a change of configuration
 TESTS_DAYS = 30
 STATS_DAYS = 35
@@ -76,6 +78,7 @@ class Janitor:
         self._dropping = Patience(TRY_S, TRY_MAX_S)
         self._warning = Patience(WARN_S, WARN_S)
         self._swept_at = float("-inf")
+        self._keys_swept_at = float("-inf")
         self._retries_after = (0, 0, 0)
         self.turns = 0  # that were begun
 
@@ -254,6 +257,9 @@ class Janitor:
             self._counters.deliveries_expired += swept.deliveries
             _log.warning("retries.expired", deliveries=swept.deliveries, why="their events are gone")
             self._ask_for_keys()
+        if self._clock.now() - self._keys_swept_at >= KEYS_SWEEP_S:
+            await self._sweep_kind("event_keys", shape.wall_us - KEYS_DAYS * DAY_S * 1_000_000, SWEEP_ROWS)
+            self._keys_swept_at = self._clock.now()
         if self._clock.now() - self._swept_at >= SWEEP_S:
             await self._sweep_old(shape)
             self._swept_at = self._clock.now()
@@ -268,11 +274,8 @@ class Janitor:
             ("stats", now_us - STATS_DAYS * DAY_S * 1_000_000, SWEEP_ROWS),
             ("runs", letters_us, RUNS_ROWS),
         )
-        for what, before_us, limit in kinds:
-            for _ in range(SWEEP_PAGES):
-                if await self._partitions.sweep(what, before_us, limit) < limit:
-                    break
-                await asyncio.sleep(SWEEP_PAUSE_S)
+        for kind in kinds:
+            await self._sweep_kind(*kind)
         oldest = shape.outbox.leaves[0].low if shape.outbox.leaves else 0
         events_us = now_us - int(self._settings.retention_days * DAY_S * 1e6)
         for _ in range(SWEEP_PAGES):
@@ -290,6 +293,12 @@ class Janitor:
         if deleted:
             self._counters.dead_letters_expired += deleted
             _log.log(30 if still_open else 20, "dead_letters.expired", deleted=deleted, open=still_open)
+
+    async def _sweep_kind(self, what: Sweep, before_us: int, limit: int) -> None:
+        for _ in range(SWEEP_PAGES):
+            if await self._partitions.sweep(what, before_us, limit) < limit:
+                break
+            await asyncio.sleep(SWEEP_PAUSE_S)
 
 
 def _is_open_below(lane: Lane, bound: int) -> bool:

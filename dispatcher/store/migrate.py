@@ -1,7 +1,8 @@
 """Install and check the schema.
 
 `migrate` is safe to repeat: it installs schema.sql where nothing is, else applies the migrations that are missing
-(migrations/N.sql leads to version N, each in one transaction), and brings two things in line with the settings, the
+(migrations/N.sql leads to version N, each in one transaction; before it, beside the producers, what N.online.sql
+has: online.py), and brings two things in line with the settings, the
 payload bound and the doorbell trigger. `check` is what `run` asks before it starts: it changes nothing and refuses
 what could lose events, with the remedy.
 """
@@ -15,7 +16,7 @@ import asyncpg
 from dispatcher.domain.retention import DAY_S
 from dispatcher.errors import DatabaseAwayError, DatabaseRefusedError, InputError
 from dispatcher.settings import Settings
-from dispatcher.store import event_types
+from dispatcher.store import event_types, online
 from dispatcher.store.partitions import STATEMENTS as PARTITIONS
 from dispatcher.store.postgres import CACHED_SEQUENCE
 from dispatcher.store.session import Connection
@@ -44,8 +45,12 @@ def schema_sql() -> str:
     raise DatabaseRefusedError("schema.sql is missing from this installation; install the package again")
 
 
-async def migrate(connection: Connection, settings: Settings) -> Migrated:
-    """Bring the database to this program's schema and settings."""
+def _nobody(_: str) -> None:
+    pass
+
+
+async def migrate(connection: Connection, settings: Settings, tell: online.Tell = _nobody) -> Migrated:
+    """Bring the database to this program's schema and settings, on a connection of its own. What takes long is told to `tell`."""
     await _check_server(connection)
     done = []
     version = await _installed_version(connection)
@@ -60,10 +65,11 @@ async def migrate(connection: Connection, settings: Settings) -> Migrated:
                 f"the schema can't be installed: {exc}. Grant CREATE on the database to this role, or let its owner run schema.sql"
             ) from exc
         done.append(f"installed schema version {SCHEMA_VERSION}")
-    else:
-        for step in range(version + 1, SCHEMA_VERSION + 1):
-            await _upgrade(connection, step)
-            done.append(f"schema version {step - 1} → {step}")
+    elif version < SCHEMA_VERSION:
+        async with online.alone(connection):
+            for step in range(await _installed_version(connection) + 1, SCHEMA_VERSION + 1):
+                await _upgrade(connection, step, tell)
+                done.append(f"schema version {step - 1} → {step}")
     if version < SCHEMA_VERSION and await event_types.is_empty(connection):
         count = await event_types.install(connection, event_types.DEFAULT_CATALOGUE.read_bytes())
         done.append(f"installed the default catalogue, {count} event types")
@@ -81,10 +87,12 @@ async def migrate(connection: Connection, settings: Settings) -> Migrated:
     return Migrated(SCHEMA_VERSION, tuple(done))
 
 
-async def _upgrade(connection: Connection, step: int) -> None:
-    """Apply one migration, or nothing of it. Safe beside a running dispatcher: what it waits for longer than the lock timeout ends it."""
+async def _upgrade(connection: Connection, step: int, tell: online.Tell) -> None:
+    """Apply one migration: what goes beside the producers step by step, the rest at once or not at all. Safe beside a running dispatcher: what
+    it waits for longer than the lock timeout ends it."""
     text = (Path(__file__).parent / "migrations" / f"{step}.sql").read_text()
     try:
+        await online.change(connection, step, tell)
         async with connection.transaction():
             await connection.execute(ADMIN.migration_lock_timeout)
             await connection.execute(text)
@@ -94,7 +102,8 @@ async def _upgrade(connection: Connection, step: int) -> None:
         ) from exc
     except asyncpg.LockNotAvailableError as exc:
         raise DatabaseAwayError(
-            f"the schema can't be brought to version {step} now: another transaction holds a lock ({exc}); nothing was changed, run it again"
+            f"the schema can't be brought to version {step} now: another transaction holds a lock ({exc}); what was made of it so far is kept "
+            "and changes nothing yet, run it again"
         ) from exc
 
 

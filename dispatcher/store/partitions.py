@@ -166,6 +166,7 @@ class PgPartitions:
             "tests": STATEMENTS.sweep_tests,
             "stats": STATEMENTS.sweep_stats,
             "runs": STATEMENTS.sweep_runs,
+            "event_keys": STATEMENTS.sweep_event_keys,
         }[what]
         deleted: int = await self._session.run(lambda c: c.fetchval(statement, _at(before_us), limit))
         return deleted

@@ -224,6 +224,16 @@ WITH gone AS (
 )
 SELECT count(*) FROM gone;
 
+-- name: sweep_event_keys
+-- One that somebody uses at this moment stays for the next page.
+WITH gone AS (
+    DELETE FROM webhook.event_key WHERE (account_id, key) IN (
+        SELECT account_id, key FROM webhook.event_key WHERE created_at < $1 ORDER BY created_at LIMIT $2 FOR UPDATE SKIP LOCKED
+    )
+    RETURNING 1
+)
+SELECT count(*) FROM gone;
+
 -- name: sweep_runs
 -- Runs that have finished long ago. Each is a change of configuration, so few at a time.
 WITH progress AS (

@@ -595,7 +595,7 @@ SELECT seqcache FROM pg_catalog.pg_sequence WHERE seqrelid = 'webhook.outbox_id_
 SELECT t.name || ' (' || p.privilege || ')' AS missing
 FROM unnest(ARRAY[
     'outbox', 'attempt', 'retry', 'dead_letter', 'checkpoint', 'lane', 'life', 'subscription', 'endpoint', 'endpoint_secret', 'config_change',
-    'instance', 'run', 'run_progress', 'endpoint_stat', 'discard', 'alert', 'alert_recipient'
+    'instance', 'run', 'run_progress', 'endpoint_stat', 'discard', 'alert', 'alert_recipient', 'event_key'
 ])
     AS t (name)
 CROSS JOIN unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS p (privilege)

@@ -238,7 +238,7 @@ def test_which_lanes_a_leaf_has_to_wait_for():
 async def test_old_rows_are_swept_page_by_page_once_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
     swept: list[tuple[Any, ...]] = []
-    left = {"tests": 12_000, "stats": 0, "runs": 250}
+    left = {"event_keys": 7_000, "tests": 12_000, "stats": 0, "runs": 250}
 
     async def sweep(what: str, before_us: int, limit: int) -> int:
         deleted = min(limit, left[what])
@@ -269,6 +269,8 @@ async def test_old_rows_are_swept_page_by_page_once_an_hour(monkeypatch: pytest.
     )
     await janitor.turn()
     expected = [
+        ("event_keys", 5_000),
+        ("event_keys", 2_000),
         ("tests", 5_000),
         ("tests", 5_000),
         ("tests", 2_000),
@@ -279,12 +281,15 @@ async def test_old_rows_are_swept_page_by_page_once_an_hour(monkeypatch: pytest.
     ]
     assert swept == [*expected, ("letters", 0), ("letters", 5), ("letters", 10)]
     assert world.counters.dead_letters_expired == 9
-    world.now += 3_599
+    world.now += 59
     await janitor.turn()
-    assert len(swept) == 10
+    assert len(swept) == 12
+    world.now += 3_540
+    await janitor.turn()
+    assert swept[12:] == [("event_keys", 0)], "keys, every minute"
     world.now += 1
     await janitor.turn()
-    assert len(swept) == 16
+    assert len(swept) == 19
 
 
 async def _now(work: Any) -> Any:

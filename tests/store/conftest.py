@@ -14,6 +14,7 @@ from tests.store.worlds import MemoryWorld, PgWorld, World
 EMPTY = """
 SET session_replication_role = replica;
 DELETE FROM webhook.outbox;
+DELETE FROM webhook.event_key;
 DELETE FROM webhook.attempt;
 DELETE FROM webhook.retry;
 DELETE FROM webhook.dead_letter;

@@ -1,5 +1,6 @@
 """Every released schema, brought up to date, is the schema of a fresh installation; and keeps its data."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import asyncpg
 import pytest
 
 from dispatcher import settings as settings_module
-from dispatcher.errors import DatabaseAwayError
+from dispatcher.errors import DatabaseAwayError, DatabaseRefusedError
 from dispatcher.store import embedded, migrate
 from tests.conftest import connected, dsn_of
+from tests.rig import until
 
 RELEASED = Path(__file__).parent.parent / "schemas"
 SETTINGS = settings_module.Settings()
@@ -89,12 +91,98 @@ async def test_schema_sql_refuses_to_pass_over_an_older_one(old: str) -> None:
             await connection.execute(migrate.schema_sql())
 
 
-async def test_an_upgrade_that_finds_a_lock_changes_nothing(old: str) -> None:
+async def version_of(connection: asyncpg.Connection) -> int:
+    version: int = await connection.fetchval("SELECT max(version) FROM webhook.schema_version")
+    return version
+
+
+async def test_an_upgrade_that_finds_a_lock_can_be_repeated(old: str, db: asyncpg.Connection) -> None:
     async with connected(old) as other, connected(old) as connection:
-        before = await structure(connection)
         async with other.transaction():
             await other.execute("LOCK TABLE webhook.dead_letter IN ACCESS SHARE MODE")
-            with pytest.raises(DatabaseAwayError, match="nothing was changed"):
+            with pytest.raises(DatabaseAwayError, match="changes nothing yet"):
                 await migrate.migrate(connection, SETTINGS)
-        assert await structure(connection) == before
+        assert await version_of(connection) == 1
+        assert await connection.fetchval("SELECT count(*) FROM pg_class WHERE relname = 'run'") == 0
+        await migrate.migrate(connection, SETTINGS)
+        assert await structure(connection) == await structure(db)
+
+
+async def test_producers_go_on_while_the_log_is_read_through(old: str, db: asyncpg.Connection) -> None:
+    """An old snapshot makes CREATE INDEX CONCURRENTLY wait, for as long as we like: meanwhile events are inserted. Then it is interrupted, which
+    leaves an index that is not valid; repeated, it goes on."""
+    insert = "INSERT INTO webhook.outbox (account_id, type, payload, priority) VALUES ('acct', 'a.b', '{}', 1)"
+    told: list[str] = []
+    async with connected(old) as reader, connected(old) as producer, connected(old) as connection:
+        pid = await connection.fetchval("SELECT pg_backend_pid()")
+        async with reader.transaction(isolation="repeatable_read"):
+            await reader.fetch("SELECT FROM webhook.checkpoint")
+            migrating = asyncio.create_task(migrate.migrate(connection, SETTINGS, tell=told.append))
+            waits = "SELECT wait_event = 'virtualxid' FROM pg_stat_activity WHERE pid = $1"
+            await until(lambda: producer.fetchval(waits, pid), within_s=60, what="it waits for the old snapshot")
+            for _ in range(50):
+                await producer.execute(insert)
+            assert not migrating.done()
+            with pytest.raises(DatabaseAwayError, match="another"):
+                await migrate.migrate(producer, SETTINGS)
+            assert await producer.fetchval("SELECT pg_terminate_backend($1, 10000)", pid)
+            with pytest.raises(asyncpg.PostgresError):
+                await migrating
+        assert "index outbox_ordering_key: outbox_p0, 1 of 5" in told
+        unfinished = "SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid"
+        assert {row[0] for row in await producer.fetch(unfinished)} == {
+            "webhook.outbox_ordering_key",
+            "webhook.outbox_p0_ordering_key",
+        }
+        await migrate.migrate(producer, SETTINGS)
+        assert await producer.fetch(unfinished) == []
+        assert await structure(producer) == await structure(db)
+        assert await producer.fetchval("SELECT count(*) FROM webhook.outbox") == 55
+
+
+async def test_an_open_transaction_holds_the_upgrade_up_and_not_the_others(old: str, db: asyncpg.Connection) -> None:
+    insert = "INSERT INTO webhook.outbox (account_id, type, payload) VALUES ('acct', 'a.b', '{}')"
+    told: list[str] = []
+    async with connected(old) as slow, connected(old) as producer, connected(old) as connection:
+        async with slow.transaction():
+            await slow.execute(insert)
+            migrating = asyncio.create_task(migrate.migrate(connection, SETTINGS, tell=told.append))
+            await until(
+                lambda: "outbox_ordering_key: waiting for transactions that hold the outbox" in told, within_s=60
+            )
+            for _ in range(50):  # each behind the try for a lock, if there is one at that moment
+                await producer.execute(insert)
+            assert not migrating.done()
+        await migrating
+        assert await structure(connection) == await structure(db)
+
+
+async def test_timeouts_of_the_role_do_not_end_it(old: str, db: asyncpg.Connection) -> None:
+    name = old.partition("?")[0].rpartition("/")[2]
+    async with connected(old) as other:
+        await other.execute(
+            f"ALTER DATABASE {name} SET statement_timeout = '1s'; ALTER DATABASE {name} SET lock_timeout = '10ms'"
+        )
+        async with other.transaction(isolation="repeatable_read"):
+            await other.fetch("SELECT FROM webhook.checkpoint")
+            async with connected(old) as connection:
+                assert await connection.fetchval("SHOW statement_timeout") == "1s"
+                pid = await connection.fetchval("SELECT pg_backend_pid()")
+                migrating = asyncio.create_task(migrate.migrate(connection, SETTINGS))
+                late = "SELECT wait_event = 'virtualxid' AND clock_timestamp() - query_start > '1.5s' FROM pg_stat_activity WHERE pid = $1"
+                await until(lambda: other.fetchval(late, pid), within_s=60, what="it waits for longer than the timeout")
+                await other.execute("COMMIT; BEGIN")
+                await migrating
+                assert await connection.fetchval("SHOW statement_timeout") == "1s", "as it was"
+                assert await structure(connection) == await structure(db)
+
+
+async def test_events_that_break_a_new_rule_are_named(old: str) -> None:
+    async with connected(old) as connection:
+        await connection.execute(
+            "INSERT INTO webhook.outbox (account_id, type, payload, ordering_key) VALUES ('acct', 'a.b', '{}', '')"
+        )
+        with pytest.raises(DatabaseRefusedError, match="outbox_ordering_key_length"):
+            await migrate.migrate(connection, SETTINGS)
+        await connection.execute("UPDATE webhook.outbox SET ordering_key = NULL WHERE ordering_key = ''")
         await migrate.migrate(connection, SETTINGS)

@@ -939,14 +939,18 @@ async def test_tests_statistics_and_runs_are_kept_for_their_time(
         "INSERT INTO webhook.run_progress (run_id, settled, finished_at) "
         "SELECT id, 9, CASE WHEN id < 10 THEN now() - (10 - id) * interval '1 day' END FROM webhook.run"
     )
+    await db.execute(
+        "INSERT INTO webhook.event_key SELECT 'acct', n::text, n, now() - n * interval '1 day' FROM generate_series(0, 9) AS n"
+    )
     wall_us = await store.wall_us()
     minute = wall_us // 60_000_000
     stats = [StatRow(endpoint, minute - 1_440 * n, 1, 0, 0, 5, [1]) for n in range(10)]
     await store.record(Batch(1, stats=stats))
     before_us = wall_us - int(4.5 * DAY_S * 1e6)
     swept = {
-        what: [await partitions.sweep(what, before_us, 3) for _ in range(3)] for what in ("tests", "stats", "runs")
+        what: [await partitions.sweep(what, before_us, 3) for _ in range(3)]
+        for what in ("tests", "stats", "runs", "event_keys")
     }  # type: ignore[arg-type]
-    assert swept == {"tests": [3, 2, 0], "stats": [3, 2, 0], "runs": [3, 2, 0]}
-    for table in ("test_attempt", "endpoint_stat", "run", "run_progress"):
+    assert swept == {what: [3, 2, 0] for what in swept}
+    for table in ("test_attempt", "endpoint_stat", "run", "run_progress", "event_key"):
         assert await db.fetchval(f"SELECT count(*) FROM webhook.{table}") == 5

@@ -1,12 +1,7 @@
 -- Version 1 → 2: runs (resend and replay), states of dead letters, counted discards, statistics by the minute, erasure, who owns since when,
 -- the shape of an endpoint's requests, secrets encrypted at rest.
 --
--- `dispatcher migrate` applies it in one transaction. The first block takes locks that producers' inserts wait for, as long as it takes to read
--- the log through (two partial indexes that are empty, and a check): three seconds for a million events. Nothing else does.
-
-CREATE INDEX outbox_ordering_key ON webhook.outbox (account_id, ordering_key, id) WHERE ordering_key IS NOT NULL;
-CREATE INDEX outbox_urgent ON webhook.outbox (account_id, id) WHERE priority > 0;
-ALTER TABLE webhook.outbox ADD CONSTRAINT outbox_ordering_key_length CHECK (octet_length(ordering_key) BETWEEN 1 AND 255);
+-- `dispatcher migrate` applies it in one transaction, after 2.online.sql, which has what the log itself needs. Nothing here holds producers up.
 
 ALTER TABLE webhook.endpoint
     ADD COLUMN ordering text NOT NULL DEFAULT 'off',
@@ -537,8 +532,73 @@ CREATE TABLE webhook.idempotency_key (
 );
 CREATE INDEX idempotency_key_created_at ON webhook.idempotency_key (created_at);
 
+-- Events that were given a key by their producer: which event came of it. Kept for a day. Not idempotency_key: that one remembers a request and its
+-- whole answer for whoever asked the API; this is written by producers' own transactions, a row an event, so it is as narrow as it can be.
+CREATE TABLE webhook.event_key (
+    account_id text        NOT NULL,
+    key        text        NOT NULL,
+    event_id   bigint,                                               -- NULL only within the transaction that writes it
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT event_key_pkey PRIMARY KEY (account_id, key),
+    CONSTRAINT event_key_length CHECK (octet_length(key) BETWEEN 1 AND 255)
+);
+CREATE INDEX event_key_created_at ON webhook.event_key (created_at);
+
+-- Insert an event and return its id; under a key that the account used within 24 hours, insert nothing and return the id of then. Of two
+-- transactions with one key the second waits for the first: it gets the first one's id, or inserts where that was rolled back. Without a
+-- key it is the INSERT and nothing else.
+--
+-- The key's row comes first and is filled in afterwards, because the event's id may only be taken by an INSERT: what the dispatcher knows of
+-- an id that nobody can see yet is who holds the outbox's lock. A key that is used again within its day is found by the first SELECT; whoever
+-- comes at the same moment locks the row that won, so that it can't be swept before it is read. SECURITY DEFINER, because producers may see
+-- neither keys nor other people's ids; it does no more for them than the INSERT that they are granted.
+CREATE OR REPLACE FUNCTION webhook.emit(
+    account_id text, type text, payload json, occurred_at timestamptz DEFAULT NULL, ordering_key text DEFAULT NULL,
+    expires_at timestamptz DEFAULT NULL, priority integer DEFAULT NULL, traceparent text DEFAULT NULL, event_key text DEFAULT NULL
+) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog
+    AS $$
+DECLARE
+    is_first boolean := true;
+    emitted  bigint;
+BEGIN
+    IF emit.event_key IS NOT NULL THEN
+        SELECT k.event_id INTO emitted FROM webhook.event_key AS k
+        WHERE k.account_id = emit.account_id AND k.key = emit.event_key AND k.created_at > clock_timestamp() - interval '24 hours';
+        IF FOUND THEN
+            RETURN emitted;
+        END IF;
+        INSERT INTO webhook.event_key AS k (account_id, key) VALUES (emit.account_id, emit.event_key)
+        ON CONFLICT ON CONSTRAINT event_key_pkey DO UPDATE SET event_id = NULL, created_at = excluded.created_at
+            WHERE k.created_at <= excluded.created_at - interval '24 hours'
+        RETURNING true INTO is_first;
+        IF is_first IS NULL THEN
+            SELECT k.event_id INTO STRICT emitted FROM webhook.event_key AS k
+            WHERE k.account_id = emit.account_id AND k.key = emit.event_key;
+            RETURN emitted;
+        END IF;
+    END IF;
+    INSERT INTO webhook.outbox (account_id, type, payload, occurred_at, ordering_key, expires_at, priority, traceparent)
+    VALUES (
+        emit.account_id, emit.type, emit.payload, emit.occurred_at, emit.ordering_key, emit.expires_at, emit.priority::smallint,
+        emit.traceparent
+    )
+    RETURNING id INTO emitted;
+    IF emit.event_key IS NOT NULL THEN
+        UPDATE webhook.event_key AS k SET event_id = emitted
+        WHERE k.account_id = emit.account_id AND k.key = emit.event_key;
+    END IF;
+    RETURN emitted;
+END
+$$;
+
+REVOKE ALL ON FUNCTION webhook.emit(text, text, json, timestamptz, text, timestamptz, integer, text, text) FROM PUBLIC;
+
 DO $$
 BEGIN
+    IF EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = 'webhook_producer') THEN
+        GRANT EXECUTE ON FUNCTION webhook.emit(text, text, json, timestamptz, text, timestamptz, integer, text, text) TO webhook_producer;
+    END IF;
     IF EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = 'webhook_dispatcher') THEN
         GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES IN SCHEMA webhook TO webhook_dispatcher;
         GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA webhook TO webhook_dispatcher;

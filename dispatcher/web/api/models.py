@@ -429,6 +429,10 @@ class ReceiverAnswer(Answer):
     expires_at: datetime
 
 
+class ReceivedFilter(Paged):
+    after: int = Field(0, ge=0, le=(1 << 63) - 1, description="Only those with a higher id: what came since.")
+
+
 class ReceivedAnswer(Answer):
     """A request that a receiver got."""
 
@@ -436,6 +440,7 @@ class ReceivedAnswer(Answer):
     at: datetime
     headers: list[HeaderAnswer]
     body: str = Field(description="The first 16 kB.")
+    body_is_whole: bool = Field(description="`body` is what came, byte by byte: not longer than that, and UTF-8.")
     body_bytes: int = Field(description="Of all of it.")
     signature: str = Field(
         description="valid, missing, old (its time is off by more than five minutes), wrong; unknown: no endpoint has this address."

@@ -71,10 +71,12 @@ async def list_received(call: Call) -> Any:
     """List what a receiver got, the newest first
 
     The last hundred requests, with the first 16 kB of each body, and whether the signature fits an endpoint that has its address."""
-    query: models.Paged = call.query
+    query: models.ReceivedFilter = call.query
     async with call.visit.db() as db:
         found = await receivers.get(db, call.principal, call.path["receiver_id"])
-        rows = await receivers.received(db, found.id, before=before_id(query.cursor), limit=query.limit)
+        rows = await receivers.received(
+            db, found.id, before=before_id(query.cursor), after=query.after, limit=query.limit
+        )
     return page([shown_received(row) for row in rows], query.limit, "id")
 
 
@@ -87,9 +89,11 @@ def shown_receiver(settings: Settings, receiver: Receiver) -> dict[str, Any]:
 
 
 def shown_received(row: Received) -> dict[str, Any]:
+    body = row.body.decode("utf-8", "replace")
     return asdict(row) | {
         "headers": [{"name": name, "value": value} for name, value in row.headers],
-        "body": row.body.decode("utf-8", "replace"),
+        "body": body,
+        "body_is_whole": len(row.body) == row.body_bytes and body.encode() == row.body,
     }
 
 
@@ -105,5 +109,5 @@ OPERATIONS = (
     Operation("GET", _ONE, show_receiver, _TAG, models.ReceiverAnswer),
     Operation("PATCH", _ONE, change_receiver, _TAG, models.ReceiverAnswer, body=models.ReceiverChange, change="receiver.change"),
     Operation("DELETE", _ONE, delete_receiver, _TAG, models.ReceiverAnswer, change="receiver.delete"),
-    Operation("GET", f"{_ONE}/requests", list_received, _TAG, models.Page[models.ReceivedAnswer], models.Paged),
+    Operation("GET", f"{_ONE}/requests", list_received, _TAG, models.Page[models.ReceivedAnswer], models.ReceivedFilter),
 )  # fmt: skip
