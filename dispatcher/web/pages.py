@@ -23,8 +23,10 @@ TEMPLATES = (HERE / "panel" / "templates", HERE / "templates")
 STATIC = (HERE / "panel" / "static", HERE / "static")
 STATIC_BYTES_MAX = 1 << 20
 
+OPERATORS_MENU = (("/overview", "Overview"),)
 MENU = (
     ("/endpoints", "Endpoints"),
+    ("/catalogue", "Event types"),
     ("/alerts", "Alerts"),
     ("/receivers", "Receiver"),
     ("/api/v1/docs", "API"),
@@ -92,6 +94,7 @@ class Templates:
             static=lambda name: base + files.path(name),
             url=lambda path: base + path,
             menu=MENU,
+            operators_menu=OPERATORS_MENU,
             brand={"name": settings.product_name, "logo": logo},
         )
         self._environment.filters["time"] = _time

@@ -15,7 +15,7 @@ from dispatcher.ports import Transport
 from dispatcher.settings import Settings, split_listen
 from dispatcher.store import access
 from dispatcher.store.pool import Pool
-from dispatcher.web.app import LISTEN, Web, make_app
+from dispatcher.web.app import LISTEN, Vitals, Web, make_app
 
 _log = structlog.get_logger(room="web")
 
@@ -27,10 +27,11 @@ GOODBYE_S = 2.0
 class WebServer:
     """`run` serves until it is cancelled; `ready` is set, and `port` known, once it listens."""
 
-    def __init__(self, settings: Settings, dsn: str, transport: Transport) -> None:
+    def __init__(self, settings: Settings, dsn: str, transport: Transport, vitals: Vitals = dict) -> None:
         self._settings = settings
         self._dsn = dsn
         self._transport = transport
+        self._vitals = vitals
         self.ready = asyncio.Event()
         self.port = 0
         self.web: Web | None = None
@@ -44,7 +45,7 @@ class WebServer:
         """Serve. Raises InputError if it can't listen there."""
         settings = self._settings
         pool = Pool(self._dsn, size=settings.web_pool_size, statement_timeout_s=settings.web_statement_timeout_s)
-        shared = self.web = Web(settings, pool, self._transport)
+        shared = self.web = Web(settings, pool, self._transport, self._vitals)
         runner = web.AppRunner(
             make_app(shared), access_log=None, handle_signals=False, keepalive_timeout=60, shutdown_timeout=GOODBYE_S
         )
