@@ -6,10 +6,12 @@ neither inline.
 """
 
 import hashlib
+import json
 import math
 import mimetypes
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,9 @@ class Templates:
             brand={"name": settings.product_name, "logo": logo},
         )
         self._environment.filters["time"] = _time
+        self._environment.filters["json"] = partial(
+            json.dumps, indent=2, ensure_ascii=False
+        )  # in its own order, for people; escaped as text
         self._environment.filters["percent"] = _percent
         self._environment.filters["duration"] = _duration
 

@@ -55,7 +55,7 @@ async def test_alone_it_tells_what_the_database_tells_and_what_it_can_not_know(w
         "Nothing is being delivered",
         "This process does not deliver",
         "&lt;large&gt;",
-        "1,000,001 events",
+        "1,000,001",
         "1 of 2 live",
         "99 %",
     ):

@@ -78,11 +78,12 @@ def _rates(points: deque[tuple[float, dict[str, float]]]) -> dict[str, float]:
 GROUPS = (
     ("Deliveries", (
         ("events_per_s", "Events inserted, now"), ("settled_per_s", "Events settled, now"), ("delivered_per_s", "Delivered"),
-        ("failed_per_s", "Failed attempts"), ("in_flight", "POSTs in flight"), ("first_post", "Insert to first POST"),
+        ("failed_per_s", "Failed attempts"), ("in_flight", "POSTs in flight"), ("first_post_p50", "Insert to first POST, p50"),
+        ("first_post_p99", "Insert to first POST, p99"),
         ("post_p95", "A POST takes, p95"), ("success", "Success"),
     )),
     ("Waiting", (
-        ("behind", "Log not settled yet"), ("oldest", "Oldest undelivered event"), ("backlog", "Behind a slow or failing endpoint"),
+        ("behind", "Log not settled yet"), ("oldest", "Oldest undelivered event"), ("backlog", "Behind endpoints that lag"),
         ("retries", "Waiting for a retry"), ("dead_letters", "Given up, open"), ("failing", "Endpoints failing"),
         ("breakers", "Breakers open"), ("paused", "Paused, disabled"),
     )),
@@ -115,10 +116,10 @@ def figures(
     return {
         "events_per_s": per_s("events"), "settled_per_s": per_s("settled"), "delivered_per_s": per_s("delivered"),
         "failed_per_s": per_s("failed"), "in_flight": of_memory("in_flight"),
-        "first_post": f"p50 {_ms(posts['p50_ms'])}, p99 {_ms(posts['p99_ms'])}" if posts["posts"] else "–",
+        "first_post_p50": _ms(posts["p50_ms"]), "first_post_p99": _ms(posts["p99_ms"]),
         "post_p95": f"≤ {minutes['p95_ms']:,} ms" if minutes["p95_ms"] else "–",
         "success": "–" if minutes["success_rate"] is None else f"{int(minutes['success_rate'] * 1000) / 10:g} %",
-        "behind": f"{log['behind_ids']:,} ids", "oldest": _age(log["oldest_undelivered_s"]), "backlog": f"{lanes['backlog']:,} events",
+        "behind": f"{log['behind_ids']:,} ids", "oldest": _age(log["oldest_undelivered_s"]), "backlog": f"{lanes['backlog']:,}",
         "retries": _bounded(service["retries"]), "dead_letters": _bounded(service["dead_letters"]),
         "failing": f"{endpoints['failing']:,} of {endpoints['live']:,} live", "breakers": of_memory("breakers_open"),
         "paused": f"{endpoints['paused']:,}, {endpoints['disabled']:,}",

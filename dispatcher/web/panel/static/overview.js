@@ -55,7 +55,7 @@ function draw(rate) {
   spark.replaceChildren(...rates.map((one, n) => {
     const bar = document.createElementNS("http://www.w3.org/2000/svg", "rect");
     const height = one === 0 ? 0 : Math.max(0.5, (one / most) * 32);
-    for (const [name, value] of Object.entries({ class: "bar-good", x: n * 2, y: 32 - height, width: 1.6, height })) bar.setAttribute(name, value);
+    for (const [name, value] of Object.entries({ class: "bar-good", x: (BARS - rates.length + n) * 2, y: 32 - height, width: 1.6, height })) bar.setAttribute(name, value);
     return bar;
   }));
   spark.setAttribute("aria-label", `Deliveries a second, live: ${rate.toFixed(1)} now, ${most.toFixed(1)} at most since this page is open`);
