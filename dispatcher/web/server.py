@@ -46,6 +46,7 @@ class WebServer:
         settings = self._settings
         pool = Pool(self._dsn, size=settings.web_pool_size, statement_timeout_s=settings.web_statement_timeout_s)
         shared = self.web = Web(settings, pool, self._transport, self._vitals)
+        await asyncio.to_thread(shared.templates.compile)
         runner = web.AppRunner(
             make_app(shared), access_log=None, handle_signals=False, keepalive_timeout=60, shutdown_timeout=GOODBYE_S
         )
