@@ -124,7 +124,7 @@ def log_unhandled(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None
 
 def make_web(settings: Settings, dsn: str, transport: Pool, engine: Engine | None = None) -> WebServer:
     """Make panel and API; beside an engine they can tell what only its memory knows."""
-    return WebServer(settings, dsn, transport, dict if engine is None else partial(vitals, engine))
+    return WebServer(settings, dsn, transport, vitals=dict if engine is None else partial(vitals, engine))
 
 
 def vitals(engine: Engine) -> dict[str, float]:

@@ -1,11 +1,4 @@
--- What an operator's first page shows beside `status`. Cheap at any size: whole minutes, index descents, and one look at the endpoints.
-
--- name: minutes
--- The last $1 whole minutes of all endpoints. The range is of a stable clock, so that the key is descended.
-SELECT coalesce(sum(delivered), 0)::bigint AS delivered, coalesce(sum(failed), 0)::bigint AS failed, coalesce(sum(dead), 0)::bigint AS dead,
-       coalesce(sum(duration_ms), 0)::bigint AS duration_ms, ARRAY[{buckets}] AS durations
-FROM webhook.endpoint_stat
-WHERE minute >= date_trunc('minute', statement_timestamp()) - $1::integer * interval '1 minute' AND minute < date_trunc('minute', statement_timestamp());
+-- What an operator's first page shows beside `status`. Cheap at any size: index descents, and two looks at the endpoints.
 
 -- name: endpoints
 SELECT count(*) FILTER (WHERE state = 'live') AS live, count(*) FILTER (WHERE state = 'paused') AS paused,

@@ -20,12 +20,10 @@ SPAN_MAX = timedelta(days=31)
 STEPS_MIN = (1, 5, 15, 60, 180)
 
 
-BUCKET_SUMS = ", ".join(f"sum(durations[{n}])::bigint" for n in range(1, BUCKETS + 1))
-
-
 def _load() -> SimpleNamespace:
+    buckets = ", ".join(f"sum(durations[{n}])::bigint" for n in range(1, BUCKETS + 1))
     statements = load(Path(__file__).with_name("stats.sql"))
-    return SimpleNamespace(**{name: text.replace("{buckets}", BUCKET_SUMS) for name, text in vars(statements).items()})
+    return SimpleNamespace(**{name: text.replace("{buckets}", buckets) for name, text in vars(statements).items()})
 
 
 STATS = _load()
@@ -73,14 +71,19 @@ async def series(
         step_min = next(step for step in STEPS_MIN if span_min / step <= POINTS_MAX)
     elif span_min / step_min > POINTS_MAX:
         raise InputError(f"these would be more than {POINTS_MAX} points; give a larger step", field="step_min")
-    return [Point(row["at"], read(row)) for row in await db.fetch(STATS.series, endpoint_id, since, until, step_min)]
+    return [Point(row["at"], _stats(row)) for row in await db.fetch(STATS.series, endpoint_id, since, until, step_min)]
 
 
 async def summaries(db: Connection, endpoint_ids: list[int], span: timedelta = timedelta(days=1)) -> dict[int, Stats]:
     """Return the sums of a page of endpoints; one without attempts isn't in it."""
     now: datetime = await db.fetchval(STATS.now)
     rows = await db.fetch(STATS.summaries, endpoint_ids, now - span)
-    return {row["endpoint_id"]: read(row) for row in rows}
+    return {row["endpoint_id"]: _stats(row) for row in rows}
+
+
+async def lately(db: Connection, minutes: int) -> Stats:
+    """Return the sum of all endpoints' last whole minutes. With many busy endpoints it takes a while: ask once a minute."""
+    return _stats(await db.fetchrow(STATS.lately, minutes))
 
 
 async def by_hour(db: Connection, endpoint_ids: list[int], hours: int = 24) -> dict[int, list[tuple[int, int]]]:
@@ -113,8 +116,7 @@ def percentile(durations: list[int], share: float) -> int | None:
     raise AssertionError("the buckets hold the total")
 
 
-def read(row: Any) -> Stats:
-    """Return a row of sums as what it tells."""
+def _stats(row: Any) -> Stats:
     attempts = row["delivered"] + row["failed"]
     durations = [count or 0 for count in row["durations"]]
     return Stats(

@@ -73,7 +73,7 @@ Vitals = Callable[[], Mapping[str, float]]  # what the delivering process's memo
 class Web:
     """What all visits share. Made within a running loop; `close` it."""
 
-    def __init__(self, settings: Settings, pool: Pool, transport: Transport, vitals: Vitals = dict) -> None:
+    def __init__(self, settings: Settings, pool: Pool, transport: Transport, *, vitals: Vitals = dict) -> None:
         public = settings.public_url or ""
         self.settings = settings
         self.pool = pool

@@ -27,7 +27,7 @@ GOODBYE_S = 2.0
 class WebServer:
     """`run` serves until it is cancelled; `ready` is set, and `port` known, once it listens."""
 
-    def __init__(self, settings: Settings, dsn: str, transport: Transport, vitals: Vitals = dict) -> None:
+    def __init__(self, settings: Settings, dsn: str, transport: Transport, *, vitals: Vitals = dict) -> None:
         self._settings = settings
         self._dsn = dsn
         self._transport = transport
@@ -45,7 +45,7 @@ class WebServer:
         """Serve. Raises InputError if it can't listen there."""
         settings = self._settings
         pool = Pool(self._dsn, size=settings.web_pool_size, statement_timeout_s=settings.web_statement_timeout_s)
-        shared = self.web = Web(settings, pool, self._transport, self._vitals)
+        shared = self.web = Web(settings, pool, self._transport, vitals=self._vitals)
         await asyncio.to_thread(shared.templates.compile)
         runner = web.AppRunner(
             make_app(shared), access_log=None, handle_signals=False, keepalive_timeout=60, shutdown_timeout=GOODBYE_S

@@ -5,6 +5,7 @@ import json
 
 from dispatcher.main import make_web, vitals
 from dispatcher.store import overview as store_overview
+from dispatcher.store import stats
 from dispatcher.web.panel import overview as overview_page
 from dispatcher.web.panel.overview import GROUPS, UNKNOWN, _rates
 from tests.conftest import connected
@@ -111,9 +112,12 @@ async def test_its_questions_read_no_whole_table_of_the_log(web: Site):
     """Each table that grows with events is met by an index, whatever is in it."""
     async with connected(web.dsn) as db:
         await db.execute("SET plan_cache_mode = force_custom_plan; SET enable_seqscan = off")
-        for name, arguments in (("first_posts", "1000, 500"), ("minutes", "5")):
-            types = {"first_posts": "bigint, integer", "minutes": "integer"}[name]
-            await db.execute(f"PREPARE {name} ({types}) AS {getattr(store_overview.OVERVIEW, name)}")
-            plan = "\n".join(row[0] for row in await db.fetch(f"EXPLAIN EXECUTE {name} ({arguments})"))
+        asked = (
+            ("bigint, integer", "1000, 500", store_overview.OVERVIEW.first_posts),
+            ("integer", "5", stats.STATS.lately),
+        )
+        for n, (types, arguments, statement) in enumerate(asked):
+            await db.execute(f"PREPARE asked_{n} ({types}) AS {statement}")
+            plan = "\n".join(row[0] for row in await db.fetch(f"EXPLAIN EXECUTE asked_{n} ({arguments})"))
             assert "Seq Scan" not in plan, plan
             assert "Index" in plan
