@@ -18,7 +18,7 @@ from dispatcher.demo.run import free_port
 from dispatcher.domain.principal import OPERATOR
 from dispatcher.main import make_web
 from dispatcher.sink import Behaviour
-from dispatcher.store import alerts, receivers
+from dispatcher.store import alerts, receivers, runs
 from dispatcher.store.admin import Admin
 from dispatcher.web import panel
 from dispatcher.web.trial import try_and_record
@@ -110,6 +110,11 @@ async def _furnish(made: Rig, web: Site) -> dict[str, Any]:
     await db.execute("UPDATE webhook.endpoint SET failing_since = now() - interval '3 hours' WHERE id = $1", ids["CRM"])
     gone = await people.emit(db, 3, ACCOUNT, "message.sent")
     letters = await people.died(db, ids["CRM"], gone, run=9)
+    [sent] = await made.db.fetch(
+        "SELECT event_id FROM webhook.attempt WHERE endpoint_id = $1 AND fault IS NULL LIMIT 1", ids["Shop"]
+    )
+    run = await runs.resend(db, str(sent["event_id"]), ids["Shop"])
+    await until(lambda: made.attempts(run=run.id), within_s=60, what="what is sent again")
     receiver = await receivers.create(db, OPERATOR, ACCOUNT)
     body = platform.next(datetime.now(UTC)).payload
     headers = [
@@ -131,7 +136,7 @@ async def _furnish(made: Rig, web: Site) -> dict[str, Any]:
         )
     await db.execute("ANALYZE")
     return {
-        "endpoint_id": ids["Shop"], "event": gone[0], "event_id": gone[0], "letter_id": letters[0], "receiver_id": receiver.id,
+        "endpoint_id": ids["Shop"], "event": sent["event_id"], "run_id": run.id, "letter_id": letters[0], "receiver_id": receiver.id,
         "name": "message.delivered", "failing": ids["CRM"], "draft": ids["Analytics"],
     }  # fmt: skip
 

@@ -4,8 +4,6 @@ import asyncio
 import json
 
 from dispatcher.main import make_web, vitals
-from dispatcher.store import overview as store_overview
-from dispatcher.store import stats
 from dispatcher.web.panel import overview as overview_page
 from dispatcher.web.panel.overview import GROUPS, UNKNOWN, _rates
 from tests.conftest import connected
@@ -106,18 +104,3 @@ def test_a_count_that_begins_anew_is_no_negative_rate():
     points = [(1.0, {"delivered": 100.0, "events": 5.0}), (3.0, {"delivered": 2.0, "events": 9.0})]
     assert _rates(points) == {"delivered": 0.0, "events": 2.0}
     assert _rates(points[:1]) == {}
-
-
-async def test_its_questions_read_no_whole_table_of_the_log(web: Site):
-    """Each table that grows with events is met by an index, whatever is in it."""
-    async with connected(web.dsn) as db:
-        await db.execute("SET plan_cache_mode = force_custom_plan; SET enable_seqscan = off")
-        asked = (
-            ("bigint, integer", "1000, 500", store_overview.OVERVIEW.first_posts),
-            ("integer", "5", stats.STATS.lately),
-        )
-        for n, (types, arguments, statement) in enumerate(asked):
-            await db.execute(f"PREPARE asked_{n} ({types}) AS {statement}")
-            plan = "\n".join(row[0] for row in await db.fetch(f"EXPLAIN EXECUTE asked_{n} ({arguments})"))
-            assert "Seq Scan" not in plan, plan
-            assert "Index" in plan
