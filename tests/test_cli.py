@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -388,6 +392,31 @@ def test_the_demo_accounts_for_every_event() -> None:
     assert report["owed"] == report["delivered"] + report["dead_letters"]
     assert report["open"] == 0
     assert report["counters"]["failed"] > 0, "the flaky endpoint failed"
+
+
+def test_the_demo_opens_on_its_panel() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DISPATCHER_")}
+    with subprocess.Popen(
+        [sys.executable, "-m", "dispatcher", "demo", "--seconds", "600", "--plain"],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as demo:  # fmt: skip
+        try:
+            assert demo.stdout is not None
+            found = re.search(r"http://127\.0\.0\.1:\d+/enter/\S+", demo.stdout.readline())
+            assert found is not None, "the first thing it prints is the link"
+            browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+            page = browser.open(found[0], timeout=60)
+            assert page.url.endswith("/overview")
+            assert "This process does not deliver" not in page.read().decode()
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                browser.open(found[0], timeout=60)
+            endpoints = json.load(browser.open(page.url.replace("overview", "endpoints?format=json"), timeout=60))
+            assert {row["name"] for row in endpoints["data"]} == {"fast", "slow", "flaky", "limited", "outage"}
+        finally:
+            demo.send_signal(signal.SIGINT)  # no new events; then it accounts for those that there were
+            told, _ = demo.communicate(timeout=180)
+    assert demo.returncode == 0
+    assert "Every committed event is accounted for." in told
 
 
 def test_a_large_payload_is_sent_with_an_advice(run: Cli) -> None:

@@ -8,6 +8,7 @@ from bench.scenarios import (
     latency,
     maintenance,
     neighbours,
+    panel,
     producers,
     replay,
     restart,
@@ -16,7 +17,6 @@ from bench.scenarios import (
     transport,
 )
 
-# Panel under load belongs here once there is a panel: its pages' times beside a dispatcher at full load, and the other way round.
 SCENARIOS: tuple[Scenario, ...] = (
     throughput.SCENARIO,
     latency.SCENARIO,
@@ -30,4 +30,5 @@ SCENARIOS: tuple[Scenario, ...] = (
     transport.SCENARIO,
     replay.SCENARIO,
     maintenance.SCENARIO,
+    panel.SCENARIO,
 )

@@ -5,7 +5,7 @@ import structlog
 
 from dispatcher import log
 from dispatcher.cli.common import Context, as_json, connection_to, database, print_json, run_async, say
-from dispatcher.demo.run import run_demo
+from dispatcher.demo.run import free_port, run_demo
 from dispatcher.domain.sealing import new_encryption_key
 from dispatcher.errors import TakenOverError
 from dispatcher.main import serve, serve_web
@@ -120,14 +120,16 @@ def migrate(context: Context, sql: bool, json_out: bool) -> None:
 def demo(context: Context, seconds: float | None, rate: float, plain: bool, json_out: bool) -> None:
     """See it work: an embedded PostgreSQL, an SMS platform that inserts events, and receivers that are fast, slow, flaky, rate-limited and down.
 
-    Everything is made anew in a temporary directory and removed at the end. When time is up, or at Ctrl-C, it lets everything settle and checks
-    from the database that every committed event was delivered or is accounted for; that is the exit status.
+    The first thing it prints is a link to the panel, which logs a browser in, once. Everything is made anew in a temporary directory and removed
+    at the end. When time is up, or at Ctrl-C, it lets everything settle and checks from the database that every committed event was delivered or
+    is accounted for; that is the exit status.
 
     \b
     dispatcher demo --seconds 15 --rate 500
     """
     settings = context.settings(
         database_url=None, database_url_file=None, proxy_url=None, proxy_url_file=None, allowed_networks="127.0.0.0/8", log_level="error",
+        web_listen=f"127.0.0.1:{free_port()}", public_url=None, web_base_path=None, web_connect=None, frame_ancestors="",
         encryption_keys=new_encryption_key(), encryption_keys_file=None,
         retry_schedule_s=(1, 2, 3, 5, 8, 13, 21), breaker_wait_s=1.0, breaker_wait_max_s=4.0,
     )  # fmt: skip

@@ -1,14 +1,15 @@
 """`dispatcher demo`: the whole product on one screen, then an account of every event.
 
-An embedded PostgreSQL in a temporary directory, the dispatcher as `run` would run it, five endpoints on a local sink,
-and an SMS platform that inserts into the outbox. At the end everything settles, and the account is drawn up from the
-database alone.
+An embedded PostgreSQL in a temporary directory, the dispatcher and its panel as `run` would run them, five endpoints on a
+local sink, and an SMS platform that inserts into the outbox. The first thing it prints is a link that logs a browser in,
+once. At the end everything settles, and the account is drawn up from the database alone.
 """
 
 import asyncio
 import random
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections import deque
@@ -27,12 +28,13 @@ from rich.table import Table
 from rich.text import Text
 
 from dispatcher.demo.events import SmsPlatform
+from dispatcher.domain.principal import OPERATOR
 from dispatcher.engine.engine import Engine
 from dispatcher.engine.lane import Lane
-from dispatcher.main import make_engine, make_transport, tune_gc
+from dispatcher.main import make_engine, make_transport, make_web, tune_gc
 from dispatcher.settings import Settings
 from dispatcher.sink import Behaviour, Received, Sink
-from dispatcher.store import embedded
+from dispatcher.store import access, embedded
 from dispatcher.store.admin import Admin
 from dispatcher.store.migrate import migrate
 from dispatcher.store.session import connect_once
@@ -42,6 +44,7 @@ UP, DOWN = 12.0, 6.0  # the endpoint that goes down and comes back, seconds each
 SETTLE_MAX_S = 120.0
 LATENCIES_KEPT = 20_000
 LOST_TRACK_MAX = 50_000
+LINK_S = 86_400  # on this machine only, and gone with the demo
 
 
 PROMPT = Behaviour()
@@ -104,14 +107,14 @@ class Tally:
 
 async def run_demo(settings: Settings, *, seconds: float | None, rate: float, plain: bool, json_out: bool) -> bool:
     """Run the demo; return whether every committed event is accounted for."""
-    say = _quiet if json_out else click.echo
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     began = time.monotonic()
     with _temporary_directory() as directory:
-        say("starting an embedded PostgreSQL …")
+        if not json_out:
+            click.echo("starting an embedded PostgreSQL …", err=True)
         server = await asyncio.to_thread(embedded.start, directory)
         try:
             return await _demo(
@@ -132,14 +135,23 @@ async def _demo(
     connection = await connect_once(dsn, "dispatcher demo")
     transport = make_transport(settings)
     engine = make_engine(settings, dsn, transport)
+    panel = make_web(settings, dsn, transport, engine)
     tasks: list[asyncio.Task[Any]] = []
+    serving: asyncio.Task[None] | None = None
     try:
         await migrate(connection, settings)
+        serving = asyncio.create_task(panel.run())
+        await _either(panel.ready.wait(), serving)
         admin = Admin(connection, settings)
         lanes = {sample.name: await _make_endpoint(admin, sink, sample, rate) for sample in SAMPLES}
         tune_gc()
         tasks.append(asyncio.create_task(engine.run()))
         await _either(engine.ready.wait(), tasks[0])
+        _, token = await access.create_link(connection, OPERATOR, account_id=None, ttl_s=LINK_S, session_s=LINK_S)
+        say = _quiet if json_out else click.echo
+        say(
+            f"The panel, with live traffic; this link logs a browser in, once: http://127.0.0.1:{panel.port}/enter/{token}"
+        )
         enough = asyncio.Event()
         producer = asyncio.create_task(_produce(admin, tally, rate, enough))
         outage = asyncio.create_task(_outages(sink))
@@ -155,13 +167,14 @@ async def _demo(
                 raise result
         sink.set_behaviour("/outage", Behaviour())
         stop.clear()
-        accounts = await _settle(engine, admin, stop, say=_quiet if json_out else click.echo)
+        accounts = await _settle(engine, admin, stop, say=say)
         view.cancel()
         await asyncio.gather(view, return_exceptions=True)
         engine.stop()
         await tasks[0]
         return _summary(accounts, tally, sink, engine, json_out)
     finally:
+        tasks += [] if serving is None else [serving]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -350,6 +363,14 @@ def _temporary_directory() -> Iterator[Path]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _quiet(*_: object) -> None:

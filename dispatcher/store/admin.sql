@@ -315,11 +315,12 @@ SELECT endpoint_id, run, number, started_at, duration_us, status, fault, respons
 FROM webhook.attempt WHERE event_id = $1 AND ($2::bigint IS NULL OR endpoint_id = $2) ORDER BY endpoint_id, run, number;
 
 -- name: tail
--- Attempts since $1, among the last $3 events of the log; and those of events that are being retried.
+-- Attempts since $1, among the last $3 events of the log. The bound is a subquery, so that it is asked for once, descended to, and prunes: as a
+-- mere function it was called for every row, of all that the endpoint ever got.
 SELECT a.event_id, a.endpoint_id, a.run, a.number, a.started_at, a.duration_us, a.status, a.fault, o.account_id, o.type, o.created_at
 FROM webhook.attempt AS a
 JOIN webhook.outbox AS o ON o.id = a.event_id
-WHERE a.started_at > $1 AND a.event_id > webhook.last_id() - $3::bigint AND ($2::bigint IS NULL OR a.endpoint_id = $2)
+WHERE a.started_at > $1 AND a.event_id > (SELECT webhook.last_id() - $3::bigint) AND ($2::bigint IS NULL OR a.endpoint_id = $2)
 ORDER BY a.started_at
 LIMIT 1000;
 

@@ -85,6 +85,11 @@ async def summaries(db: Connection, endpoint_ids: list[int], span: timedelta = t
     return {row["endpoint_id"]: _stats(row) for row in rows}
 
 
+async def lately(db: Connection, minutes: int) -> Stats:
+    """Return the sum of all endpoints' last whole minutes. With many busy endpoints it takes a while: ask once a minute."""
+    return _stats(await db.fetchrow(STATS.lately, minutes))
+
+
 async def by_hour(db: Connection, endpoint_ids: list[int], hours: int = 24) -> dict[int, list[tuple[int, int]]]:
     """Return (delivered, failed) of each of the last hours, oldest first, for each of a page of endpoints that has any."""
     now: datetime = await db.fetchval(STATS.now)

@@ -18,6 +18,13 @@ FROM webhook.endpoint_stat
 WHERE endpoint_id = ANY ($1::bigint[]) AND minute >= $2
 GROUP BY endpoint_id;
 
+-- name: lately
+-- The last $1 whole minutes of all endpoints, whose rows may be written some seconds later. The range is of a stable clock, so that the key is descended.
+SELECT coalesce(sum(delivered), 0)::bigint AS delivered, coalesce(sum(failed), 0)::bigint AS failed, coalesce(sum(dead), 0)::bigint AS dead,
+       coalesce(sum(duration_ms), 0)::bigint AS duration_ms, ARRAY[{buckets}] AS durations
+FROM webhook.endpoint_stat
+WHERE minute >= date_trunc('minute', statement_timestamp()) - $1::integer * interval '1 minute' AND minute < date_trunc('minute', statement_timestamp());
+
 -- name: now
 SELECT clock_timestamp();
 

@@ -37,7 +37,7 @@ store takes `visit.principal`, or an account that `visit.principal.within` retur
 """
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from ipaddress import ip_address
 from typing import Any
@@ -69,19 +69,27 @@ LISTEN = "127.0.0.1:8080"  # unless a setting says otherwise
 
 LaneHealth = Callable[[int | None], list[dict[str, Any]]]  # of one endpoint, or all; empty unless this process delivers
 Handler = Callable[[web.Request], Awaitable[StreamResponse]]
+Vitals = Callable[[], Mapping[str, float]]  # what the delivering process's memory knows; empty unless that is this one
 
 
 class Web:
     """What all visits share. Made within a running loop; `close` it."""
 
     def __init__(
-        self, settings: Settings, pool: Pool, transport: Transport, *, lane_health: LaneHealth | None = None
+        self,
+        settings: Settings,
+        pool: Pool,
+        transport: Transport,
+        *,
+        lane_health: LaneHealth | None = None,
+        vitals: Vitals = dict,
     ) -> None:
         public = settings.public_url or ""
         self.settings = settings
         self.pool = pool
         self.transport = transport
         self.lane_health = lane_health  # of the engine beside; None where there is none
+        self.vitals = vitals
         self.base = urlsplit(public).path  # before every path that a browser is told
         self.mount = (
             self.base if settings.web_base_path is None else settings.web_base_path
@@ -178,7 +186,7 @@ def routes() -> Sequence[Route]:
 
 
 async def _home(visit: Visit) -> StreamResponse:
-    return visit.redirect("/endpoints")
+    return visit.redirect("/overview" if visit.principal.is_operator else "/endpoints")
 
 
 async def _static(shared: Web, request: web.Request) -> StreamResponse:

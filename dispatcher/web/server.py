@@ -17,7 +17,7 @@ from dispatcher.ports import Transport
 from dispatcher.settings import Settings, split_listen
 from dispatcher.store import access
 from dispatcher.store.pool import Pool
-from dispatcher.web.app import LISTEN, LaneHealth, Web, make_app
+from dispatcher.web.app import LISTEN, LaneHealth, Vitals, Web, make_app
 
 _log = structlog.get_logger(room="web")
 
@@ -30,12 +30,19 @@ class WebServer:
     """`run` serves until it is cancelled; `ready` is set, and `port` known, once it listens."""
 
     def __init__(
-        self, settings: Settings, dsn: str, transport: Transport, *, lane_health: LaneHealth | None = None
+        self,
+        settings: Settings,
+        dsn: str,
+        transport: Transport,
+        *,
+        lane_health: LaneHealth | None = None,
+        vitals: Vitals = dict,
     ) -> None:
         self._settings = settings
         self._dsn = dsn
         self._transport = transport
         self._lane_health = lane_health
+        self._vitals = vitals
         self.ready = asyncio.Event()
         self.port = 0
         self.web: Web | None = None
@@ -49,7 +56,8 @@ class WebServer:
         """Serve. Raises InputError if it can't listen there."""
         settings = self._settings
         pool = Pool(self._dsn, size=settings.web_pool_size, statement_timeout_s=settings.web_statement_timeout_s)
-        shared = self.web = Web(settings, pool, self._transport, lane_health=self._lane_health)
+        shared = self.web = Web(settings, pool, self._transport, lane_health=self._lane_health, vitals=self._vitals)
+        await asyncio.to_thread(shared.templates.compile)
         runner = web.AppRunner(
             make_app(shared), access_log=None, handle_signals=False, keepalive_timeout=60, shutdown_timeout=GOODBYE_S
         )

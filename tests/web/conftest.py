@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,10 +99,10 @@ def cookie_of(answer: Answer) -> str:
 
 
 @contextlib.asynccontextmanager
-async def site(dsn: str, **settings: Any) -> AsyncIterator[Site]:
+async def site(dsn: str, make: Callable[..., WebServer] = WebServer, **settings: Any) -> AsyncIterator[Site]:
     effective = settings_module.load(**{"web_listen": "127.0.0.1:0", "allowed_networks": "127.0.0.0/8"} | settings)
     transport = make_transport(effective)
-    server = WebServer(effective, dsn, transport)
+    server = make(effective, dsn, transport)
     task = asyncio.create_task(server.run())
     ready = asyncio.create_task(server.ready.wait())
     await asyncio.wait([task, ready], return_when=asyncio.FIRST_COMPLETED)

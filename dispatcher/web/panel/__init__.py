@@ -2,11 +2,13 @@
 
 from dispatcher.web.panel import (
     alerts,
+    catalogue,
     dead_letters,
     deliveries,
     endpoint,
     endpoints,
     events,
+    overview,
     receivers,
     recover,
     setup,
@@ -14,6 +16,6 @@ from dispatcher.web.panel import (
 from dispatcher.web.visit import Route
 
 ROUTES: tuple[Route, ...] = (
-    *endpoints.ROUTES, *setup.ROUTES, *endpoint.ROUTES, *deliveries.ROUTES, *events.ROUTES, *recover.ROUTES, *dead_letters.ROUTES,
-    *alerts.ROUTES, *receivers.ROUTES,
+    *overview.ROUTES, *endpoints.ROUTES, *setup.ROUTES, *endpoint.ROUTES, *deliveries.ROUTES, *events.ROUTES, *recover.ROUTES,
+    *dead_letters.ROUTES, *catalogue.ROUTES, *alerts.ROUTES, *receivers.ROUTES,
 )  # fmt: skip

@@ -90,8 +90,12 @@ async def save(visit: Visit) -> StreamResponse:
 
 
 async def test(visit: Visit) -> StreamResponse:
-    endpoint_id, web = _endpoint_id(visit), visit.web
-    event_type = visit.form.get("type") or TEST_TYPE
+    return await send_test(visit, _endpoint_id(visit), visit.form.get("type") or TEST_TYPE)
+
+
+async def send_test(visit: Visit, endpoint_id: int, event_type: str) -> StreamResponse:
+    """Send one test, and show what came of it."""
+    web = visit.web
     async with visit.db() as db:
         await visit.admin(db).get(endpoint_id)
         await trial.check_tests_lately(db, endpoint_id)

@@ -1,0 +1,239 @@
+"""Panel under load: commit → received, with and without people who look: 50 page loads a second and 200 live streams beside steady deliveries.
+
+Short phases without and with visitors in turn, A B A B …, on one dispatcher, open loop; what is compared is all A against all B. Visitors are a
+process of their own, each of its loads due at its instant, whether or not earlier ones have been answered:
+
+    python -m bench.scenarios.panel URL KEY PAGES_PER_S STREAMS ENDPOINTS    until stdin ends  →  ready, then {"pages": …, "failed": …, …}
+"""
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import uvloop
+
+from bench import load, rig
+from bench.histogram import Histogram
+from bench.rig import Bench
+from bench.scenario import Plot, Result, Scenario, Table
+from dispatcher.domain.principal import OPERATOR
+from dispatcher.store import access
+
+RATE = 500.0  # events a second
+WITHOUT, WITH = "without visitors", "with visitors"
+READY_S, ANSWER_S = 60.0, 30.0
+ANSWERS_KEPT = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    rounds: int  # each with its own ratio
+    pairs: int  # of phases a round
+    phase_s: float
+    pages_per_s: float
+    streams: int
+    endpoints: tuple[int, ...]
+    history: int  # events that were delivered before, for the pages to show
+
+
+SIZES = {
+    "full": Size(rounds=3, pairs=6, phase_s=3, pages_per_s=50, streams=200, endpoints=(100, 10_000), history=300_000),
+    "quick": Size(rounds=1, pairs=2, phase_s=1, pages_per_s=20, streams=40, endpoints=(100,), history=5_000),
+    "tiny": Size(rounds=1, pairs=1, phase_s=0.3, pages_per_s=10, streams=5, endpoints=(10,), history=200),
+}
+
+
+async def run(bench: Bench, size: Size) -> Result:
+    result = Result()
+    for endpoints in size.endpoints:
+        await _variant(bench, result, size, endpoints)
+    return result
+
+
+async def _variant(bench: Bench, result: Result, size: Size, endpoints: int) -> None:
+    many = f"{endpoints:,} endpoints"
+    table = Table(
+        f"{RATE:,.0f} events a second to {many}; visitors: {size.pages_per_s:g} pages a second, {size.streams} live streams"
+    )
+    seen = Table(f"What visitors see, {many}")
+    pooled = {WITHOUT: Histogram(), WITH: Histogram()}
+    pages: dict[str, Histogram] = {}
+    port = rig.free_port()
+    async with load.arrivals() as arrivals, bench.database() as dsn:
+        connection = await rig.install(dsn, endpoints=endpoints, port=arrivals.sink.port, in_flight=100)
+        _, key = await access.create_key(connection, OPERATOR, account_id=None, name="bench")
+        async with (
+            rig.dispatcher(dsn, connection, web_listen=f"127.0.0.1:{port}") as running,
+            load.producers(dsn) as producers,
+        ):
+            await asyncio.to_thread(rig.await_port, port)
+            bench.tell(f"panel: {size.history:,} events of the past to {many}")
+            await rig.passed(connection, await load.bulk(connection, size.history, endpoints))
+            await arrivals.all_of(await producers.open_loop(200, 1.0, range(endpoints)))  # connections, caches
+            async with _visitors(f"http://127.0.0.1:{port}", key, size, endpoints, come=True):
+                await asyncio.sleep(min(2.0, size.phase_s))  # the first visitors, of whom nothing is told
+            for n in range(size.rounds):
+                bench.tell(f"panel: {many}, round {n + 1} of {size.rounds}")
+                waits = {WITHOUT: Histogram(), WITH: Histogram()}
+                used_s, failed = dict.fromkeys(waits, 0.0), 0
+                for _ in range(size.pairs):
+                    for row in (WITHOUT, WITH):
+                        async with _visitors(
+                            f"http://127.0.0.1:{port}", key, size, endpoints, come=row == WITH
+                        ) as looked:
+                            cpu_s = running.cpu_s()
+                            committed = await producers.open_loop(RATE, size.phase_s, range(endpoints))
+                            used_s[row] += running.cpu_s() - cpu_s
+                            waits[row].merge([await arrivals.all_of(committed)])
+                        failed += looked.failed
+                        for page, times_us in looked.pages.items():
+                            for time_us in times_us:
+                                pages.setdefault(page, Histogram()).add(time_us)
+                for row, histogram in waits.items():
+                    pooled[row].merge([histogram])
+                    table.add(
+                        row, events=histogram.total, **histogram.figures(), cpu_share=used_s[row] / (size.pairs * size.phase_s),
+                        failed_pages=float(failed) if row == WITH else None,
+                    )  # fmt: skip
+        await connection.close()
+    for page, histogram in sorted(pages.items()):
+        seen.add(page, loads=histogram.total, **histogram.figures())
+    result.tables += [table, seen]
+    result.goals += [
+        *table.goal(f"p99 of deliveries: with visitors ÷ without, {many}", "p99_ms", WITH, "≤", 1.2, over=WITHOUT),
+        *table.goal(f"pages that failed, {many}", "failed_pages", WITH, "≤", 0),
+    ]
+    for page in pages:
+        result.goals += seen.goal(f"{page}: median of its time, ms, {many}", "p50_ms", page, "≤", 100)
+    lines = {name: histogram.curve() for name, histogram in pooled.items()}
+    result.plots.append(
+        Plot(
+            f"panel-{endpoints}",
+            f"Deliveries beside visitors, {many}",
+            "one event in …",
+            "ms",
+            lines,
+            log_x=True,
+            log_y=True,
+        )
+    )
+
+
+# ── visitors ──
+
+
+@dataclass(slots=True)
+class Looked:
+    """What the visitors of a phase saw: how long each page took, in µs."""
+
+    pages: dict[str, list[float]] = field(default_factory=dict)
+    failed: int = 0
+
+
+@contextlib.asynccontextmanager
+async def _visitors(url: str, key: str, size: Size, endpoints: int, *, come: bool) -> AsyncIterator[Looked]:
+    """Have visitors look for as long as this is entered; `come`: or nobody."""
+    looked = Looked()
+    if not come:
+        yield looked
+        return
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "bench.scenarios.panel", url, key, str(size.pages_per_s), str(size.streams), str(endpoints),
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 26,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(READY_S):
+            ready = await process.stdout.readline()
+        assert ready == b"ready\n", f"the visitors did not get in: {ready!r}"
+        yield looked
+        process.stdin.close()
+        async with asyncio.timeout(READY_S):
+            said = json.loads(await process.stdout.readline())
+            await process.wait()
+        looked.pages, looked.failed = said["pages"], said["failed"]
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def visit(url: str, key: str, pages_per_s: float, streams: int, endpoints: int) -> dict[str, Any]:
+    """Look at pages, in turn, and keep streams open, until stdin ends."""
+    pages = {
+        "/overview": "/overview", "/endpoints": "/endpoints", "/endpoints/N": "/endpoints/{n}", "/endpoints/N/setup": "/endpoints/{n}/setup",
+        "/catalogue": "/catalogue", "/api/v1/deliveries": "/api/v1/deliveries?endpoint_id={n}", "/api/v1/events": "/api/v1/events?limit=50",
+    }  # fmt: skip
+    looked = Looked()
+    over = asyncio.Event()
+    asyncio.get_running_loop().add_reader(sys.stdin, over.set)  # its end is what can be read of it
+    session = aiohttp.ClientSession(
+        headers={"Authorization": f"Bearer {key}"},
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=None),
+    )
+
+    async def page(n: int) -> None:
+        name = list(pages)[n % len(pages)]
+        began = time.perf_counter()
+        try:
+            async with asyncio.timeout(ANSWER_S), session.get(url + pages[name].format(n=1 + n % endpoints)) as answer:
+                await answer.read()
+                ok = answer.status == 200
+        except (TimeoutError, aiohttp.ClientError):
+            ok = False
+        looked.failed += not ok
+        times = looked.pages.setdefault(name, [])
+        if len(times) < ANSWERS_KEPT:
+            times.append((time.perf_counter() - began) * 1e6)
+
+    async def stream(n: int, opened: asyncio.Semaphore) -> None:
+        path = "/overview/live" if n == 0 else f"/endpoints/{1 + n % endpoints}/live"
+        async with session.get(url + path) as answer:
+            answer.raise_for_status()
+            opened.release()
+            async for _ in answer.content.iter_any():
+                pass
+
+    async with session, asyncio.TaskGroup() as tasks:
+        opened = asyncio.Semaphore(0)
+        open_streams = [tasks.create_task(stream(n, opened)) for n in range(streams)]
+        for _ in range(streams):
+            await opened.acquire()
+        print("ready", flush=True)
+        began, n = time.perf_counter(), 0
+        loads = []
+        while not over.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, began + n / pages_per_s - time.perf_counter())):
+                    await over.wait()
+            if not over.is_set():
+                loads.append(tasks.create_task(page(n)))
+                n += 1
+        await asyncio.gather(*loads)
+        for one in open_streams:
+            one.cancel()
+    return {"pages": looked.pages, "failed": looked.failed}
+
+
+SCENARIO = Scenario(
+    "panel",
+    shows="What deliveries notice of people who look at the panel, served by the same process: commit → received without and with 50 page "
+    "loads a second and 200 live streams, and how long pages take.",
+    misleads="visitors, producers, receiver and PostgreSQL share the machine with it, so on a full one everything waits for a core; a page's "
+    "time is as its visitor sees it, the wait for a connection to the database included; streams are spread over endpoints, which is more "
+    "looks a second than people who watch the same.",
+    sizes=SIZES,
+    run=run,
+)
+
+if __name__ == "__main__":
+    _url, _key, _pages, _streams, _endpoints = sys.argv[1:]
+    print(json.dumps(uvloop.run(visit(_url, _key, float(_pages), int(_streams), int(_endpoints)))), flush=True)
