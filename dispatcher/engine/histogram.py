@@ -1,4 +1,4 @@
-"""How long and how large things were, in buckets of powers of two: one increment of a list where the fact is known (0.1 µs)."""
+"""How long and how large things were, in buckets of powers of two: one increment of a list where the fact is known."""
 
 BUCKETS = 64  # beyond every value that a column holds, so that nothing is clamped
 

@@ -189,9 +189,8 @@ class Recorder:
                 continue
             stat.duration_us += r.duration_us
             stat.durations[(r.duration_us // 1000).bit_length()] += 1
-            attempt_counts[r.duration_us.bit_length()] += (
-                1  # both in place: 0.25 µs a result, a third of what two calls cost
-            )
+            # Counted in place, here and below: 0.25 µs a result, a third of what two calls cost.
+            attempt_counts[r.duration_us.bit_length()] += 1
             attempt_us += r.duration_us
             if r.run != ORIGINAL and not self._count_into_run(r, runs):
                 verdict = Verdict.DELIVERED  # of a canceled run: nothing follows

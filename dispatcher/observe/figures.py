@@ -12,7 +12,7 @@ from dispatcher.settings import Settings
 from dispatcher.store.observe import Observer
 from dispatcher.transport.room import Room
 
-SLICE_LANES = 1_000  # 0.5 ms
+SLICE_LANES = 500  # 0.8 ms
 LIVE, LAGGING, HELD = "live", "lagging", "held"  # held: paused, disabled, or without a usable URL
 
 RoundTrips = Callable[[], Mapping[str, tuple[int, int]]]  # session → round trips, connects

@@ -113,6 +113,17 @@ async def test_every_metric_of_the_table_is_in_a_scrape_with_its_help(dsn: str) 
     assert "process_max_fds" in text
 
 
+async def test_nothing_of_customers_is_in_a_scrape(dsn: str) -> None:
+    async with rig(dsn) as r, observed(r) as o:
+        await r.endpoint("/hunter2", account="hunter2", behaviour=Behaviour(status=500))
+        await r.emit(1, account="hunter2", type="hunter2.sent", payload='{"hunter2": 1}')
+        await until(lambda: r.engine.counters.failed == 1)
+        for path in ("/metrics", "/readyz", "/livez"):
+            text = (await o.ask(path))[1]
+            assert "hunter2" not in text
+            assert "whsec_" not in text
+
+
 async def test_a_scrape_of_many_lanes_lets_others_run(dsn: str, monkeypatch) -> None:
     monkeypatch.setattr("dispatcher.observe.figures.SLICE_LANES", 2)
     async with rig(dsn) as r, observed(r) as o:
