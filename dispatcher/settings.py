@@ -244,6 +244,12 @@ class Settings(BaseSettings):
         5, ge=0.1, le=120, description="Longest statement of a request; the counts before a replay too."
     )
     web_connections_max: int = Field(1_000, ge=10, le=20_000, description="Connections to panel and API in all.")
+    endpoints_per_account_max: int = Field(
+        100,
+        ge=1,
+        le=100_000,
+        description="Endpoints that an account may make by panel and API; operators may make more.",
+    )
     web_streams_max: int = Field(400, ge=1, le=10_000, description="Live streams of events to browsers in all.")
     frame_ancestors: str = Field(
         "", description="Origins that may show the panel in a frame, comma-separated. Needs an https:// public_url."

@@ -131,6 +131,8 @@ def test_create_test_go_live_and_look_after(run: Cli) -> None:
         assert "Ann's" in run.ok("endpoint", "show", endpoint)
         assert "whsec_" not in run.ok("endpoint", "show", endpoint)
         assert "whsec_" in run.ok("endpoint", "show", endpoint, "--secret")
+        [told] = sql(run.dsn, "SELECT actor, action, subject FROM webhook.audit")
+        assert tuple(told) == ("command line", "endpoint.reveal_secrets", f"endpoint_id={endpoint} account_id=acct_1")
         run.ok("endpoint", "delete", endpoint, "--yes")
         assert "no endpoint" in run.refused("endpoint", "show", endpoint)
         assert "There are no endpoints" in run.ok("endpoint", "list")

@@ -269,14 +269,15 @@ def list_endpoints(context: Context, account_id: str | None, state: str | None, 
 def show(context: Context, endpoint_id: int, show_secret: bool, subscriptions: bool, json_out: bool) -> None:
     """Show one endpoint: state, configuration, what waits for it and what it will never get.
 
-    Its public keys are shown, its secrets with --secret only. Values of headers, passwords, tokens and client keys never are.
+    Its public keys are shown, its secrets with --secret only, which the audit tells. Values of headers, passwords, tokens and client keys
+    never are.
 
     \b
     dispatcher endpoint show 7 --subscriptions
     """
 
     async def work(opened: Admin) -> tuple[EndpointView, EndpointDetails]:
-        view = await opened.get(endpoint_id)
+        view = await (opened.reveal if show_secret else opened.get)(endpoint_id)
         return view, await opened.details(view)
 
     view, details = with_admin(context.settings(), work)

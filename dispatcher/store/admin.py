@@ -34,7 +34,7 @@ from dispatcher.domain.signing import SCHEMES, check_key, new_key, public_key, s
 from dispatcher.domain.url import parse_url, receiver_token
 from dispatcher.errors import InputError, NotFoundError, SealedError, StateError
 from dispatcher.settings import Settings
-from dispatcher.store import receivers
+from dispatcher.store import access, receivers
 from dispatcher.store.credentials import open_credentials, seal_credentials
 from dispatcher.store.fates import deliveries
 from dispatcher.store.migrate import ADMIN
@@ -273,7 +273,24 @@ class Admin:
             await self._put_missing_keys(endpoint_id, full["signing"], () if secret is None else (scheme_of(secret),))
             if live:
                 await self._put_live(endpoint_id, full, "created live", await self._last_id())
+            # The insert's trigger has the configuration's lock until the commit: nobody else's is missed here.
+            most = self._settings.endpoints_per_account_max
+            if (
+                not self._principal.is_operator
+                and await self._db.fetchval(ADMIN.endpoints_of, account_id, most + 1) > most
+            ):
+                raise StateError(
+                    f"account {account_id} has {most} endpoints, the most it may have; delete one, or ask the operator"
+                )
         return await self.get(endpoint_id)
+
+    async def reveal(self, endpoint_id: int) -> EndpointView:
+        """Return what `get` does to somebody who is about to show its secrets; the audit has it."""
+        view = await self.get(endpoint_id)
+        about = f"endpoint_id={endpoint_id} account_id={view.account_id}"
+        change = await access.begin_change(self._db, self._principal, "endpoint.reveal_secrets", about, "")
+        await access.end_change(self._db, change, 200, about)
+        return view
 
     async def get(self, endpoint_id: int) -> EndpointView:
         row = await self._db.fetchrow(ADMIN.endpoint, endpoint_id)

@@ -27,6 +27,10 @@ INSERT INTO webhook.endpoint
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11::text::jsonb, $12)
 RETURNING id;
 
+-- name: endpoints_of
+-- Counts no further than its bound.
+SELECT count(*) FROM (SELECT FROM webhook.endpoint WHERE account_id = $1 AND state <> 'deleted' LIMIT $2) AS e;
+
 -- name: insert_secret
 INSERT INTO webhook.endpoint_secret (endpoint_id, scheme, secret, public_key) VALUES ($1, $2, $3, $4);
 

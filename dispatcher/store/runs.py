@@ -33,6 +33,9 @@ UNFINISHED_MAX = 20  # of one endpoint: each costs its lane a page in turn
 COUNT_MAX = 10_000_000  # deliveries of one run
 COUNT_TIMEOUT_S = 60
 RATE_MAX = 100_000
+OPEN_MAX = (
+    1_000  # resends and replays of an endpoint that have not ended: each is read, and has a row in every checkpoint
+)
 SHORTER = "with --since and --until"
 # How far ids and times may disagree: an id is taken a moment before the time is, and moments can be long on a busy
 # server.
@@ -287,13 +290,20 @@ async def insert(
         raise InputError("a note has at most 500 printable characters")
     await connection.execute(RUNS.lock_target, endpoint_id)
     await target(connection, endpoint_id)
+    if await connection.fetchval(RUNS.open_runs_of, endpoint_id, OPEN_MAX) == OPEN_MAX:
+        raise StateError(
+            f"endpoint {endpoint_id} has {OPEN_MAX:,} resends and replays that have not ended; wait for them, or cancel some"
+        )
     await connection.execute(
         RUNS.insert_run, run_id, endpoint_id, source.value, after_id, upto_id, list(patterns), only_failed, rate_per_s, total, note,
         rule,
     )  # fmt: skip
 
 
-def check_rate(rate_per_s: float | None) -> None:
+def check_rate(rate_per_s: float | None, *, by: Principal = OPERATOR, most: float = RATE_MAX) -> None:
+    """Raise InputError for a rate that can't be, or that an account may not have: above `most`, or unlimited."""
+    if not by.is_operator and (rate_per_s is None or rate_per_s > most):
+        raise InputError(f"at most {most:g} deliveries a second may be asked for here", field="rate_per_s")
     if rate_per_s is not None and not (isfinite(rate_per_s) and 0 < rate_per_s <= RATE_MAX):
         raise InputError(
             f"the rate is {rate_per_s:g}; it must be above 0 and at most {RATE_MAX:,} deliveries a second, or unlimited"

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import strategies as st
 
 from dispatcher.sink import Behaviour, Sink
-from dispatcher.store import event_types, search
+from dispatcher.store import event_types, runs, search
 from dispatcher.web.api import OPERATIONS, models
 from tests.conftest import connected
 from tests.rig import until
 from tests.store import people
-from tests.web.conftest import Answer, Site
+from tests.web.conftest import Answer, Site, site
 
 API = "/api/v1"
 
@@ -93,6 +93,51 @@ async def test_create_test_go_live_edit_and_delete(customer: Client, sink: Sink)
     assert (await customer.ok("POST", f"{path}/resume", {"choice": "send"}))["state"] == "live"
     assert (await customer.ok("DELETE", path)) == {"id": made["id"], "discarded": 0}
     await customer.refused(404, "GET", path)
+
+
+async def test_an_account_has_a_bounded_number_of_endpoints(dsn: str):
+    async with site(dsn, endpoints_per_account_max=2) as web:
+        customer, operator = Client(web, await web.key("acct")), Client(web, await web.key())
+        url = {"url": "https://receiver.test/hook"}
+        made = await asyncio.gather(
+            *(web.ask("POST", "/api/v1/endpoints", key=customer.key, json=url) for _ in range(5))
+        )
+        assert sorted(answer.status for answer in made) == [201, 201, 409, 409, 409], "at once, too"
+        assert "the most it may have" in (await customer.refused(409, "POST", "/endpoints", url))["detail"]
+        await operator.ok("POST", "/endpoints", url | {"account_id": "acct"})
+        ids = [row["id"] for row in (await customer.ok("GET", "/endpoints"))["data"]]
+        for endpoint_id in ids[:2]:
+            await customer.ok("DELETE", f"/endpoints/{endpoint_id}")
+        await customer.ok("POST", "/endpoints", url)
+
+
+async def test_an_account_replays_at_the_usual_rate_at_most(customer: Client, operator: Client, web: Site):
+    async with connected(web.dsn) as db:
+        endpoint = await people.endpoint(db)
+        [event] = await people.emit(db)
+        [letter] = await people.died(db, endpoint, await people.emit(db))
+    start = f"/endpoints/{endpoint}/replays"
+    body = {"only_failed": False, "after_id": 0, "upto_id": event}
+    for given in ({"unlimited": True}, {"rate_per_s": 201}):
+        assert "at most 200 deliveries a second" in (await customer.refused(400, "POST", start, body | given))["detail"]
+        await customer.refused(400, "POST", "/dead-letters/resend", {"ids": [letter]} | given)
+    run = await customer.ok("POST", start, body | {"rate_per_s": 200})
+    for rate in (None, 201):
+        await customer.refused(400, "PATCH", f"/runs/{run['id']}", {"rate_per_s": rate})
+    assert (await operator.ok("PATCH", f"/runs/{run['id']}", {"rate_per_s": None}))["rate_per_s"] is None
+
+
+async def test_runs_that_are_open_are_bounded(customer: Client, web: Site, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runs, "OPEN_MAX", 2)
+    async with connected(web.dsn) as db:
+        endpoint, other = await people.endpoint(db), await people.endpoint(db)
+        [event] = await people.emit(db)
+    resend = f"/events/{event}/deliveries/%d/resend"
+    made = [await customer.ok("POST", resend % endpoint) for _ in range(2)]
+    assert "have not ended" in (await customer.refused(409, "POST", resend % endpoint))["detail"]
+    await customer.ok("POST", resend % other)
+    await web.query("UPDATE webhook.run_progress SET finished_at = now() WHERE run_id = $1", made[0]["id"])
+    await customer.ok("POST", resend % endpoint)
 
 
 async def test_tests_are_at_most_ten_a_minute(customer: Client, web: Site):
@@ -337,7 +382,7 @@ async def test_count_replay_follow_and_cancel(customer: Client, web: Site):
     one = f"/runs/{run['id']}"
     assert (await customer.ok("POST", f"{one}/pause"))["state"] == "paused"
     await customer.refused(409, "POST", f"{one}/pause")
-    assert (await customer.ok("PATCH", one, {"rate_per_s": None}))["rate_per_s"] is None
+    assert (await customer.ok("PATCH", one, {"rate_per_s": 7}))["rate_per_s"] == 7
     assert (await customer.ok("POST", f"{one}/resume"))["state"] == "running"
     assert [row["id"] for row in (await customer.ok("GET", "/runs?state=open"))["data"]] == [run["id"]]
     assert (await customer.ok("POST", f"{one}/cancel"))["state"] == "canceled"

@@ -6,7 +6,6 @@ from typing import Any
 import orjson
 
 from dispatcher.errors import InputError
-from dispatcher.settings import Settings
 from dispatcher.store import dead_letters, runs
 from dispatcher.store.dead_letters import Filter
 from dispatcher.store.runs import RunView, Selection
@@ -31,7 +30,7 @@ async def start_replay(call: Call) -> Any:
     body: models.NewReplay = call.body
     async with call.visit.db(long=True) as db:
         selection = await _select(call, db, body)
-        run = await runs.create(db, selection, _rate(body, call.visit.web.settings), body.note)
+        run = await runs.create(db, selection, _rate(body, call), body.note)
     call.visit.subject += f" run_id={run.id}"
     return run.as_dict()
 
@@ -79,6 +78,7 @@ async def cancel_run(call: Call) -> Any:
 
 async def change_run_rate(call: Call) -> Any:
     """Give a resend or replay another rate"""
+    runs.check_rate(call.body.rate_per_s, by=call.principal, most=call.visit.web.settings.replay_rate_per_s)
     async with call.visit.db() as db:
         return _run(await runs.set_rate(db, call.path["run_id"], call.body.rate_per_s, by=call.principal))
 
@@ -106,7 +106,7 @@ async def resend_dead_letters(call: Call) -> Any:
 
     Those named, or with `all` those that the filters choose; from their own copies. Each endpoint gets one run."""
     body: models.ResendLetters = call.body
-    rate = _rate(body, call.visit.web.settings)
+    rate = _rate(body, call)
     made = []
     async with call.visit.db(long=True) as db:
         chosen, totals = await dead_letters.total(db, _selected(body), by=call.principal)
@@ -140,12 +140,13 @@ def _counted(selection: Selection) -> dict[str, Any]:
     return asdict(selection) | {"endpoint_id": selection.target.id}
 
 
-def _rate(body: models.NewReplay | models.ResendLetters, settings: Settings) -> float | None:
-    if body.unlimited:
-        if body.rate_per_s is not None:
-            raise InputError("give a rate, or say that it is unlimited", field="unlimited")
-        return None
-    return settings.replay_rate_per_s if body.rate_per_s is None else body.rate_per_s
+def _rate(body: models.NewReplay | models.ResendLetters, call: Call) -> float | None:
+    if body.unlimited and body.rate_per_s is not None:
+        raise InputError("give a rate, or say that it is unlimited", field="unlimited")
+    usual = call.visit.web.settings.replay_rate_per_s
+    rate_per_s = None if body.unlimited else usual if body.rate_per_s is None else body.rate_per_s
+    runs.check_rate(rate_per_s, by=call.principal, most=usual)
+    return rate_per_s
 
 
 def _filter(chosen: models.LetterChoice, *, state: str | None) -> Filter:

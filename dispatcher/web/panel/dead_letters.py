@@ -85,7 +85,7 @@ async def letter(visit: Visit) -> StreamResponse:
 async def resend(visit: Visit) -> StreamResponse:
     """Send the chosen ones again: a run for each endpoint."""
     form = visit.form
-    rate_per_s = rate(form, visit.web.settings.replay_rate_per_s)
+    rate_per_s = rate(visit)
     made = []
     async with visit.db(long=True) as db:
         chosen, totals = await dead_letters.total(db, _selected(visit), by=visit.principal)

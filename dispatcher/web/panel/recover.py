@@ -61,7 +61,7 @@ async def start(visit: Visit) -> StreamResponse:
         if after_id is None or upto_id is None:
             raise InputError("count first what is to be sent", field="upto_id")
         try:
-            rate_per_s = rate(form, visit.web.settings.replay_rate_per_s)
+            rate_per_s = rate(visit)
             chosen = await runs.select(
                 db, endpoint_id, after_id=after_id, upto_id=upto_id, patterns=filters.types(form), only_failed=_only_failed(form),
                 by=visit.principal, timeout_s=visit.web.settings.web_statement_timeout_s,
@@ -119,7 +119,7 @@ async def change_rate(visit: Visit) -> StreamResponse:
     run_id = int(visit.path["run_id"])
     async with visit.db() as db:
         await runs.get(db, run_id, by=visit.principal)
-        await runs.set_rate(db, run_id, rate(visit.form, None), by=visit.principal)
+        await runs.set_rate(db, run_id, rate(visit), by=visit.principal)
     return _back(visit)
 
 
@@ -128,16 +128,14 @@ def shown(run: RunView) -> dict[str, Any]:
     return run.as_dict() | {"is_open": run.is_open, "done": min(run.attempted, run.total)}
 
 
-def rate(form: Mapping[str, str], usual: float | None) -> float | None:
-    """Read a rate; `unlimited` is ticked for none, and an empty field is the usual one."""
-    if "unlimited" in form:
-        return None
-    text = filters.word(form, "rate_per_s")
+def rate(visit: Visit) -> float | None:
+    """Read a form's rate; `unlimited` is ticked for none, and an empty field is the usual one, which is the most that an account may have."""
+    usual, text = visit.web.settings.replay_rate_per_s, filters.word(visit.form, "rate_per_s")
     try:
-        wanted = usual if text is None else float(text)
+        wanted = None if "unlimited" in visit.form else usual if text is None else float(text)
     except ValueError as exc:
         raise InputError(f"{text!r} is no rate: a number of deliveries a second", field="rate_per_s") from exc
-    runs.check_rate(wanted)
+    runs.check_rate(wanted, by=visit.principal, most=usual)
     return wanted
 
 
