@@ -21,7 +21,6 @@ from dispatcher.store.partitions import PgPartitions
 from dispatcher.store.postgres import PgStore
 from dispatcher.transport.pool import Pool
 from dispatcher.transport.tls import make_tls_context
-from dispatcher.web.app import LaneHealth
 from dispatcher.web.server import WebServer
 
 _log = structlog.get_logger(room="main")
@@ -97,7 +96,7 @@ async def serve(settings: Settings, dsn: str) -> None:
     loop.set_exception_handler(log_unhandled)
     beside = []
     if settings.web_listen is not None:
-        beside.append(asyncio.create_task(make_web(settings, dsn, transport, engine.lane_health).run_beside()))
+        beside.append(asyncio.create_task(make_web(settings, dsn, transport, engine).run_beside()))
     if settings.mail_server is not None:
         mailer = Mailer(settings, settings.mail_server, dsn, lambda: engine.state is State.OWNER)
         beside.append(asyncio.create_task(mailer.run()))
@@ -122,8 +121,9 @@ def log_unhandled(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None
     _log.error("loop.unhandled", problem=context.get("message"), error=None if exc is None else repr(exc), exc_info=exc)
 
 
-def make_web(settings: Settings, dsn: str, transport: Pool, lane_health: LaneHealth | None = None) -> WebServer:
-    return WebServer(settings, dsn, transport, lane_health=lane_health)
+def make_web(settings: Settings, dsn: str, transport: Pool, engine: Engine | None = None) -> WebServer:
+    """Make panel and API; beside an engine they can tell what only its memory knows."""
+    return WebServer(settings, dsn, transport, lane_health=None if engine is None else engine.lane_health)
 
 
 async def serve_web(settings: Settings, dsn: str) -> None:
