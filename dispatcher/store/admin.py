@@ -775,9 +775,11 @@ class Admin:
             return InputError("the payload is nested too deeply", field="data")
         return InputError(f"the payload is not JSON: {exc.detail or exc}", field="data")
 
-    async def show(self, reference: str, endpoint_id: int | None = None) -> dict[str, Any]:
+    async def show(
+        self, reference: str, endpoint_id: int | None = None, *, after: int = 0, limit: int | None = None
+    ) -> dict[str, Any]:
         """Tell what happened to one event: each endpoint that should have had it (or only `endpoint_id`), run by run. `reference` is an outbox
-        id or evt_….
+        id or evt_…. With `limit` so many of the account's endpoints are looked at, from `after` on; `next` is where the following begin.
 
         Of an event that retention has taken from the log, what a dead letter and the attempts still tell (`in_log` false).
         """
@@ -787,13 +789,19 @@ class Admin:
             row, in_log = await self._db.fetchrow(ADMIN.event_copy, event.id), False
         if row is None or not event.fits(row["created_at"]) or not self._principal.sees(row["account_id"]):
             raise NotFoundError(f"there is no event {reference}: it was never committed, or retention has taken it")
+        upto = endpoint_id
+        if endpoint_id is not None:
+            after = endpoint_id - 1
+        elif limit is not None:
+            upto = await self._db.fetchval(ADMIN.endpoints_bound, row["account_id"], after, limit)
         return {
+            "next": None if endpoint_id is not None else upto,
             "id": event.id, "event_id": await self._public_id(event.id, row["created_at"]), "account_id": row["account_id"],
             "type": row["type"], "occurred_at": row["occurred_at"], "created_at": row["created_at"], "payload": row["payload"],
             "ordering_key": row["ordering_key"], "expires_at": row["expires_at"], "priority": row["priority"], "in_log": in_log,
             "deliveries": deliveries(
-                await self._db.fetch(ADMIN.event_deliveries, event.id, row["account_id"], row["type"], row["payload"] or "null", endpoint_id),
-                await self._db.fetch(ADMIN.event_attempts, event.id, endpoint_id),
+                await self._db.fetch(ADMIN.event_deliveries, event.id, row["account_id"], row["type"], row["payload"] or "null", after, upto),
+                await self._db.fetch(ADMIN.event_attempts, event.id, after, upto),
             ),
         }  # fmt: skip
 

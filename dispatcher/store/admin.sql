@@ -257,7 +257,8 @@ LIMIT 1;
 
 -- name: event_deliveries
 -- Each endpoint that was subscribed to the event, or has had an attempt of it, and how it stands: dead letters and retries by run, and the
--- resends and replays that have had it or will. $5: of one endpoint only. `filtered`: it was subscribed, but its filters leave the event out. `discarded`: why it was never sent, from the counted ranges.
+-- resends and replays that have had it or will. Of endpoints in ($5, $6]: each costs a dozen
+-- look-ups. `filtered`: it was subscribed, but its filters leave the event out. `discarded`: why it was never sent, from the counted ranges.
 SELECT e.id AS endpoint_id, e.name, e.url, e.state, q.subscribed, q.subscribed AND NOT q.passes AS filtered, q.discarded,
        ARRAY(
            SELECT (d.id, d.run, d.state, d.resent_run) FROM webhook.dead_letter AS d
@@ -303,7 +304,7 @@ CROSS JOIN LATERAL (
                ORDER BY x.id DESC LIMIT 1
            ) AS discarded
 ) AS q
-WHERE e.account_id = $2 AND ($5::bigint IS NULL OR e.id = $5) AND (
+WHERE e.account_id = $2 AND e.id > $5 AND ($6::bigint IS NULL OR e.id <= $6) AND (
     (q.subscribed AND e.state <> 'deleted') OR q.discarded IS NOT NULL
     OR EXISTS (SELECT FROM webhook.attempt AS a WHERE a.event_id = $1 AND a.endpoint_id = e.id)
     OR EXISTS (SELECT FROM webhook.dead_letter AS d WHERE d.event_id = $1 AND d.endpoint_id = e.id)
@@ -314,9 +315,13 @@ WHERE e.account_id = $2 AND ($5::bigint IS NULL OR e.id = $5) AND (
 )
 ORDER BY e.id;
 
+-- name: endpoints_bound
+-- Where a page of an account's endpoints ends, deleted ones too; NULL where it is the last.
+SELECT id FROM webhook.endpoint WHERE account_id = $1 AND id > $2 ORDER BY id OFFSET $3 - 1 LIMIT 1;
+
 -- name: event_attempts
 SELECT endpoint_id, run, number, started_at, duration_us, status, fault, response_head
-FROM webhook.attempt WHERE event_id = $1 AND ($2::bigint IS NULL OR endpoint_id = $2) ORDER BY endpoint_id, run, number;
+FROM webhook.attempt WHERE event_id = $1 AND endpoint_id > $2 AND ($3::bigint IS NULL OR endpoint_id <= $3) ORDER BY endpoint_id, run, number;
 
 -- name: tail
 -- Attempts since $1, among the last $3 events of the log. The bound is a subquery, so that it is asked for once, descended to, and prunes: as a

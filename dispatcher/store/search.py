@@ -133,15 +133,22 @@ async def deliveries(
     candidates = await _affordable(db, seen, endpoint_id)
     is_whole = len(seen) < looked_at and len(candidates) == len(seen)
     lowest, highest = status or (None, None)
+    # A single event may have more endpoints than a page may look at: then it is a page of them, from the highest down.
+    floor = None
+    if endpoint_id is None and len(candidates) == 1 and candidates[0]["matches"]:
+        below = before_endpoint if before_endpoint and candidates[0]["id"] == before_event else _END
+        floor = await db.fetchval(SEARCH.endpoints_floor, candidates[0]["account_id"], below, PAIRS_MAX)
     rows = await db.fetch(
         SEARCH.deliveries, account_id, [row["id"] for row in candidates if row["matches"]], endpoint_id, list(states) or None, lowest,
-        highest, fault, before_event, before_endpoint, limit,
+        highest, fault, before_event, before_endpoint, limit, 0 if floor is None else floor + 1,
     )  # fmt: skip
     is_cut = len(rows) == limit
-    complete = is_whole and not is_cut
+    complete = is_whole and not is_cut and floor is None
     back_to = candidates[-1]["created_at"] if candidates else None
     position = None if complete or not candidates else str(candidates[-1]["id"])
     met = len(candidates)
+    if floor is not None:
+        position = f"{candidates[0]['id']}-{floor + 1}"
     if is_cut:
         back_to, position = rows[-1]["created_at"], f"{rows[-1]['event_id']}-{rows[-1]['endpoint_id']}"
         met = sum(row["id"] >= rows[-1]["event_id"] for row in candidates)

@@ -48,9 +48,13 @@ ORDER BY f.event_id DESC;
 -- How many endpoints each account has, deleted ones too: what a look at one of its events costs.
 SELECT account_id, count(*) AS endpoints FROM webhook.endpoint WHERE account_id = ANY ($1::text[]) GROUP BY account_id;
 
+-- name: endpoints_floor
+-- The first endpoint of account $1 that a look at $3 of them, from below $2 down, leaves out; NULL where there is none.
+SELECT id FROM webhook.endpoint WHERE account_id = $1 AND id < $2 ORDER BY id DESC OFFSET $3 LIMIT 1;
+
 -- name: deliveries
 -- Of the events $2, what each endpoint that was to have them (or has had them) came to; $3 one endpoint, $4 states, $5 the status of its last
--- answer from … $6 to, $7 its last fault. Below the delivery ($8, $9), at most $10. LATERAL and LIMIT 1: a look at a key each, never a join of tables.
+-- answer from … $6 to, $7 its last fault. Below the delivery ($8, $9), at most $10; of endpoints from $11 up. LATERAL and LIMIT 1: a look at a key each, never a join of tables.
 SELECT q.*
 FROM (
     SELECT o.id AS event_id, o.account_id, o.type, o.created_at, e.id AS endpoint_id, e.name AS endpoint_name, e.url AS endpoint_url,
@@ -78,7 +82,7 @@ FROM (
         SELECT x.id FROM webhook.dead_letter AS x WHERE x.endpoint_id = e.id AND x.event_id = o.id ORDER BY x.run DESC LIMIT 1
     ) AS d ON true
     WHERE o.id = ANY ($2::bigint[]) AND ($1::text IS NULL OR o.account_id = $1)
-      AND (o.id < $8 OR (o.id = $8 AND e.id < $9))
+      AND (o.id < $8 OR (o.id = $8 AND e.id < $9)) AND e.id >= $11
       AND (
           n.attempts IS NOT NULL
           OR (e.state <> 'deleted' AND EXISTS (

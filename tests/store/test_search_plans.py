@@ -65,10 +65,10 @@ ASKED: dict[str, tuple[str, list[Any], int]] = {
     "failed candidates": (SEARCH.failed_candidates, [10, 40_000, 0, search.LOOKED_AT, *ALL], 4_000),
     "endpoints of": (SEARCH.endpoints_of, [["a0", "a1"]], 800),
     "deliveries of one": (
-        SEARCH.deliveries, ["a0", list(range(30_000, 40_000, 10)), 10, None, None, None, None, 1 << 62, 0, 50], 20_000,
+        SEARCH.deliveries, ["a0", list(range(30_000, 40_000, 10)), 10, None, None, None, None, 1 << 62, 0, 50, 0], 20_000,
     ),
     "deliveries of many": (
-        SEARCH.deliveries, ["a0", [30_000, 30_010, 30_020, 30_030, 30_040], None, None, None, None, None, 1 << 62, 0, 50], 20_000,
+        SEARCH.deliveries, ["a0", [30_000, 30_010, 30_020, 30_030, 30_040], None, None, None, None, None, 1 << 62, 0, 50, 0], 20_000,
     ),
     "retries of a delivery": (SEARCH.retries_of, [10, 777], 1),
     "next retry": (ADMIN.next_retry, [10], 1),
@@ -79,8 +79,11 @@ ASKED: dict[str, tuple[str, list[Any], int]] = {
     "runs of all": (RUNS.newest, [None, 19_000, 50], 50),
     "runs of an account": (RUNS.newest_of_account, ["a1", 19_000, 50], ENDPOINTS + 4 * 50),
     "runs by id": (RUNS.runs, [list(range(100, 150)), None, None, None, 0, 50], 200),
-    "an event's delivery": (ADMIN.event_deliveries, [30_000, "a0", "t.x", "{}", 10], 600),
-    "its attempts": (ADMIN.event_attempts, [30_000, 10], 1),
+    "an event's delivery": (ADMIN.event_deliveries, [30_000, "a0", "t.x", "{}", 9, 10], 600),
+    "an event at a page of endpoints": (ADMIN.event_deliveries, [30_000, "a0", "t.x", "{}", 2_000, 2_300], 1_000),
+    "where that page ends": (ADMIN.endpoints_bound, ["a0", 2_000, 30], ENDPOINTS),
+    "where a page of deliveries ends": (SEARCH.endpoints_floor, ["a0", 3_000, 100], ENDPOINTS),
+    "its attempts": (ADMIN.event_attempts, [30_000, 9, 10], 1),
     "a day's series": (STATS.series, [10, "DAY AGO", "NOW", 5], 1_000),
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ import pytest
 from dispatcher.domain.principal import OPERATOR
 from dispatcher.store import erasure, search
 from dispatcher.web.panel import deliveries as deliveries_page
+from dispatcher.web.panel import events as events_page
 from dispatcher.web.panel.rerender import SHOWN_BYTES_MAX
 from tests.conftest import connected
 from tests.rig import rig, until
@@ -110,6 +111,38 @@ async def test_a_page_looks_at_a_bounded_number_of_pairs(customer: Browser, monk
         cursor = f"cursor={page['next']}"
     assert len(set(found)) == len(found) == 20
     assert looked_at == [2, 2, 1]
+
+
+async def test_an_event_of_a_large_account_is_told_page_by_page(customer: Browser, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(search, "PAIRS_MAX", 4)
+    monkeypatch.setattr(events_page, "ENDPOINTS_MAX", 4)
+    async with connected(customer.web.dsn) as db:
+        [old] = await people.emit(db)
+        endpoints = [await people.endpoint(db, name=f"number {n}") for n in range(10)]
+        others = await people.endpoint(db, event_types=["link.*"])
+        [event] = await people.emit(db)
+        await people.attempted(db, endpoints[3], [event])
+        await db.execute("UPDATE webhook.endpoint SET state = 'deleted' WHERE id = $1", endpoints[3])
+    told, not_for, pages, path = [], [], 0, f"/events/{event}"
+    while path:
+        part = (await data(customer, path))["event"]
+        told += [one["endpoint_id"] for one in part["deliveries"]]
+        not_for += [one["endpoint_id"] for one in part["not_for"]]
+        pages += 1
+        path = f"/events/{event}?cursor={part['next']}" if part["next"] else ""
+    assert (told, not_for, pages) == (endpoints, [others], 3)
+    page = (await customer.get(f"/events/{event}")).text
+    assert "More of the account's endpoints" in page
+    found, path = [], "/deliveries?"
+    while path:
+        part = await data(customer, path)
+        found += [(row["event_id"], row["endpoint_id"]) for row in part["data"]]
+        path = f"/deliveries?cursor={part['next']}" if part["next"] else ""
+    assert found == [(event, one) for one in endpoints[::-1]] + [
+        (old, one) for one in endpoints[::-1] if one != endpoints[3]
+    ]
+    shown = await customer.web.ask("GET", f"/api/v1/events/{event}?limit=3", cookie=customer.cookie)
+    assert (len(shown.json["deliveries"]), shown.json["next"]) == (3, str(endpoints[2]))
 
 
 ODD = {

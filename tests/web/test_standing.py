@@ -78,7 +78,7 @@ async def test_the_service_joins_panel_and_engine(dsn: str):
     settings = settings_module.load(web_listen="127.0.0.1:0", allowed_networks="127.0.0.0/8")
     transport = make_transport(settings)
     engine = make_engine(settings, dsn, transport)
-    server = make_web(settings, dsn, transport, engine.lane_health)
+    server = make_web(settings, dsn, transport, engine)
     task = asyncio.create_task(server.run())
     await server.ready.wait()
     assert server.web is not None

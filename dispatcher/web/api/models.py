@@ -566,6 +566,11 @@ class EventAnswer(Answer):
     data: Any = Field(description="Null if nothing has kept it.")
     deliveries: list[EventDelivery]
     not_for: list[NotForEndpoint]
+    next: str | None = Field(description="The `cursor` of the account's following endpoints; null: there are no more.")
+
+
+class EventPart(Paged):
+    """Which of the account's endpoints an event is told of."""
 
 
 DeliveryState = Literal["delivered", "retrying", "dead", "expired", "failed", "waiting"]

@@ -19,8 +19,8 @@ from dispatcher.web.problems import ProblemError
 from dispatcher.web.streams import Message
 from dispatcher.web.visit import Route, Visit
 
-ROWS = 50
-SHOWN_MAX = 100  # attempts of a delivery: the newest
+ROWS = 30  # to render 50 holds the loop for over 5 ms
+SHOWN_MAX = 50  # attempts of a delivery: the newest
 FIELDS = ("endpoint_id", "type", "state", "status", "event", "reference", "since", "until", "account_id")
 STATUSES = {"2": "2xx", "3": "3xx", "4": "4xx", "5": "5xx"}
 LIVE_EVERY_S = 1.0

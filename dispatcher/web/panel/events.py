@@ -10,12 +10,13 @@ from dispatcher.store import search
 from dispatcher.store.search import Found
 from dispatcher.store.session import Connection
 from dispatcher.web.api.events import told_of
+from dispatcher.web.api.paging import after_id
 from dispatcher.web.panel import filters
 from dispatcher.web.problems import ProblemError
 from dispatcher.web.visit import Route, Visit
 
 ROWS = 50
-ENDPOINTS_MAX = 100  # of one event, shown on its page
+ENDPOINTS_MAX = 30  # of the event's account, on a page
 DATA_CHARS_MAX = 16_384
 FIELDS = ("event", "type", "reference", "since", "until", "account_id")
 
@@ -44,23 +45,24 @@ async def events(visit: Visit) -> StreamResponse:
 
 
 async def event(visit: Visit) -> StreamResponse:
+    after = after_id(visit.query.get("cursor"))
     async with visit.db() as db:
-        shown = await told_of(visit.admin(db), visit.path["event"])
+        shown = await told_of(visit.admin(db), visit.path["event"], after=after, limit=ENDPOINTS_MAX)
     text = shown.pop("payload")
-    deliveries, not_for = shown["deliveries"], shown["not_for"]
     data: dict[str, Any] = shown | {
         "deliveries": [
             {name: value for name, value in one.items() if name != "attempts"}
             | {"attempts": sum(attempt["number"] > 0 for attempt in one["attempts"]), "last": _last(one["attempts"])}
-            for one in deliveries[:ENDPOINTS_MAX]
+            for one in shown["deliveries"]
         ],
-        "not_for": not_for[:ENDPOINTS_MAX],
-        "more": max(0, len(deliveries) - ENDPOINTS_MAX),
-        "more_not_for": max(0, len(not_for) - ENDPOINTS_MAX),
+        "next": None if shown["next"] is None else str(shown["next"]),
         "data": text if text is None else text[:DATA_CHARS_MAX],
         "data_is_cut": text is not None and len(text) > DATA_CHARS_MAX,
     }
-    return visit.answer("event.html", {"event": data})
+    if visit.wants_json:
+        return visit.json({"event": data})
+    onward = filters.onward(f"/events/{shown['id']}", {}, data["next"])
+    return visit.html("event.html", event=data, onward=onward, is_onward=after > 0)
 
 
 def _last(attempts: list[dict[str, Any]]) -> dict[str, Any] | None:

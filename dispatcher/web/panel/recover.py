@@ -17,7 +17,7 @@ from dispatcher.web.problems import ProblemError
 from dispatcher.web.streams import Message
 from dispatcher.web.visit import Route, Visit
 
-ROWS = 50
+ROWS = 30
 FIELDS = ("since", "until", "type", "what")
 WHAT = {"failed": "only what failed for good", "all": "everything, what was delivered too"}
 USUAL_SPAN = timedelta(days=1)
