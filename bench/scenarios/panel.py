@@ -1,9 +1,8 @@
 """Panel under load: commit → received, with and without people who look: 50 page loads a second and 200 live streams beside steady deliveries.
 
 Short phases without and with visitors in turn, A B A B …, on one dispatcher, open loop; what is compared is all A against all B. Visitors are a
-process of their own, each of its loads due at its instant, whether or not earlier ones have been answered:
-
-    python -m bench.scenarios.panel URL KEY PAGES_PER_S STREAMS ENDPOINTS    until stdin ends  →  ready, then {"pages": …, "failed": …, …}
+process of their own (`main`), each of their loads due at its instant, whether or not earlier ones have been answered. It says "ready" when all
+streams are open, and when its stdin ends, as JSON, what was seen.
 """
 
 import asyncio
@@ -29,6 +28,7 @@ RATE = 500.0  # events a second
 WITHOUT, WITH = "without visitors", "with visitors"
 READY_S, ANSWER_S = 60.0, 30.0
 ANSWERS_KEPT = 100_000
+VISITORS = "from bench.scenarios.panel import main; main()"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ async def _visitors(url: str, key: str, size: Size, endpoints: int, *, come: boo
         yield looked
         return
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "bench.scenarios.panel", url, key, str(size.pages_per_s), str(size.streams), str(endpoints),
+        sys.executable, "-c", VISITORS, url, key, str(size.pages_per_s), str(size.streams), str(endpoints),
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 26,
     )  # fmt: skip
     assert process.stdin is not None
@@ -223,6 +223,12 @@ async def visit(url: str, key: str, pages_per_s: float, streams: int, endpoints:
     return {"pages": looked.pages, "failed": looked.failed}
 
 
+def main() -> None:
+    """Be the visitors' process."""
+    url, key, pages_per_s, streams, endpoints = sys.argv[1:]
+    print(json.dumps(uvloop.run(visit(url, key, float(pages_per_s), int(streams), int(endpoints)))), flush=True)
+
+
 SCENARIO = Scenario(
     "panel",
     shows="What deliveries notice of people who look at the panel, served by the same process: commit → received without and with 50 page "
@@ -233,7 +239,3 @@ SCENARIO = Scenario(
     sizes=SIZES,
     run=run,
 )
-
-if __name__ == "__main__":
-    _url, _key, _pages, _streams, _endpoints = sys.argv[1:]
-    print(json.dumps(uvloop.run(visit(_url, _key, float(_pages), int(_streams), int(_endpoints)))), flush=True)

@@ -1,6 +1,6 @@
 """Pictures of every page, in light and dark, on a desk and on a phone: `python -m tests.browser.screenshots`.
 
-docs/panel/ gets each page in light at desk width, and two sheets: all pages in dark, and all on a phone, in both. `--all DIRECTORY` keeps every
+docs/panel/ gets each page in light at desk width, and two sheets of all pages in dark: on a desk, and on a phone. `--all DIRECTORY` keeps every
 single picture besides, to look at.
 """
 
@@ -25,12 +25,12 @@ from tests.browser.world import Shown, World, pages, traffic, world
 from tests.conftest import SCHEMA, connected, make_server
 
 PICTURES = Path(__file__).parent.parent.parent / "docs" / "panel"
-DESK, PHONE = (1100, 1200), (390, 1200)  # CSS pixels; pages that are longer are cut
+DESK, PHONE = (1100, 900), (390, 1200)  # CSS pixels; pages that are longer are cut
 SHEET = """<!doctype html><style>
-body {{ margin: 12px; background: {back}; display: grid; gap: 12px; align-items: start; width: max-content;
+body {{ margin: 12px; background: #000; display: grid; gap: 12px; align-items: start; width: max-content;
   grid-template-columns: repeat({columns}, {width}px) }}
 figure {{ margin: 0 }} img {{ display: block; width: 100% }}
-figcaption {{ font: 13px system-ui, sans-serif; color: {words}; padding: 2px 0 4px }}
+figcaption {{ font: 13px system-ui, sans-serif; color: #ccc; padding: 2px 0 4px }}
 </style>"""
 
 Pictures = dict[str, bytes]
@@ -63,16 +63,11 @@ async def main(every: Path | None) -> None:
                 old.unlink()
             for page, picture in taken["light", "desk"].items():
                 (PICTURES / f"{page}.png").write_bytes(picture)
-            phone = {
-                f"{name}, {scheme}": taken[scheme, "phone"][name]
-                for name in taken["light", "phone"]
-                for scheme in ("light", "dark")
-            }
             for name, pictures, columns, width in (
                 ("sheet-dark", taken["dark", "desk"], 4, 420),
-                ("sheet-phone", phone, 8, 200),
+                ("sheet-phone", taken["dark", "phone"], 8, 200),
             ):
-                (PICTURES / f"{name}.jpg").write_bytes(await _sheet(browser, pictures, columns, width, "dark" in name))
+                (PICTURES / f"{name}.jpg").write_bytes(await _sheet(browser, pictures, columns, width))
     sizes = [file.stat().st_size for file in PICTURES.iterdir()]
     print(f"{len(sizes)} pictures in {PICTURES}, {sum(sizes) / 1e6:.1f} MB")
 
@@ -102,22 +97,21 @@ async def _picture(window: Page, made: World, shown: Shown, size: tuple[int, int
     if await window.locator("#live").count():
         await expect(window.locator("#live")).to_contain_text("Live", timeout=WAIT_MS)
     if await window.locator("#spark").count():
-        await expect(window.locator("#spark rect").nth(4)).to_be_attached(timeout=WAIT_MS)
+        await expect(window.locator("#spark rect").nth(3)).to_be_attached(timeout=WAIT_MS)
     height = min(size[1], await window.evaluate("document.documentElement.scrollHeight"))
     return await window.screenshot(
         full_page=True, clip={"x": 0, "y": 0, "width": size[0], "height": height}, animations="disabled"
     )
 
 
-async def _sheet(browser: Browser, pictures: Pictures, columns: int, width: int, is_dark: bool) -> bytes:
+async def _sheet(browser: Browser, pictures: Pictures, columns: int, width: int) -> bytes:
     """Put pictures beside each other."""
-    back, words = ("#000", "#ccc") if is_dark else ("#888", "#fff")
     page = await browser.new_page(viewport={"width": columns * (width + 12) + 12, "height": 800})
     figures = "".join(
         f'<figure><figcaption>{name}</figcaption><img src="data:image/png;base64,{base64.b64encode(picture).decode()}"></figure>'
         for name, picture in pictures.items()
     )
-    await page.set_content(SHEET.format(back=back, words=words, columns=columns, width=width) + figures)
+    await page.set_content(SHEET.format(columns=columns, width=width) + figures)
     made = await page.screenshot(full_page=True, type="jpeg", quality=60)
     await page.close()
     return made
