@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint docs clean
 demo: $(STAMP)
 	$(BIN)/dispatcher demo $(ARGS)
 
@@ -16,6 +16,9 @@ bench: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --site-dir build/docs $(ARGS)
 
 # pip 25.1 is the first that reads [dependency-groups].
 $(STAMP): pyproject.toml

@@ -26,7 +26,7 @@ from dispatcher.domain.signing import secret_key
 from dispatcher.settings import Settings
 from dispatcher.store import embedded, migrate
 from tests.conftest import connected, dsn_of
-from tests.rig import SECRET
+from tests.rig import SECRET, rig, until
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"^( *)<!-- run: (\w+) -->\n *```\w+\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
@@ -95,6 +95,8 @@ async def run(block: Block, dsn: str, server: embedded.EmbeddedServer) -> str:
         case "sql":
             psql = embedded._binaries(server.data_dir, server.version) / "psql"
             command, text = [str(psql), "-X", "-q", "-At", "-v", "ON_ERROR_STOP=1", "-d", dsn, "-f", "-"], block.text
+        case "sh":
+            command, text = ["sh", "-e"], block.text
         case "python":
             command, text = [sys.executable, "-"], block.text
         case "django":
@@ -112,6 +114,8 @@ async def run(block: Block, dsn: str, server: embedded.EmbeddedServer) -> str:
     environment = os.environ | {
         "DATABASE_URL": dsn,
         "NODE_PATH": str(NODE_MODULES),
+        "DISPATCHER_DATABASE_URL": dsn,
+        "DISPATCHER_ALLOWED_NETWORKS": "127.0.0.0/8",
         "WEBHOOK_SECRET": SECRET,
         "SENT": json.dumps(sent()),
     }
@@ -192,3 +196,15 @@ async def test_the_schema_goes_in_by_the_platforms_own_tool(
     finally:
         async with connected(server.dsn) as db:
             await db.execute(f"DROP DATABASE of_{kind} WITH (FORCE)")
+
+
+async def test_the_first_five_minutes(
+    dsn: str, server: embedded.EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [block] = blocks("first-five-minutes.md")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    async with rig(dsn) as r:
+        said = await run(Block("sh", block.text.replace("http://127.0.0.1:9000", r.sink.url)), dsn, server)
+        assert "whsec_" in said
+        await until(lambda: "/hooks" in r.by_path())
+    assert "message.delivered" in said

@@ -72,6 +72,8 @@ class AiohttpTransport(Pool):
             task.cancel()
         while self.tasks:
             await asyncio.gather(*self.tasks, return_exceptions=True)
+            # They leave the set in a turn of the loop, and from Python 3.12 on gather() of what is done makes none.
+            await asyncio.sleep(0)
         if self.session is not None:
             await self.session.close()
             self.session = None

@@ -177,10 +177,12 @@ class Room:
     async def close(self) -> None:
         """Close every connection; requests in flight end as resets, who waits is told. Call it after draining."""
         self._closing = True
-        tasks = list(self._opening)
-        for task in tasks:
+        for task in self._opening:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while self._opening:
+            await asyncio.gather(*self._opening, return_exceptions=True)
+            # _opened() comes in a turn of the loop, and from Python 3.12 on gather() of what is done makes none.
+            await asyncio.sleep(0)
         for line in list(self._lines.values()):
             while line.waiting:
                 line.waiting.popleft().on_ready(_STOPPING)

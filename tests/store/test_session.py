@@ -20,6 +20,7 @@ from dispatcher.store.postgres import PgStore
 from dispatcher.store.session import _PARAMETERS, _SOCKET_OPTIONS, Session, connect_once, is_away
 from tests.conftest import connected, dsn_of
 from tests.rig import until
+from tests.store import people
 
 NAME = "dispatcher test"
 
@@ -383,8 +384,8 @@ async def test_a_start_that_takes_long_does_not_make_the_clock_slow(
         return made
 
     monkeypatch.setattr(PgStore, "_endpoints", endpoints)
+    await people.endpoint(db)
     store = PgStore(dsn, settings_module.load())
     started = await store.start("test")
     await store.close()
-    [at] = read_at
-    assert started.wall_us >= at.timestamp() * 1e6, "the clock was read before the endpoints"
+    assert started.wall_us >= read_at[-1].timestamp() * 1e6, "the clock was read before the endpoints"
