@@ -85,6 +85,7 @@ BOUNDS = {  # setting: least, most. Written down once more, so that a bound that
     "web_statement_timeout_s": (0.1, 120),
     "web_connections_max": (10, 20_000),
     "web_streams_max": (1, 10_000),
+    "endpoints_per_account_max": (1, 100_000),
     "session_s": (60, 2_592_000),
     "portal_session_s": (60, 2_592_000),
     "portal_link_s": (10, 604_800),
