@@ -81,11 +81,11 @@ CREATE TABLE IF NOT EXISTS webhook.outbox (
     payload      json        NOT NULL,
     occurred_at  timestamptz,                                       -- when it happened, if the producer knows better than created_at
     created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
-    -- These cost nothing while they are NULL; traceparent waits for its feature.
+    -- These cost nothing while they are NULL.
     ordering_key text,                                              -- endpoints that ask for it get the events of one key one by one
     expires_at   timestamptz,                                       -- worth nothing to a receiver afterwards: settled unsent
     priority     smallint,                                          -- above 0: goes first where an endpoint is behind
-    traceparent  text,
+    traceparent  text,                                              -- W3C Trace Context; passed on to receivers, if it is one
     CONSTRAINT outbox_pkey PRIMARY KEY (id),
     CONSTRAINT outbox_account_id_length CHECK (octet_length(account_id) BETWEEN 1 AND 255),
     CONSTRAINT outbox_type_form CHECK (type ~ '^[a-z0-9_]+(\.[a-z0-9_]+)+$' AND octet_length(type) <= 128),

@@ -105,7 +105,12 @@ def show(context: Context, reference: str, json_out: bool) -> None:
             say(attempt_line(attempt))
 
 
-_OPTIONS = {"ordering_key": "ordering key", "expires_at": "expires at", "priority": "priority"}
+_OPTIONS = {
+    "ordering_key": "ordering key",
+    "expires_at": "expires at",
+    "priority": "priority",
+    "traceparent": "traceparent",
+}
 
 
 def attempt_line(attempt: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ EVENT_TYPE_BYTES_MAX = 128
 PUBLIC_ID = re.compile(r"evt_[0-9a-f]{32}")
 # What an account is told about one of its endpoints (`data.endpoint`), for its other endpoints. Only the dispatcher makes these.
 TOLD_TO_OTHERS = frozenset(("endpoint.failing", "endpoint.disabled", "endpoint.recovered"))
+TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _BLOCK = struct.Struct(">QQ")
 
 
@@ -40,7 +41,7 @@ class Event:
 
     __slots__ = (
         "account_id", "body", "created_us", "expires_us", "holders", "id", "occurred_us", "ordering_key", "payload", "priority",
-        "public_id", "type",
+        "public_id", "traceparent", "type",
     )  # fmt: skip
 
     def __init__(
@@ -55,6 +56,7 @@ class Event:
         ordering_key: str | None = None,
         expires_us: int | None = None,
         priority: int | None = None,
+        traceparent: bytes | None = None,
     ) -> None:
         self.id = id
         self.account_id = account_id
@@ -66,6 +68,7 @@ class Event:
         self.ordering_key = ordering_key
         self.expires_us = expires_us  # worth nothing to a receiver from then on
         self.priority = priority
+        self.traceparent = traceparent  # the producer's, for the receiver
         self.body: bytes | None = None
         self.holders = 0
 
@@ -147,6 +150,11 @@ class PublicIds:
             raise InputError(f"{public_id!r} is not an event id: they are evt_ and 32 hexadecimal digits")
         created_us, event_id = _BLOCK.unpack(self._cipher.decryptor().update(bytes.fromhex(public_id[4:])))
         return created_us, event_id
+
+
+def traceparent_of(text: str) -> bytes | None:
+    """Return a producer's `traceparent` as it is sent on. What isn't one is left out, as W3C Trace Context has it: no event fails for it."""
+    return text.encode() if TRACEPARENT.fullmatch(text) else None
 
 
 def check_event_type(text: str) -> str:

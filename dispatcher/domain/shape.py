@@ -38,11 +38,11 @@ HIDDEN = "(hidden)"
 HEADERS_MAX, HEADER_NAME_CHARS_MAX, HEADERS_CHARS_MAX = 20, 64, 4_096
 CREDENTIAL_CHARS_MAX = 2_048
 # What we say ourselves; what belongs to the connection and not to the request (RFC 9110, 7.6.1); what would say something untrue of the body;
-# and what a proxy before the receiver says of a client's address, which a receiver believes.
+# what a proxy before the receiver says of a client's address, which a receiver believes; and whose trace it is, which the producer says.
 REFUSED_HEADERS = frozenset((
     "host", "content-type", "content-length", "content-encoding", "user-agent", "x-attempt", "accept-encoding", "expect",
     "connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "http2-settings",
-    "forwarded", "via", "x-real-ip",
+    "forwarded", "via", "x-real-ip", "traceparent", "tracestate",
 ))  # fmt: skip
 REFUSED_PREFIXES = ("webhook-", "proxy-", "x-forwarded-", "sec-")
 

@@ -41,10 +41,10 @@ class Requests:
 
     def render(self, event: Event, timestamp: bytes, number: int) -> bytes:
         public_id, body = event.public_id, event.envelope()
-        return (
-            b"%b%b\r\nwebhook-timestamp: %b\r\nwebhook-signature: %b\r\nx-attempt: %d\r\ncontent-length: %d\r\n\r\n%b"
-            % (self._head, public_id, timestamp, self._signer.sign(public_id, timestamp, body), number, len(body), body)
-        )
+        return b"%b%b\r\nwebhook-timestamp: %b\r\nwebhook-signature: %b\r\n%bx-attempt: %d\r\ncontent-length: %d\r\n\r\n%b" % (
+            self._head, public_id, timestamp, self._signer.sign(public_id, timestamp, body),
+            b"" if event.traceparent is None else b"traceparent: %b\r\n" % event.traceparent, number, len(body), body,
+        )  # fmt: skip
 
 
 class ShapedRequests(Requests):
@@ -59,10 +59,10 @@ class ShapedRequests(Requests):
         shape, public_id = self._shape, event.public_id
         data = event.payload if self._tree is None else without(event.payload, self._tree)
         body = data if shape.bare else event.wrap(data)
-        extra = b""
+        extra = b"" if event.traceparent is None else b"traceparent: %b\r\n" % event.traceparent
         if shape.extra_signature is not None:
             name = shape.extra_signature.header.encode()
-            extra = b"%b: %b\r\n" % (name, shape.extra_signature.value(timestamp, body))
+            extra += b"%b: %b\r\n" % (name, shape.extra_signature.value(timestamp, body))
         return (
             b"%b%b\r\nwebhook-timestamp: %b\r\nwebhook-signature: %b\r\n%bx-attempt: %d\r\ncontent-length: %d\r\n\r\n%b"
             % (

@@ -206,6 +206,7 @@ class NewEvent:
     ordering_key: str | None = None
     expires_at: datetime | None = None
     priority: int | None = None
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -736,6 +737,7 @@ class Admin:
                 [event.ordering_key for event in events],
                 [event.expires_at for event in events],
                 [event.priority for event in events],
+                [event.traceparent for event in events],
             )
         except _REFUSED as exc:
             raise self._refusal(exc) from exc
@@ -798,7 +800,8 @@ class Admin:
             "next": None if endpoint_id is not None else upto,
             "id": event.id, "event_id": await self._public_id(event.id, row["created_at"]), "account_id": row["account_id"],
             "type": row["type"], "occurred_at": row["occurred_at"], "created_at": row["created_at"], "payload": row["payload"],
-            "ordering_key": row["ordering_key"], "expires_at": row["expires_at"], "priority": row["priority"], "in_log": in_log,
+            "ordering_key": row["ordering_key"], "expires_at": row["expires_at"], "priority": row["priority"],
+            "traceparent": row["traceparent"], "in_log": in_log,
             "deliveries": deliveries(
                 await self._db.fetch(ADMIN.event_deliveries, event.id, row["account_id"], row["type"], row["payload"] or "null", after, upto),
                 await self._db.fetch(ADMIN.event_attempts, event.id, after, upto),

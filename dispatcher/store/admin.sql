@@ -222,13 +222,14 @@ RETURNING id, created_at;
 
 -- name: insert_events
 -- The elements' own text goes in: `->` on json copies it as it was written.
-INSERT INTO webhook.outbox (account_id, type, payload, occurred_at, ordering_key, expires_at, priority)
-SELECT g.account_id, g.type, g.given -> 'data', g.occurred_at, g.ordering_key, g.expires_at, g.priority
+INSERT INTO webhook.outbox (account_id, type, payload, occurred_at, ordering_key, expires_at, priority, traceparent)
+SELECT g.account_id, g.type, g.given -> 'data', g.occurred_at, g.ordering_key, g.expires_at, g.priority, g.traceparent
 FROM ROWS FROM (
     json_array_elements(CASE WHEN $2::text IS NULL THEN $1::text::json ELSE $1::text::json -> $2 END),
-    unnest($3::text[]), unnest($4::text[]), unnest($5::timestamptz[]), unnest($6::text[]), unnest($7::timestamptz[]), unnest($8::smallint[])
+    unnest($3::text[]), unnest($4::text[]), unnest($5::timestamptz[]), unnest($6::text[]), unnest($7::timestamptz[]), unnest($8::smallint[]),
+    unnest($9::text[])
 )
-    WITH ORDINALITY AS g (given, account_id, type, occurred_at, ordering_key, expires_at, priority, n)
+    WITH ORDINALITY AS g (given, account_id, type, occurred_at, ordering_key, expires_at, priority, traceparent, n)
 ORDER BY g.n
 RETURNING id, created_at;
 
@@ -243,13 +244,13 @@ SELECT request_hash, answer::text AS answer FROM webhook.idempotency_key WHERE s
 UPDATE webhook.idempotency_key SET answer = $3::text::json WHERE scope = $1 AND key = $2;
 
 -- name: event
-SELECT id, account_id, type, payload::text AS payload, occurred_at, created_at, ordering_key, expires_at, priority
+SELECT id, account_id, type, payload::text AS payload, occurred_at, created_at, ordering_key, expires_at, priority, traceparent
 FROM webhook.outbox WHERE id = $1;
 
 -- name: event_copy
 -- An event that retention has taken from the log, from a dead letter's copy. There is no index by event alone: one descent for each endpoint.
 SELECT d.event_id AS id, d.account_id, d.type, d.payload::text AS payload, d.occurred_at, d.created_at, NULL AS ordering_key,
-       NULL::timestamptz AS expires_at, NULL::smallint AS priority
+       NULL::timestamptz AS expires_at, NULL::smallint AS priority, NULL AS traceparent
 FROM webhook.endpoint AS e
 CROSS JOIN LATERAL (SELECT * FROM webhook.dead_letter WHERE endpoint_id = e.id AND event_id = $1 OFFSET 0) AS d
 ORDER BY d.payload IS NULL

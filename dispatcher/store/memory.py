@@ -33,7 +33,7 @@ import orjson
 
 from dispatcher.domain.address import AddressPolicy
 from dispatcher.domain.endpoint import FOREVER, Endpoint, EndpointId, EndpointState, Subscription, pattern_matches
-from dispatcher.domain.event import Event, PublicIds, timestamp
+from dispatcher.domain.event import Event, PublicIds, timestamp, traceparent_of
 from dispatcher.domain.filters import Rule
 from dispatcher.domain.ordering import parse_ordering
 from dispatcher.domain.outcome import Fault
@@ -109,6 +109,7 @@ class LogRow:
     ordering_key: str | None = None
     expires_us: int | None = None
     priority: int | None = None
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -682,7 +683,8 @@ class Transaction:
     def write_row(
         self, account_id: str, type: str, payload: bytes, occurred_us: int | None = None, **options: Any
     ) -> int:
-        """Take an id and write the row; the statement's trigger has yet to run (`ring`). `options`: ordering_key, expires_us, priority."""
+        """Take an id and write the row; the statement's trigger has yet to run (`ring`). `options`: ordering_key, expires_us, priority,
+        traceparent."""
         self.lock_log()
         database = self.database
         row_id = database.next_id()
@@ -1240,7 +1242,7 @@ class MemoryStore:
         return [
             Event(
                 row.id, row.account_id, row.type, row.payload, row.created_us, row.occurred_us, public_id,
-                row.ordering_key, row.expires_us, row.priority,
+                row.ordering_key, row.expires_us, row.priority, None if row.traceparent is None else traceparent_of(row.traceparent),
             )
             for row, public_id in zip(rows, public, strict=True)
         ]  # fmt: skip
@@ -1515,7 +1517,7 @@ TOAST_TUPLE_BYTES = 2_032  # TOAST_TUPLE_THRESHOLD with 8 kB pages: larger rows 
 
 def _stored_bytes(
     account_id: str, type: str, payload: bytes, occurred_us: int | None, ordering_key: str | None = None, expires_us: int | None = None,
-    priority: int | None = None,
+    priority: int | None = None, traceparent: str | None = None,
 ) -> int:  # fmt: skip
     """Return pg_column_size(payload): a varlena has a header of 1 byte up to 126 bytes, of 4 beyond, and none outside of its row."""
     size = 8  # id
@@ -1529,6 +1531,8 @@ def _stored_bytes(
         size = (size + 7) // 8 * 8 + 8
     if priority is not None:
         size = (size + 1) // 2 * 2 + 2
+    if traceparent is not None:
+        size += len(traceparent.encode()) + 1
     if TUPLE_HEADER_BYTES + size > TOAST_TUPLE_BYTES:
         return len(payload)
     return len(payload) + (1 if len(payload) <= 126 else 4)

@@ -19,7 +19,7 @@ import asyncpg
 import structlog
 
 from dispatcher.domain.endpoint import FOREVER, Endpoint, EndpointId, EndpointState, Subscription, like_pattern
-from dispatcher.domain.event import Event, PublicIds
+from dispatcher.domain.event import Event, PublicIds, traceparent_of
 from dispatcher.domain.filters import Rule
 from dispatcher.domain.ordering import parse_ordering
 from dispatcher.domain.ranges import IdRanges
@@ -294,8 +294,8 @@ class PgStore:
         if rows[0][2] is None:
             return HeadPage([], [] if attempted else None, False, last_id, config_seq)
         above = sum(1 for row in rows if row[2] > after) if young else len(rows)
-        full = above >= limit or rows[-1][11] >= bytes_max
-        skips = [row[12] for row in rows] if attempted else None
+        full = above >= limit or rows[-1][12] >= bytes_max
+        skips = [row[13] for row in rows] if attempted else None
         return HeadPage(self._events(rows, 2), skips, full, last_id, config_seq)
 
     async def holders(self) -> Holders:
@@ -348,7 +348,7 @@ class PgStore:
         rows, next_due = await self._reader.run(work)
         events = self._events(rows, 4)
         retries = [DueRetry(event, row[1], row[2], row[3]) for event, row in zip(events, rows, strict=True)]
-        full = bool(rows) and (len(rows) >= limit or rows[-1][13] >= bytes_max)
+        full = bool(rows) and (len(rows) >= limit or rows[-1][14] >= bytes_max)
         return RetryPage(retries, full, next_due)
 
     async def run_page(
@@ -374,11 +374,11 @@ class PgStore:
         await self._reader.run(lambda c: c.fetchval(SQL.disarm_doorbell))
 
     def _page(self, rows: Sequence[Any], limit: int, bytes_max: int) -> Page:
-        full = bool(rows) and (len(rows) >= limit or rows[-1][9] >= bytes_max)
-        return Page(self._events(rows, 0), [row[10] for row in rows], full)
+        full = bool(rows) and (len(rows) >= limit or rows[-1][10] >= bytes_max)
+        return Page(self._events(rows, 0), [row[11] for row in rows], full)
 
     def _events(self, rows: Sequence[Any], at: int, *, plain: bool = False) -> list[Event]:
-        """Make events of the nine event columns (`plain`: six) that start at column `at`; one cipher call for the page."""
+        """Make events of the ten event columns (`plain`: six) that start at column `at`; one cipher call for the page."""
         assert self._public_ids is not None
         public = self._public_ids.encode([(row[at + 4], row[at]) for row in rows])
         if plain:
@@ -388,7 +388,8 @@ class PgStore:
             ]
         return [
             Event(
-                row[at], row[at + 1], row[at + 2], row[at + 3], row[at + 4], row[at + 5], public_id, row[at + 6], row[at + 7], row[at + 8]
+                row[at], row[at + 1], row[at + 2], row[at + 3], row[at + 4], row[at + 5], public_id, row[at + 6], row[at + 7], row[at + 8],
+                None if row[at + 9] is None else traceparent_of(row[at + 9]),
             )
             for row, public_id in zip(rows, public, strict=True)
         ]  # fmt: skip
@@ -401,8 +402,8 @@ class PgStore:
             page = pages[row[0] - 1]
             page.events.append(event)
             assert page.attempted is not None
-            page.attempted.append(row[11])
-        if rows and (len(rows) >= limit or rows[-1][10] >= bytes_max):
+            page.attempted.append(row[12])
+        if rows and (len(rows) >= limit or rows[-1][11] >= bytes_max):
             for page in pages[rows[-1][0] - 1 :]:
                 page.full = True
         return pages

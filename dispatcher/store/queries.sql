@@ -1,6 +1,6 @@
 -- Every statement of the store, by name, with its why. sql.py loads this file; Python holds no SQL strings.
 -- Event columns are always (id, account_id, type, payload, created_at, occurred_at), and but in runs, which don't go by them, (ordering_key,
--- expires_at, priority); `bytes` is the running size of the page, so that a page
+-- expires_at, priority, traceparent); `bytes` is the running size of the page, so that a page
 -- ends with the first row that reaches its byte bound and is never empty when something is there. `size` is the payload's, told without fetching
 -- it; only what came compressed out of another table, and was stored so, has to be opened (200 kB of it can read as 2).
 
@@ -19,7 +19,7 @@ SELECT pg_backend_pid();
 -- name: head
 -- Young gap ids ($4), everything above the head ($1), and the newest configuration, in one snapshot; last_id is evaluated after that snapshot
 -- was taken.
-SELECT l.last_id, l.config_seq, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes
+SELECT l.last_id, l.config_seq, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.traceparent, b.bytes
 FROM (
     SELECT coalesce(pg_sequence_last_value('webhook.outbox_id_seq'::regclass), 0) AS last_id,
            (SELECT coalesce(max(seq), 0) FROM webhook.config_change) AS config_seq
@@ -27,10 +27,10 @@ FROM (
 LEFT JOIN LATERAL (
     SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.id ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
-        SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
+        SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority, traceparent
         FROM webhook.outbox WHERE id = ANY ($4::bigint[])
         UNION ALL
-        (SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
+        (SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority, traceparent
          FROM webhook.outbox WHERE id > $1 ORDER BY id LIMIT $2)
     ) AS q
     CROSS JOIN LATERAL (
@@ -41,7 +41,7 @@ ORDER BY b.id;
 
 -- name: head_attempted
 -- The same, until the head has passed the last id seen at Start: an earlier owner may have delivered these.
-SELECT l.last_id, l.config_seq, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes,
+SELECT l.last_id, l.config_seq, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.traceparent, b.bytes,
        ARRAY(SELECT a.endpoint_id FROM webhook.attempt AS a WHERE a.event_id = b.id AND a.run = 0) AS attempted
 FROM (
     SELECT coalesce(pg_sequence_last_value('webhook.outbox_id_seq'::regclass), 0) AS last_id,
@@ -50,10 +50,10 @@ FROM (
 LEFT JOIN LATERAL (
     SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.id ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
-        SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
+        SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority, traceparent
         FROM webhook.outbox WHERE id = ANY ($4::bigint[])
         UNION ALL
-        (SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
+        (SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority, traceparent
          FROM webhook.outbox WHERE id > $1 ORDER BY id LIMIT $2)
     ) AS q
     CROSS JOIN LATERAL (
@@ -72,7 +72,7 @@ WHERE locktype = 'relation' AND relation = 'webhook.outbox'::regclass AND mode =
 
 -- name: probe
 -- Ranges of ids, each by its own index descent: one plain join over 10,000 ranges took 154 s, LATERAL 15 ms.
-SELECT b.n, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes,
+SELECT b.n, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.traceparent, b.bytes,
        ARRAY(SELECT a.endpoint_id FROM webhook.attempt AS a WHERE a.event_id = b.id AND a.run = 0) AS attempted
 FROM (
     SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.n, q.id ROWS UNBOUNDED PRECEDING) AS bytes
@@ -80,7 +80,7 @@ FROM (
         SELECT r.n, o.*
         FROM unnest($1::bigint[], $2::bigint[]) WITH ORDINALITY AS r (low, high, n)
         CROSS JOIN LATERAL (
-            SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
+            SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority, traceparent
             FROM webhook.outbox WHERE id >= r.low AND id <= r.high ORDER BY id LIMIT $3
         ) AS o
         ORDER BY r.n, o.id
@@ -95,12 +95,12 @@ ORDER BY b.n, b.id;
 
 -- name: account
 -- A page for lanes that are behind. $3 bounds how far one page scans when the lane's types are rare.
-SELECT b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes,
+SELECT b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.traceparent, b.bytes,
        ARRAY(SELECT a.endpoint_id FROM webhook.attempt AS a WHERE a.event_id = b.id AND a.run = 0) AS attempted
 FROM (
     SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.id ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
-        SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
+        SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority, traceparent
         FROM webhook.outbox
         WHERE account_id = $1 AND id > $2 AND id <= $3 AND ($4::text[] IS NULL OR type = ANY ($4::text[]))
         ORDER BY id LIMIT $5
@@ -114,7 +114,7 @@ ORDER BY b.id;
 
 -- name: holes
 -- The same for ids that a lane passed without settling them.
-SELECT b.n, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes,
+SELECT b.n, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.traceparent, b.bytes,
        ARRAY(SELECT a.endpoint_id FROM webhook.attempt AS a WHERE a.event_id = b.id AND a.run = 0) AS attempted
 FROM (
     SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.n, q.id ROWS UNBOUNDED PRECEDING) AS bytes
@@ -122,7 +122,7 @@ FROM (
         SELECT r.n, o.*
         FROM unnest($2::bigint[], $3::bigint[]) WITH ORDINALITY AS r (low, high, n)
         CROSS JOIN LATERAL (
-            SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
+            SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority, traceparent
             FROM webhook.outbox WHERE account_id = $1 AND id >= r.low AND id <= r.high ORDER BY id LIMIT $4
         ) AS o
         ORDER BY r.n, o.id
@@ -141,12 +141,12 @@ ORDER BY b.n, b.id;
 -- clock_timestamp(): that read every row that is not due. LATERAL with LIMIT 1, because a generic plan takes $2 for a tenth of the table, and
 -- joined by a hash over the whole log.
 SELECT o.event_id, o.run, o.number, o.first_attempt_at, o.id, o.account_id, o.type, o.payload, o.created_at, o.occurred_at,
-       o.ordering_key, o.expires_at, o.priority, o.bytes
+       o.ordering_key, o.expires_at, o.priority, o.traceparent, o.bytes
 FROM (
     SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.due_at, q.event_id, q.run ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
         SELECT d.event_id, d.run, d.number, d.first_attempt_at, d.due_at, e.id, e.account_id, e.type, e.payload, e.created_at, e.occurred_at,
-               e.ordering_key, e.expires_at, e.priority
+               e.ordering_key, e.expires_at, e.priority, e.traceparent
         FROM (
             SELECT event_id, run, number, first_attempt_at, due_at FROM webhook.retry
             WHERE endpoint_id = $1 AND due_at <= statement_timestamp() AND run <> ALL ($4::integer[])
@@ -154,13 +154,13 @@ FROM (
         ) AS d
         CROSS JOIN LATERAL (
             (
-                SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
+                SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority, traceparent
                 FROM webhook.outbox WHERE id = d.event_id LIMIT 1
             )
             UNION ALL
             (
                 -- A dead letter that was resent: the log may have forgotten the event.
-                SELECT l.event_id, l.account_id, l.type, l.payload, l.created_at, l.occurred_at, NULL, NULL, NULL
+                SELECT l.event_id, l.account_id, l.type, l.payload, l.created_at, l.occurred_at, NULL, NULL, NULL, NULL
                 FROM webhook.dead_letter AS l
                 WHERE l.endpoint_id = $1 AND l.event_id = d.event_id AND l.payload IS NOT NULL LIMIT 1
             )
@@ -181,12 +181,12 @@ SELECT min(due_at) FROM webhook.retry WHERE endpoint_id = $1 AND due_at > statem
 
 -- name: urgent
 -- What a lane that is behind sends first: the page of `account` with priority only, by the partial index.
-SELECT b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes,
+SELECT b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.traceparent, b.bytes,
        ARRAY(SELECT a.endpoint_id FROM webhook.attempt AS a WHERE a.event_id = b.id AND a.run = 0) AS attempted
 FROM (
     SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.id ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
-        SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
+        SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority, traceparent
         FROM webhook.outbox
         WHERE account_id = $1 AND id > $2 AND id <= $3 AND priority > 0
         ORDER BY id LIMIT $4
@@ -200,7 +200,7 @@ ORDER BY b.id;
 
 -- name: keys
 -- What may be sent next of each key ($2), from an id on ($3): a descent of the partial index each.
-SELECT b.n, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.bytes,
+SELECT b.n, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at, b.ordering_key, b.expires_at, b.priority, b.traceparent, b.bytes,
        ARRAY(SELECT a.endpoint_id FROM webhook.attempt AS a WHERE a.event_id = b.id AND a.run = 0) AS attempted
 FROM (
     SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.n, q.id ROWS UNBOUNDED PRECEDING) AS bytes
@@ -208,7 +208,7 @@ FROM (
         SELECT k.n, o.*
         FROM unnest($2::text[], $3::bigint[]) WITH ORDINALITY AS k (key, low, n)
         CROSS JOIN LATERAL (
-            SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority
+            SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority, traceparent
             FROM webhook.outbox WHERE account_id = $1 AND ordering_key = k.key AND id >= k.low AND id <= $4 ORDER BY id LIMIT $5
         ) AS o
         ORDER BY k.n, o.id

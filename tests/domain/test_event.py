@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dispatcher.domain.event import Event, PublicIds, check_event_type, envelope, timestamp
+from dispatcher.domain.event import Event, PublicIds, check_event_type, envelope, timestamp, traceparent_of
 from dispatcher.errors import InputError
 
 no_deadline = settings(deadline=None)  # a busy machine is no defect
@@ -234,3 +234,22 @@ def test_an_event_type_needs_no_escaping(text):
     except InputError:
         return
     assert orjson.dumps(text) == b'"%b"' % text.encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", True),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00", True),
+        ("ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", False),
+        ("00-00000000000000000000000000000000-00f067aa0ba902b7-01", False),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01", False),
+        ("00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01", False),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\r\nx-evil: 1", False),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\n", False),
+        ("", False),
+    ],
+)
+def test_what_is_no_traceparent_is_left_out(text, is_one):
+    """https://www.w3.org/TR/trace-context/#traceparent-header"""
+    assert traceparent_of(text) == (text.encode() if is_one else None)

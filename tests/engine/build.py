@@ -40,7 +40,7 @@ def make_endpoint(endpoint_id: int = 1, *patterns: str | Subscription, **changes
 def make_event(
     event_id: int, account_id: str = "acc", event_type: str = "a.b", payload: bytes = b"{}", **options: Any
 ) -> Event:
-    """Options: ordering_key, expires_us, priority."""
+    """Options: ordering_key, expires_us, priority, traceparent."""
     return Event(event_id, account_id, event_type, payload, 0, None, b"evt_%032x" % event_id, **options)
 
 

@@ -107,3 +107,14 @@ def test_only_what_depends_on_the_event_is_shaped():
         assert type(requests(**config)) is Requests
     for config in ({"body_format": "payload"}, {"omit": ["/a"]}, {"extra_signature": "hex:x-sig"}):
         assert type(requests(**config)) is ShapedRequests
+
+
+@pytest.mark.parametrize("config", [{}, {"body_format": "payload"}, {"extra_signature": "hex:x-signed"}])
+def test_a_producers_trace_is_passed_on(config):
+    trace = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    if "extra_signature" in config:
+        config = config | {"extra_signature_key": "k" * 24}
+    request = requests(**config).render(make_event(7, payload=PAYLOAD, traceparent=trace), TIMESTAMP, 1)
+    assert cut(request)[0]["traceparent"] == trace.decode()
+    plain = requests(**config).render(make_event(7, payload=PAYLOAD), TIMESTAMP, 1)
+    assert request.replace(b"traceparent: %b\r\n" % trace, b"") == plain, "and nothing else differs"

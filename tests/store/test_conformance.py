@@ -119,14 +119,15 @@ async def test_head_is_bounded_in_bytes(world: World, store: Store, length: int,
 
 
 async def test_events_bear_what_their_producers_ask_for(world: World, store: Store) -> None:
-    await world.insert(ordering_key="k", expires_us=NOW, priority=-3)
-    await world.insert()
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    await world.insert(ordering_key="k", expires_us=NOW, priority=-3, traceparent=trace)
+    await world.insert(traceparent="00-4bf9\r\nx-evil: 1")
     pages = [await read(store), await store.account("acct", 0, 9, None, MANY, HUGE)]
     pages += [*await store.holes("acct", [(1, 2)], MANY, HUGE), *await store.probe([(1, 2)], MANY, HUGE)]
     for page in pages:
         one, other = page.events
-        assert (one.ordering_key, one.expires_us, one.priority) == ("k", NOW, -3)
-        assert (other.ordering_key, other.expires_us, other.priority) == (None, None, None)
+        assert (one.ordering_key, one.expires_us, one.priority, one.traceparent) == ("k", NOW, -3, trace.encode())
+        assert (other.ordering_key, other.expires_us, other.priority, other.traceparent) == (None, None, None, None)
 
 
 async def test_what_has_priority_is_read_by_itself(world: World, store: Store) -> None:

@@ -91,12 +91,13 @@ class PgTx:
         ordering_key: str | None = None,
         expires_us: int | None = None,
         priority: int | None = None,
+        traceparent: str | None = None,
     ) -> list[int]:
         rows = await self._db.fetch(
-            "INSERT INTO webhook.outbox (account_id, type, payload, occurred_at, ordering_key, expires_at, priority) "
+            "INSERT INTO webhook.outbox (account_id, type, payload, occurred_at, ordering_key, expires_at, priority, traceparent) "
             "SELECT $1, $2, $3::text::json, '1970-01-01Z'::timestamptz + $5::bigint * interval '1 us', $6, "
-            "'1970-01-01Z'::timestamptz + $7::bigint * interval '1 us', $8 FROM generate_series(1, $4::integer) RETURNING id",
-            account_id, type, payload, count, occurred_us, ordering_key, expires_us, priority,
+            "'1970-01-01Z'::timestamptz + $7::bigint * interval '1 us', $8, $9 FROM generate_series(1, $4::integer) RETURNING id",
+            account_id, type, payload, count, occurred_us, ordering_key, expires_us, priority, traceparent,
         )  # fmt: skip
         return [row["id"] for row in rows]
 

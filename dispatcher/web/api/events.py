@@ -43,7 +43,15 @@ async def _send(call: Call, given: list[models.NewEvent], text: bytes, *, within
         if event.type in TOLD_TO_OTHERS:
             raise ProblemError(400, f"{event.type} is made by the dispatcher; nobody else sends it", field="type")
     events = [
-        NewEvent(event.account_id, event.type, event.occurred_at, event.ordering_key, event.expires_at, event.priority)
+        NewEvent(
+            event.account_id,
+            event.type,
+            event.occurred_at,
+            event.ordering_key,
+            event.expires_at,
+            event.priority,
+            event.traceparent,
+        )
         for event in given
     ]
     async with call.visit.db() as db:

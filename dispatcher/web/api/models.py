@@ -464,6 +464,11 @@ class NewEvent(Given):
     priority: int | None = Field(
         None, ge=-32_768, le=32_767, description="Above 0: goes first where an endpoint is behind."
     )
+    traceparent: str | None = Field(
+        None,
+        pattern="^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$",
+        description="W3C Trace Context; receivers get it as a header of this name.",
+    )
 
 
 class NewEvents(Given):
@@ -562,6 +567,7 @@ class EventAnswer(Answer):
     ordering_key: str | None
     expires_at: datetime | None
     priority: int | None
+    traceparent: str | None
     in_log: bool = Field(description="False: retention has taken it, and this is what dead letters and attempts tell.")
     data: Any = Field(description="Null if nothing has kept it.")
     deliveries: list[EventDelivery]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from dispatcher.domain.event import Event
+from dispatcher.domain.event import Event, traceparent_of
 from dispatcher.domain.shape import HIDDEN, make_shape, redacted
 from dispatcher.domain.signing import signing_in
 from dispatcher.domain.url import parse_url
@@ -51,7 +51,7 @@ def rerender(
     happened_us = None if event["occurred_at"] is None else us(event["occurred_at"])
     made = Event(
         event["id"], event["account_id"], event["type"], event["payload"].encode(), us(event["created_at"]), happened_us,
-        event["event_id"].encode(),
+        event["event_id"].encode(), traceparent=traceparent_of(event["traceparent"] or ""),
     )  # fmt: skip
     raw = redacted(requests.render(made, b"%d" % int(at.timestamp()), number), shape)
     head, _, body = raw.partition(b"\r\n\r\n")
