@@ -9,7 +9,7 @@ import socket
 import ssl
 import sys
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -29,7 +29,9 @@ from dispatcher.store.postgres import PgStore
 from dispatcher.transport.pool import Pool
 from dispatcher.transport.tcp import check_local
 from dispatcher.transport.tls import make_tls_context
-from dispatcher.web.server import WebServer
+
+if TYPE_CHECKING:
+    from dispatcher.web.server import WebServer
 
 _log = structlog.get_logger(room="main")
 
@@ -169,8 +171,10 @@ def log_unhandled(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None
     _log.error("loop.unhandled", problem=context.get("message"), error=None if exc is None else repr(exc), exc_info=exc)
 
 
-def make_web(settings: Settings, dsn: str, transport: Pool, engine: Engine | None = None) -> WebServer:
+def make_web(settings: Settings, dsn: str, transport: Pool, engine: Engine | None = None) -> "WebServer":
     """Make panel and API; beside an engine they can tell what only its memory knows."""
+    from dispatcher.web.server import WebServer  # importing it takes 0.2 s, and not all have a panel
+
     if engine is None:
         return WebServer(settings, dsn, transport)
     return WebServer(settings, dsn, transport, lane_health=engine.lane_health, vitals=partial(vitals, engine))

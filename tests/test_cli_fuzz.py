@@ -1,6 +1,5 @@
 """Input that nobody meant, from Hypothesis, into every verb: an exit status and a sentence, never a traceback."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -9,21 +8,13 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dispatcher.cli import cli
 from dispatcher.errors import DispatcherError
 from tests.test_cli import Cli, empty, run
+from tests.verbs import every_verb
 
 __all__ = ["empty", "run"]  # fixtures
 
 ENDLESS = {"run", "demo", "sink", "tail", "web"}  # they serve until they are told to stop
-
-
-def verbs(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            yield from verbs(command, (*path, name))
-        elif name not in ENDLESS:
-            yield (*path, name), command
 
 
 # What a terminal can pass: no NUL, and bytes that aren't UTF-8 as surrogates.
@@ -40,7 +31,7 @@ ODD = st.sampled_from(
     ]
 )  # fmt: skip
 WORD = st.one_of(ODD, ODD, TEXT)
-VERBS = dict(verbs(cli))
+VERBS = {path: command for path, command in every_verb() if path[-1] not in ENDLESS}
 
 
 @st.composite

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import asyncpg
-import click
 import pytest
 import uvloop
 from click.testing import CliRunner, Result
@@ -22,6 +21,7 @@ from dispatcher.errors import InputError
 from tests.conftest import connected, dsn_of
 from tests.store import people
 from tests.test_cli import Cli, sink_process, sql
+from tests.verbs import every_verb
 
 _numbers = itertools.count(1)
 
@@ -442,14 +442,7 @@ def test_what_completion_offers(words: str, offers: set[str]) -> None:
 
 
 def test_every_verb_has_an_example() -> None:
-    def verbs(group: click.Group, path: str) -> Iterator[tuple[str, click.Command]]:
-        for name, command in group.commands.items():
-            if isinstance(command, click.Group):
-                yield from verbs(command, f"{path} {name}")
-            else:
-                yield f"{path} {name}", command
-
-    assert [path for path, command in verbs(cli, "dispatcher") if path not in (command.help or "")] == []
+    assert [path for path, command in every_verb() if f"dispatcher {' '.join(path)}" not in (command.help or "")] == []
 
 
 # ── small parts ──

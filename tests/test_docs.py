@@ -9,10 +9,10 @@ import pytest
 from annotated_types import Ge, Le
 from pydantic_core import PydanticUndefined
 
-from dispatcher.cli import cli
 from dispatcher.observe.catalogue import METRICS
 from dispatcher.observe.reload import AT_ONCE
 from dispatcher.settings import Settings
+from tests.verbs import every_verb
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -108,21 +108,14 @@ def test_pages_that_are_made_of_tables_are_as_these_are(name: str) -> None:
 
 
 def test_every_verb_teaches_and_is_in_the_readme() -> None:
-    def verbs(group: click.Group, path: str = "") -> list[tuple[str, click.Command]]:
-        found = []
-        for name, command in group.commands.items():
-            found += (
-                verbs(command, f"{path}{name} ") if isinstance(command, click.Group) else [(f"{path}{name}", command)]
-            )
-        return found
-
-    for path, command in verbs(cli):
+    for words, command in every_verb():
+        path = " ".join(words)
         assert command.help, path
         assert len(command.help.split()) >= 5, f"{path}: --help teaches nothing"
         for parameter in command.params:
             if isinstance(parameter, click.Option):
                 assert parameter.help, f"{path} {parameter.name} has no help"
-        assert re.search(rf"\b{re.escape(path.split()[-1])}\b", README), f"{path} is not in the README"
+        assert re.search(rf"\b{re.escape(words[-1])}\b", README), f"{path} is not in the README"
 
 
 def test_every_test_that_the_threat_model_names_is_there() -> None:

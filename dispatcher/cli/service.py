@@ -5,7 +5,6 @@ import structlog
 
 from dispatcher import log
 from dispatcher.cli.common import Context, as_json, connection_to, database, print_json, run_async, say
-from dispatcher.demo.run import free_port, run_demo
 from dispatcher.domain.sealing import new_encryption_key
 from dispatcher.errors import TakenOverError
 from dispatcher.main import serve, serve_web
@@ -127,6 +126,8 @@ def demo(context: Context, seconds: float | None, rate: float, plain: bool, json
     \b
     dispatcher demo --seconds 15 --rate 500
     """
+    from dispatcher.demo.run import free_port, run_demo  # a start needs none of it
+
     settings = context.settings(
         database_url=None, database_url_file=None, proxy_url=None, proxy_url_file=None, allowed_networks="127.0.0.0/8", log_level="error",
         web_listen=f"127.0.0.1:{free_port()}", public_url=None, web_base_path=None, web_connect=None, frame_ancestors="",

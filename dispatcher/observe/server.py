@@ -15,7 +15,7 @@ from dispatcher.observe.figures import Subject, take_figures
 from dispatcher.observe.health import judge
 from dispatcher.observe.metrics import render
 from dispatcher.settings import split_listen
-from dispatcher.web.server import bounded
+from dispatcher.web.listening import bounded
 
 _log = structlog.get_logger(room="observe")
 

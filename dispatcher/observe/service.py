@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -11,11 +12,13 @@ from dispatcher.errors import DispatcherError
 from dispatcher.observe.figures import RoundTrips, Subject
 from dispatcher.observe.health import describe, judge
 from dispatcher.observe.pulse import Pulse
-from dispatcher.observe.server import HealthServer
 from dispatcher.observe.systemd import Notifier
 from dispatcher.settings import Settings
 from dispatcher.store.observe import Observer
 from dispatcher.transport.room import Room
+
+if TYPE_CHECKING:
+    from dispatcher.observe.server import HealthServer
 
 _log = structlog.get_logger(room="observe")
 
@@ -35,7 +38,7 @@ class Observation:
         self.pulse = Pulse(engine)
         self.observer = Observer(dsn, lambda: engine.state is State.OWNER)
         self.subject = Subject(engine, transport, settings, self.pulse, self.observer, round_trips)
-        self.server = None if settings.health_listen is None else HealthServer(settings.health_listen, self.subject)
+        self.server = _health_server(settings, self.subject)
         self._is_ready = False
         self._looks = 0
         self.pulse.on_look = self._look
@@ -93,3 +96,11 @@ async def _kept_up(part: Callable[[], Awaitable[None]]) -> None:
         except Exception:  # noqa: BLE001 - logged with its trace
             _log.exception("observe.failed", again_in_s=AGAIN_S)
         await asyncio.sleep(AGAIN_S)
+
+
+def _health_server(settings: Settings, subject: Subject) -> "HealthServer | None":
+    if settings.health_listen is None:
+        return None
+    from dispatcher.observe.server import HealthServer  # brings an HTTP server, which takes 0.1 s to import
+
+    return HealthServer(settings.health_listen, subject)

@@ -6,7 +6,6 @@ Beside the engine a server that can't listen, or fails, says so and tries again;
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import cast
 
 import structlog
 from aiohttp import web
@@ -18,6 +17,7 @@ from dispatcher.settings import Settings, split_listen
 from dispatcher.store import access
 from dispatcher.store.pool import Pool
 from dispatcher.web.app import LISTEN, LaneHealth, Vitals, Web, make_app
+from dispatcher.web.listening import bounded
 
 _log = structlog.get_logger(room="web")
 
@@ -104,21 +104,6 @@ async def _listen(settings: Settings, factory: Callable[[], asyncio.BaseProtocol
         return await asyncio.get_running_loop().create_server(factory, host, port, backlog=128)
     except OSError as exc:
         raise InputError(f"can't listen at {listen}: {exc.strerror or exc}; correct DISPATCHER_WEB_LISTEN") from exc
-
-
-def bounded(server: web.Server, most: int) -> Callable[[], asyncio.BaseProtocol]:
-    """Return what makes a protocol for a new connection; beyond the bound one that hangs up. Those that come in one turn of the loop aren't
-    counted among themselves: it may go beyond by the backlog."""
-
-    def accept() -> asyncio.BaseProtocol:
-        return server() if len(server.connections) < most else _HangUp()
-
-    return accept
-
-
-class _HangUp(asyncio.Protocol):
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        cast(asyncio.Transport, transport).abort()  # uvloop's isn't one by its class
 
 
 async def _sweep(shared: Web) -> None:
