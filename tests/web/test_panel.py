@@ -58,7 +58,7 @@ async def test_the_list_tells_how_endpoints_do(web: Site):
         "99.7 %",
         "≤ 2 ms",
         "997 delivered and 3 failed attempts",
-        "<rect",
+        '<path class="bar-good" d="M',
     ):
         assert said in page.text, said
     assert "style=" not in page.text
@@ -356,7 +356,8 @@ async def test_the_chart_has_a_bar_where_something_happened(customer: Browser):
             endpoint,
         )
     page = (await customer.get(f"/endpoints/{endpoint}?span=hour")).text
-    assert page.count("<rect") == 4
+    good, bad = (re.search(rf'<path class="bar-{kind}" d="([^"]*)"', page) for kind in ("good", "bad"))
+    assert (good[1].count("M"), bad[1].count("M")) == (2, 2)
     assert "14 delivered and 3 failed attempts in the last hour" in page
     assert (await customer.get(f"/endpoints/{endpoint}?span=century")).status == 400
 

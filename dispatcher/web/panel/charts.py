@@ -7,21 +7,15 @@ from math import log2
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
-    """One step: `good` on top of `bad`, in the chart's units, from its floor."""
-
-    x: float
-    good: float
-    bad: float
-
-
-@dataclass(frozen=True, slots=True)
 class Chart:
+    """Bars of what went well on top of what did not. `good` and `bad` are each one path of all its bars: an element for each of them took
+    most of the time in which a page of fifty charts was made."""
+
     width: float
     height: float
-    step: float
     most: int  # attempts of the highest bar
-    bars: tuple[Bar, ...]
+    good: str
+    bad: str
     words: str
 
 
@@ -74,9 +68,18 @@ def bars(steps: Sequence[tuple[int, int]], *, width: float, height: float, span:
     def high(count: int) -> float:
         return 0 if not count else round(max(1.0, count / most * height), 2)
 
-    made = tuple(
-        Bar(round(n * step, 2), high(delivered), high(failed)) for n, (delivered, failed) in enumerate(steps) if delivered + failed
-    )  # fmt: skip
+    wide = round(max(0.5, step * 0.8), 2)
+    good, bad = [], []
+    for n, (delivered, failed) in enumerate(steps):
+        at, floor, top = (
+            round(n * step, 2),
+            round(height - high(failed), 2),
+            round(max(0, height - high(failed) - high(delivered)), 2),
+        )
+        if failed:
+            bad.append(f"M{at} {height}V{floor}h{wide}V{height}z")
+        if delivered:
+            good.append(f"M{at} {floor}V{top}h{wide}V{floor}z")
     delivered, failed = sum(step[0] for step in steps), sum(step[1] for step in steps)
     words = f"{delivered:,} delivered and {failed:,} failed attempts {span}"
-    return Chart(width, height, round(step, 2), most, made, words)
+    return Chart(width, height, most, "".join(good), "".join(bad), words)
