@@ -347,7 +347,7 @@ FAULTS = [
         [(config.ConfigWatcher, "_forget", lambda self, endpoint_id: None)],
         "it was erased",
         needs=frozenset({"erasure", "slow answers"}),
-        seed=1_492,
+        seed=2_558,
     ),
     Fault(
         "filter at the head only",
