@@ -425,3 +425,24 @@ def test_a_large_payload_is_sent_with_an_advice(run: Cli) -> None:
     for size, advised in ((19_998, False), (19_999, True)):
         result = run("event", "send", "acct_1", "a.b", '"' + "x" * size + '"')
         assert (result.exit_code, "larger than 20 kB" in result.stderr) == (0, advised)
+
+
+@pytest.mark.parametrize("ending", ['raise FencedError("epoch 3 rules")', "return 5"])
+def test_what_a_verb_ended_with_is_told_though_no_descriptor_is_left(ending: str) -> None:
+    """Closing the loop opens a pair of sockets."""
+    code = f"""
+import resource
+from dispatcher.cli.common import run_async
+from dispatcher.ports import FencedError
+
+async def work():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    {ending}
+
+try:
+    print(run_async(work()))
+except FencedError as exc:
+    print(exc)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == ("5" if "return" in ending else "epoch 3 rules"), done.stderr

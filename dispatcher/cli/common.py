@@ -168,7 +168,27 @@ def with_admin(settings: Settings, work: Callable[[Admin], Awaitable[T]]) -> T:
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
-    return uvloop.run(work)
+    """Run `work` to its end. What that was is what counts: closing the loop needs descriptors, and where none is to be had, its failure must
+    not hide that another dispatcher took over."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    async def watched() -> T:
+        try:
+            results.append(await work)
+        except BaseException as exc:
+            errors.append(exc)
+            raise
+        return results[0]
+
+    try:
+        return uvloop.run(watched())
+    except (OSError, RuntimeError):  # the second, if the first came in the middle of it
+        if errors:
+            raise errors[0] from None
+        if results:
+            return results[0]
+        raise
 
 
 def say(text: str = "", *, err: bool = False) -> None:
