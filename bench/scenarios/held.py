@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import asyncpg
 
 from bench import load, rig, usual
+from bench.histogram import Histogram
 from bench.rig import Bench
 from bench.scenario import Plot, Result, Scenario, Table
 
@@ -161,13 +162,16 @@ async def _big(bench: Bench, size: Size) -> Table:
         )
         async with rig.dispatcher(dsn, connection) as running, load.producers(dsn) as producers:
 
-            async def fresh(row: str, seconds: float) -> None:
-                bench.tell(f"held: {size.loaded:,} rows in one transaction, {row}")
-                cpu_s = running.cpu_s()
-                committed = await producers.open_loop(OTHERS_RATE, seconds, accounts)
-                waits = await arrivals.all_of(committed)
+            async def fresh(row: str, seconds: float, loading: "asyncio.Task[int] | None" = None) -> None:
+                """Commit events for so long, and again for as long as something loads; a row of all of it."""
+                waits, waited, cpu_s, began = Histogram(), Histogram(), running.cpu_s(), time.perf_counter()
+                while not waits.total or (loading is not None and not loading.done()):
+                    bench.tell(f"held: {size.loaded:,} rows in one transaction, {row}")
+                    committed = await producers.open_loop(OTHERS_RATE, seconds, accounts)
+                    waits.merge([await arrivals.all_of(committed)])
+                    waited.merge([committed.waited])
                 table.add(
-                    row, **waits.figures(), seconds=seconds, producer_p99_ms=committed.waited.percentile_ms(0.99),
+                    row, **waits.figures(), seconds=time.perf_counter() - began, producer_p99_ms=waited.percentile_ms(0.99),
                     cpu_us=(running.cpu_s() - cpu_s) / waits.total * 1e6, rss_mb=running.rss_mb(),
                 )  # fmt: skip
 
@@ -179,8 +183,7 @@ async def _big(bench: Bench, size: Size) -> Table:
                 loading = asyncio.create_task(
                     load.bulk(loader, size.loaded, 1, size=LOADER_PAYLOAD_BYTES, target=target, rows=size.loaded)
                 )
-                while not loading.done():
-                    await fresh(row, min(5.0, size.fresh_s))
+                await fresh(row, min(5.0, size.fresh_s), loading)
                 await loading
                 await loader.execute("DROP TABLE IF EXISTS elsewhere")
             await fresh("after its commit", size.fresh_s)
