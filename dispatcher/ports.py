@@ -488,6 +488,9 @@ class Connection(Protocol):
 class Transport(Protocol):
     """A bounded pool of connections by origin."""
 
+    @property
+    def sockets_per_origin_max(self) -> int: ...
+
     def try_acquire(self, origin: Origin) -> Connection | None:
         """Take an idle connection. The caller posts on it or gives it back."""
 

@@ -188,13 +188,13 @@ async def test_lanes_not_tried_yet_and_failing_lanes_hold_a_quarter_of_the_slots
         await r.emit(500, account="good")
         await until(lambda: r.by_path()["/good"] == 505, within_s=2, what="a proven lane isn't touched")
         assert sender.in_flight <= 20
-        await until(lambda: sender._failing.held > 0, what="they failed, and count as failing now")
+        await until(lambda: sender.shares.failing.held > 0, what="they failed, and count as failing now")
         highest = 0
         for _ in range(20):
             sent = r.by_path()["/good"]
             await r.emit(50, account="good")
             await until(lambda sent=sent: r.by_path()["/good"] == sent + 50, within_s=2)
-            highest = max(highest, sender._failing.held)
+            highest = max(highest, sender.shares.failing.held)
         assert highest <= 10
 
 
@@ -290,9 +290,9 @@ async def test_room_of_a_share_is_not_left_to_lanes_that_cannot_use_it(dsn: str)
         sender = r.engine.incarnation.sender
         await until(lambda: sender.in_flight == 2, what="the untried share is full of hanging POSTs")
         await r.emit(account="paused")
-        await until(lambda: len(sender._untried.line) >= 4)
+        await until(lambda: len(sender.shares.untried.line) >= 4)
         await r.emit(account="well")
-        await until(lambda: len(sender._untried.line) >= 5)
+        await until(lambda: len(sender.shares.untried.line) >= 5)
         await r.db.execute("UPDATE webhook.endpoint SET state = 'paused', paused_at_id = 0 WHERE account_id = 'paused'")
         await until(lambda: all(lane(r, one).held for one in paused))
         await until(lambda: r.by_path()["/well"] == 1, within_s=5)

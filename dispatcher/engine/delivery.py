@@ -1,23 +1,12 @@
 """One POST on its way: from being taken out of its lane, over its outcome and the decision, until it is recorded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dispatcher.domain.event import Event
 from dispatcher.domain.outcome import Decision, Outcome
 from dispatcher.domain.run import ORIGINAL
 from dispatcher.engine.lane import Lane
-from dispatcher.engine.line import Line
-
-
-class Share:
-    """A bounded part of the slots. Lanes that found it full wait in its line."""
-
-    __slots__ = ("held", "limit", "line")
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.held = 0
-        self.line = Line()
+from dispatcher.engine.shares import Share
 
 
 class Delivery:
@@ -50,7 +39,7 @@ class Delivery:
     started: float  # monotonic
     started_us: int  # the database's clock
     probe: bool
-    shares: tuple[Share, ...]
+    shares: Sequence[Share]
 
     def __init__(
         self,

@@ -190,7 +190,7 @@ class Reader:
         # Twice: the first read learns the last id after its snapshot, the second sees everything up to it.
         came = await self._read_head_to_end()
         came = await self._read_head_to_end() or came
-        came = await self._read_gaps(every=True) or came
+        came = await self._read_gaps(holders=True) or came
         if came:
             await self._get_up()
         return True
@@ -353,36 +353,28 @@ class Reader:
                 return True
         return False
 
-    async def _read_gaps(self, *, every: bool = False) -> bool:
-        now = self._clock.now()
+    async def _read_gaps(self, *, holders: bool = False) -> bool:
+        """Look at what may have come in old gaps; with `holders` first at who may still fill them, however quiet it is."""
         if not self.gaps.old:
             return False
-        if every or self.gaps.wants_holders(now):
+        if holders or self.gaps.wants_holders(self._clock.now()):
             self._gate.begin()
-            holders = await self._store.holders()
-            self.gaps.note_holders(holders, self._clock.now())
+            held_by = await self._store.holders()
+            self.gaps.note_holders(held_by, self._clock.now())
             self._gate.applied()
-        wanted = self.gaps.to_probe(now, every=every)
-        if not wanted or self._lanes.memory.is_full:
+        looks = self.gaps.looks()
+        if not looks or self._lanes.memory.is_full:
             return False
-        # Whether it closes is decided before the read: only a statement that begins after the barrier opened may close.
-        asked = [(gap, self.gaps.asked(gap), gap.is_closing) for gap in wanted]
-        for gap in wanted:
-            gap.probe_now = gap.is_closing
-        began = self._clock.now()
         self._gate.begin()
-        pages = await self._store.probe([span for _, span, _ in asked], PAGE_ROWS, READ_BYTES_MAX)
+        pages = await self._store.probe([(look.low, look.high) for look in looks], PAGE_ROWS, READ_BYTES_MAX)
         now = self._clock.now()
-        found_any = False
-        for (gap, span, closing), page in zip(asked, pages, strict=True):
+        came = False
+        for look, page in zip(looks, pages, strict=True):
             assert page.attempted is not None
-            if page.full and not page.events:
-                gap.probe_now = True
-            self.gaps.probed(gap, span, closing, [event.id for event in page.events], page.full)
+            self.gaps.looked(look, [event.id for event in page.events], page.full)
             for event, skip in zip(page.events, page.attempted, strict=True):
-                found_any = True
+                came = True
                 self._found(event, skip, now)
-        self.gaps.probe_took(found_any, now - began, now)
         self._counters.gap_reads += 1
         self._gate.applied()
-        return found_any
+        return came

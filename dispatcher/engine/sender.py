@@ -1,9 +1,7 @@
 """The sender: gives ready lanes their turns, and takes each POST from slot to outcome to decision.
 
 Lanes with something to send stand in a line (line.py) and get a few POSTs a turn. Turns bound how often slots are
-granted, not how long they are held, so three shares of the slots are bounded as well: a quarter for all lanes that are
-failing, another quarter for lanes that have not been tried yet (in one share with the failing, a new and healthy
-endpoint would wait for the timeouts of the dead), a half for slow ones. Who waits for time (tokens, breaker,
+granted, not how long they are held: that is bounded by shares (shares.py). Who waits for time (tokens, breaker,
 Retry-After) stands in a heap of instants; who waits for room stands in the line of what it lacks. Waiting for a name, a
 connection or room at an origin holds no slot.
 
@@ -40,11 +38,12 @@ from dispatcher.domain.run import ORIGINAL
 from dispatcher.domain.url import Origin
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
-from dispatcher.engine.delivery import Delivery, Share
-from dispatcher.engine.lane import SLOW_S, Lane
+from dispatcher.engine.delivery import Delivery
+from dispatcher.engine.lane import Lane
 from dispatcher.engine.lanes import Lanes
 from dispatcher.engine.line import Line
 from dispatcher.engine.recorder import Recorder
+from dispatcher.engine.shares import Shares
 from dispatcher.ports import Connection, Transport
 
 _log = structlog.get_logger(room="sender")
@@ -90,8 +89,8 @@ class Sender:
         self._tell_failing = tell_failing
         self._failing_after_us = failing_after_s * 1_000_000
         self._disable_after_us = disable_after_s * 1_000_000
-        self._failing, self._untried, self._slow = Share(1), Share(1), Share(1)
-        self.set_slots(slots)
+        self._slots = slots
+        self.shares = Shares(slots, transport.sockets_per_origin_max)
         self._line = Line()
         self._timers: list[tuple[float, int, Lane]] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -99,7 +98,6 @@ class Sender:
         self._serial = 0  # ties in the heap
         self._pumping = False
         self._call_soon = asyncio.get_running_loop().call_soon
-        self._share_waiters = 0  # lanes in the lines of shares
         self._drained: asyncio.Event = asyncio.Event()
         self._timestamp: tuple[int, bytes] = (0, b"")
 
@@ -108,8 +106,8 @@ class Sender:
     def set_slots(self, slots: int) -> None:
         """Bound the POSTs in flight; those above a lower bound end as they would."""
         self._slots = slots
-        self._failing.limit = self._untried.limit = max(1, slots // 4)
-        self._slow.limit = max(1, slots // 2)
+        self.shares.set_slots(slots)
+        self._call_next()
 
     def offer(self, lane: Lane) -> None:
         """A lane has something to send, or something that kept it from sending has changed."""
@@ -159,16 +157,9 @@ class Sender:
         self.pump_soon()
 
     def _call_next(self) -> None:
-        """Call the first of each share's line that has room. After every turn, because who was called may have no use for the room (nothing
-        to send, no longer untried), and then nobody ends who would call the next."""
-        if not self._share_waiters:
-            return
-        for share in (self._untried, self._failing, self._slow):
-            if share.line and share.held < share.limit:
-                self._share_waiters -= 1
-                lane = share.line.popleft()
-                lane.in_ready = False
-                self.offer(lane)
+        for lane in self.shares.call():
+            lane.in_ready = False
+            self.offer(lane)
 
     def _serve(self, lane: Lane, now: float) -> None:
         """Give a lane its turn; it goes back into the line, into another, or nowhere if it has nothing to send."""
@@ -185,11 +176,10 @@ class Sender:
                 return
             if not lane.breaker.may_start(now):
                 return
-            share = self._full_share(lane, now)
+            share = self.shares.full(lane, now)
             if share is not None:
                 lane.in_ready = True
-                share.line.append(lane)
-                self._share_waiters += 1
+                self.shares.wait(lane, share)
                 return
             now = self._clock.now()  # for each POST: a freeze may end in the middle of a turn
             if not self.may_start(now):
@@ -203,23 +193,6 @@ class Sender:
             else:
                 self._start(lane, connection, now)
         self.offer(lane)
-
-    def _shares(self, lane: Lane, now: float) -> tuple[Share, ...]:
-        """Return the shares that a POST of the lane counts into."""
-        if lane.is_ordinary:
-            return ()
-        chosen = (
-            (lane.untried, self._untried),
-            (lane.failing(now), self._failing),
-            (lane.latency_s > SLOW_S, self._slow),
-        )
-        return tuple(share for applies, share in chosen if applies)
-
-    def _full_share(self, lane: Lane, now: float) -> Share | None:
-        for share in self._shares(lane, now):
-            if share.held >= share.limit:
-                return share
-        return None
 
     def _wake_lane_at(self, lane: Lane, at: float) -> None:
         """Offer the lane again at an instant; an earlier wake-up that is already set will do."""
@@ -288,7 +261,7 @@ class Sender:
             and lane.in_flight < lane.limit()
             and lane.ready_at(now) <= now
         )
-        if can and lane.breaker.may_start(now) and self._full_share(lane, now) is None:
+        if can and lane.breaker.may_start(now) and self.shares.full(lane, now) is None:
             self._start(lane, result, now)
         else:
             self._transport.release(result)
@@ -355,9 +328,7 @@ class Sender:
         delivery.started_us = self._clock.wall_us(now)
         if not delivery.first_attempt_us:
             delivery.first_attempt_us = delivery.started_us
-        delivery.shares = self._shares(lane, now)
-        for share in delivery.shares:
-            share.held += 1
+        delivery.shares = self.shares.take(lane, now)
         if not delivery.is_first:
             lane.low_in_flight += 1
         lane.in_flight += 1
@@ -368,9 +339,9 @@ class Sender:
         if not delivery.is_first:
             delivery.lane.low_in_flight -= 1
         self.in_flight -= 1
-        for share in delivery.shares:
-            share.held -= 1
-        self._call_next()
+        if delivery.shares:
+            self.shares.give_back(delivery.shares)
+            self._call_next()
         if self._line:
             self.pump_soon()  # whoever stands there may have found no slot
         if not self.in_flight:

@@ -126,6 +126,10 @@ class Room:
     def sockets_max(self) -> int:
         return self._limits.sockets_max
 
+    @property
+    def sockets_per_origin_max(self) -> int:
+        return self._limits.sockets_per_origin_max
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.count} sockets, {len(self._lines)} origins, {self.opened} opened, {self.reused} reused)"
 

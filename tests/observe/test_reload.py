@@ -57,7 +57,7 @@ async def test_a_running_engine_adopts_them_and_its_next_life_too(dsn: str) -> N
             assert life is not None
             sender = life.sender
             return (
-                sender._slots, sender._failing.limit, sender._untried.limit, sender._slow.limit,
+                sender._slots, sender.shares.failing.limit, sender.shares.untried.limit, sender.shares.slow.limit,
                 life.lanes.memory.events_max, life.lanes.memory.bytes_max, life._settings.grace_s,
             )  # fmt: skip
 

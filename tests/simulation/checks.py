@@ -282,8 +282,11 @@ class Checker:
         assert incarnation is not None
         found = []
         sender, memory = incarnation.sender, incarnation.lanes.memory
-        if sender.in_flight or sender._share_waiters or any(s.held or s.line for s in _shares(sender)):
-            found.append(f"{sender.in_flight} in flight, {sender._share_waiters} wait for shares")
+        shares = sender.shares
+        if sender.in_flight or shares._origins or any(s.held or s.line for s in shares._all):
+            found.append(
+                f"{sender.in_flight} in flight, shares {[(s.held, len(s.line)) for s in shares._all]}, {shares._origins}"
+            )
         if memory.events or memory.bytes or incarnation.recorder.unrecorded:
             found.append(f"{memory.events} events in memory, {incarnation.recorder.unrecorded} unrecorded")
         for a_lane in incarnation.lanes:
@@ -365,10 +368,6 @@ def passes(rule: Rule | None, event_type: str, payload: bytes) -> bool:
         return True
     colour = json.loads(payload).get("colour") if event_type in ("mail.sent", "link.clicked") else None
     return colour in rule._values["colour"]
-
-
-def _shares(sender: Any) -> tuple[Any, ...]:
-    return sender._failing, sender._untried, sender._slow
 
 
 @dataclass
@@ -462,10 +461,15 @@ class SenderWatch:
         allowed = a_lane.endpoint.in_flight_max or settings.in_flight_max
         if len(mine) != a_lane.in_flight or (len(mine) > allowed and not delivery.again):
             return f"{len(mine)} in flight, counted {a_lane.in_flight}, of {allowed}"
-        for share, part in zip(_shares(sender), (4, 4, 2), strict=True):
-            held = sum(share in d.shares for d in self.in_flight)
-            if held != share.held or held > max(1, settings.slots // part):
-                return f"{held} in a share of {share.limit}, counted {share.held}"
+        everywhere = [(sender.shares._all, settings.slots, self.in_flight)]
+        for origin, shares in sender.shares._origins.items():
+            here = [d for d in self.in_flight if any(share.origin == origin for share in d.shares)]
+            everywhere.append((shares, settings.sockets_per_origin_max, here))
+        for shares, room, deliveries in everywhere:
+            for share, part in zip(shares, (4, 4, 2), strict=True):
+                held = sum(share in d.shares for d in deliveries)
+                if held != share.held or held > max(1, room // part):
+                    return f"{held} in a share of {share.limit}, counted {share.held}"
         if a_lane.breaker.state is BreakerState.OPEN and not delivery.again:
             return "the breaker is open"
         if a_lane.breaker.state is BreakerState.HALF_OPEN and not delivery.again:

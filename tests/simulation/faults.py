@@ -20,13 +20,14 @@ from dispatcher.domain.ranges import IdRanges
 from dispatcher.domain.run import Run
 from dispatcher.engine import config, lanes, sender
 from dispatcher.engine.catchup import CatchUp, ReadGate
-from dispatcher.engine.gaps import Barrier, Gaps
+from dispatcher.engine.gaps import Barrier, Gaps, Look
 from dispatcher.engine.keys import NEVER, Keys
 from dispatcher.engine.lane import Lane
 from dispatcher.engine.lanes import Lanes, Memory
 from dispatcher.engine.reader import Reader
 from dispatcher.engine.recorder import Recorder
 from dispatcher.engine.sender import Sender
+from dispatcher.engine.shares import Share, Shares
 from dispatcher.ports import Batch, CheckpointWrite, Holders, Page
 from dispatcher.store import memory
 from dispatcher.store.memory import MemoryStore
@@ -77,11 +78,11 @@ def _note_without_prepared(self: Barrier, holders: Holders) -> bool:
     return bool(left)
 
 
-def _probed_full_is_the_end(self: Gaps, gap: Any, asked: Any, was_closing: bool, found: list[int], full: bool) -> None:
-    _probed(self, gap, asked, was_closing, found, full and not was_closing)
+def _full_look_is_the_end(self: Gaps, look: Look, found: list[int], full: bool) -> None:
+    _looked(self, look, found, full and not look.closes)
 
 
-_probed, _cut = Gaps.probed, memory._cut
+_looked, _cut = Gaps.looked, memory._cut
 
 
 # ── the checkpoint ──
@@ -220,6 +221,14 @@ def _answered_well(self: Sender, delivery: Any, outcome: Outcome) -> None:
     _answered(self, delivery, Outcome(None, 200) if outcome.status == 404 else outcome)
 
 
+def _full_of_all_slots(self: Shares, lane: Lane, now: float) -> Share | None:
+    share = _full(self, lane, now)
+    return None if share is None or share.origin is not None else share
+
+
+_full = Shares.full
+
+
 def _call_nobody(self: Sender) -> None:
     pass
 
@@ -271,7 +280,7 @@ FAULTS = [
         needs=frozenset({"prepared", "restart", "long transactions"}),
         seed=49,
     ),
-    Fault("close a gap by a probe that was cut", [(Gaps, "probed", _probed_full_is_the_end)], "neither", seed=2),
+    Fault("close a gap by a probe that was cut", [(Gaps, "looked", _full_look_is_the_end)], "neither", seed=2),
     Fault(
         "take a byte-cut read for the end",
         [(memory, "_cut", lambda rows, bytes_max: (_cut(rows, bytes_max)[0], False))],
@@ -363,7 +372,8 @@ FAULTS = [
     ),
     Fault("count a token twice", [(TokenBucket, "_accrue", _accrue_twice)], "above"),
     Fault("probe without counting", [(CircuitBreaker, "started", _started_without_probe)], "half-open"),
-    Fault("open shares", [(Sender, "_full_share", lambda self, lane, now: None)], "in a share"),
+    Fault("open shares", [(Shares, "full", lambda self, lane, now: None)], "in a share"),
+    Fault("open an origin's shares only", [(Shares, "full", _full_of_all_slots)], "in a share"),
     Fault("ignore a lane's limit", [(Lane, "limit", _limit_without_limit)], "in flight"),
     Fault("take a 404 for a success", [(Sender, "answered", _answered_well)], "its receiver has not said so"),
     Fault("keep events in memory", [(Memory, "let_go", _let_go_of_some)], "events"),

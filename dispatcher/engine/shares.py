@@ -1,0 +1,111 @@
+"""Shares: how much of what all endpoints send through those may hold who keep it for long.
+
+Turns bound how often slots are granted, not how long they are held. So of all slots a quarter is for the POSTs of
+lanes that are failing, another quarter for lanes that have not been tried yet (in one share with the failing, a new and
+healthy endpoint would wait for the timeouts of the dead), a half for slow ones. The same of the sockets that one origin
+may have, because endpoints that share an origin share these: without it, beside 30 % of its endpoints that hang or are
+slow, the healthy ones of one origin had a tenth of their rate.
+
+Who finds a share full waits in its line, and is called when there is room. Everything here is atomic.
+"""
+
+from collections.abc import Sequence
+
+from dispatcher.domain.url import Origin
+from dispatcher.engine.lane import SLOW_S, Lane
+from dispatcher.engine.line import Line
+
+
+class Share:
+    """A bounded part of the slots, or of an origin's sockets. Lanes that found it full wait in its line."""
+
+    __slots__ = ("held", "limit", "line", "origin")
+
+    def __init__(self, limit: int, origin: Origin | None = None) -> None:
+        self.limit = limit
+        self.origin = origin
+        self.held = 0
+        self.line = Line()
+
+    @property
+    def has_room(self) -> bool:
+        return self.held < self.limit
+
+
+class Shares:
+    """Those of all slots, and of each origin with POSTs of such lanes in flight, or with such lanes waiting."""
+
+    def __init__(self, slots: int, sockets_per_origin: int) -> None:
+        self.untried, self.failing, self.slow = self._all = tuple(Share(limit) for limit in _limits(slots))
+        self._origin_limits = _limits(sockets_per_origin)
+        self._origins: dict[Origin, tuple[Share, ...]] = {}
+        self._called: dict[Share, None] = {}  # have room, and somebody in their line
+
+    def set_slots(self, slots: int) -> None:
+        for share, limit in zip(self._all, _limits(slots), strict=True):
+            share.limit = limit
+            self._note(share)
+
+    def full(self, lane: Lane, now: float) -> Share | None:
+        """Return a share that the lane's next POST would count into, and that has no room for it."""
+        if lane.is_ordinary:
+            return None
+        for share in self._of(lane, now):
+            if not share.has_room:
+                return share
+        return None
+
+    def take(self, lane: Lane, now: float) -> Sequence[Share]:
+        """Count a POST of the lane; return what to give back when it ends."""
+        if lane.is_ordinary:
+            return ()
+        target = lane.endpoint.target
+        if target is not None and target.origin not in self._origins:
+            self._origins[target.origin] = tuple(Share(limit, target.origin) for limit in self._origin_limits)
+        shares = self._of(lane, now)
+        for share in shares:
+            share.held += 1
+        return shares
+
+    def give_back(self, shares: Sequence[Share]) -> None:
+        for share in shares:
+            share.held -= 1
+            self._note(share)
+            if share.origin is not None and not any(other.held or other.line for other in self._origins[share.origin]):
+                del self._origins[share.origin]
+
+    def wait(self, lane: Lane, share: Share) -> None:
+        """Let the lane wait for a share that was full a moment ago."""
+        share.line.append(lane)
+
+    def call(self) -> list[Lane]:
+        """Return the first of each line whose share has room. To be asked after every turn, because who was called may have no use for the room
+        (nothing to send, no longer untried), and then nobody ends who would call the next."""
+        called = []
+        for share in list(self._called):
+            while share.line:
+                lane = share.line.popleft()
+                if not lane.gone:
+                    called.append(lane)
+                    break
+            self._note(share)
+        return called
+
+    def _of(self, lane: Lane, now: float) -> list[Share]:
+        target = lane.endpoint.target
+        here = self._origins.get(target.origin, ()) if target is not None else ()
+        is_any = lane.untried, lane.failing(now), lane.latency_s > SLOW_S
+        return [
+            share for shares in (self._all, here) for share, applies in zip(shares, is_any, strict=False) if applies
+        ]
+
+    def _note(self, share: Share) -> None:
+        if share.line and share.has_room:
+            self._called[share] = None
+        else:
+            self._called.pop(share, None)
+
+
+def _limits(of: int) -> tuple[int, int, int]:
+    """Return the bounds for lanes that are untried, failing, and slow."""
+    return max(1, of // 4), max(1, of // 4), max(1, of // 2)
