@@ -5,6 +5,7 @@ What only an HTTP server can do (hang, fail, be slow) is the project's sink's; h
 
 import asyncio
 import contextlib
+import errno
 import socket
 from collections.abc import AsyncIterator, Iterator
 
@@ -55,9 +56,23 @@ async def tls_hanging() -> AsyncIterator[int]:
 @contextlib.contextmanager
 def dns_hanging() -> Iterator[int]:
     """Yield a port of a name server that takes questions and never answers, by UDP and by TCP."""
-    with socket.socket(type=socket.SOCK_DGRAM) as udp, socket.socket() as tcp:
-        udp.bind(("127.0.0.1", 0))
-        port: int = udp.getsockname()[1]
-        tcp.bind(("127.0.0.1", port))
+    udp, tcp = _both_at_one_port()
+    with udp, tcp:
         tcp.listen(16)
-        yield port
+        yield udp.getsockname()[1]
+
+
+def _both_at_one_port() -> tuple[socket.socket, socket.socket]:
+    """Bind a UDP and a TCP socket to the same number, which may be taken for one of them."""
+    while True:
+        udp, tcp = socket.socket(type=socket.SOCK_DGRAM), socket.socket()
+        udp.bind(("127.0.0.1", 0))
+        try:
+            tcp.bind(udp.getsockname())
+        except OSError as exc:
+            udp.close()
+            tcp.close()
+            if exc.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return udp, tcp

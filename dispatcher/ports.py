@@ -86,7 +86,8 @@ class RunPage:
 
 @dataclass(slots=True)
 class RetryPage:
-    """`next_due_us`: the earliest retry of the endpoint that is not due yet. `full`: more are due."""
+    """Of one endpoint. `next_due_us`: its earliest retry that is not due yet. `full`: more are due, or it wasn't looked at because the pages
+    before it took all of the bytes."""
 
     retries: list[DueRetry]
     full: bool
@@ -274,8 +275,9 @@ class Store(Protocol):
         """Read the (ordering key, event id) of the endpoint's retries that hold back a key."""
 
     async def due_retries(
-        self, endpoint_id: int, limit: int, bytes_max: int, *, without_runs: Sequence[int] = ()
-    ) -> RetryPage: ...
+        self, wanted: Sequence[tuple[int, int]], bytes_max: int, *, without_runs: Sequence[int] = ()
+    ) -> list[RetryPage]:
+        """Read due retries, oldest first, of each of the endpoints (id, how many at most) but those of some runs; a page for each."""
 
     async def run_page(
         self, endpoint_id: int, account_id: str, run: Run, after: int, limit: int, bytes_max: int

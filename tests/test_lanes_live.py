@@ -304,3 +304,20 @@ async def test_a_sequence_that_gets_a_cache_stops_the_engine_with_the_remedy(dsn
         with pytest.raises(DatabaseRefusedError, match="CACHE 1"):
             await asyncio.wait_for(asyncio.shield(r.task), 5)
         r.task = None
+
+
+async def test_endpoints_that_hang_leave_sockets_to_others_of_their_origin(dsn: str) -> None:
+    async with rig(dsn, slots=200, sockets_per_origin_max=8, headers_timeout_s=20, retry_schedule_s=(60,)) as r:
+        well = await r.endpoint("/well", account="well")
+        await r.emit(account="well")
+        await until(lambda: r.by_path()["/well"] == 1)
+        for n in range(30):
+            await r.endpoint(f"/hang{n}", behaviour=Behaviour(mode="hang"), account="hang")
+        await r.emit(account="hang")
+        sender = r.engine.incarnation.sender
+        await until(lambda: sender.in_flight == 2, what="the origin's share for who has not been tried is full")
+        for _ in range(20):
+            await r.emit(account="well")
+        await until(lambda: r.by_path()["/well"] == 21, within_s=10)
+        assert sender.in_flight == 2
+        assert lane(r, well).is_ordinary

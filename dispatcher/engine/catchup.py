@@ -21,7 +21,7 @@ from dispatcher.engine.keys import NEVER
 from dispatcher.engine.lane import Lane
 from dispatcher.engine.lanes import Lanes
 from dispatcher.engine.runs import LaneRun
-from dispatcher.ports import DueRetry, Page, RunPage, Store
+from dispatcher.ports import DueRetry, Page, RetryPage, RunPage, Store
 
 PAGE_ROWS = 200  # a page must not hold up the head
 READ_BYTES_MAX = 4 << 20
@@ -371,53 +371,64 @@ class CatchUp:
     # ── retries ──
 
     async def read_retries(self) -> bool:
-        while self._retrying and not self._lanes.memory.is_full:
+        """Read due retries, of as many lanes as fit into a page: of a failing one it is a single one, to probe with."""
+        wanted: list[tuple[Lane, int, int]] = []  # with its room, and where it stands
+        rows = 0
+        while self._retrying and rows < PAGE_ROWS and not self._lanes.memory.is_full:
             lane = next(iter(self._retrying))
             del self._retrying[lane]
             room = 0 if lane.gone else lane.retry_room(self._clock.now())
-            if not room:
-                continue
-            in_hand = len(lane.retry_hands)
-            lane.next_retry_us = None  # what is noted from here on is younger than the page
-            moved = lane.moved
-            self._gate.begin()
-            try:
-                page = await self._store.due_retries(
-                    lane.id, room + in_hand, READ_BYTES_MAX, without_runs=lane.idle_runs()
-                )
-            except BaseException:
+            if room:
+                lane.next_retry_us = None  # what is noted from here on is younger than the page
+                wanted.append((lane, room, lane.moved))
+                rows += room
+        if not wanted:
+            return False
+        self._gate.begin()
+        try:
+            pages = await self._store.due_retries(
+                [(lane.id, room + len(lane.retry_hands)) for lane, room, _ in wanted],
+                READ_BYTES_MAX,
+                without_runs=[run for lane, *_ in wanted for run in lane.idle_runs()],
+            )
+        except BaseException:
+            for lane, *_ in wanted:
                 self.note_retry(lane, 0)  # it still wants them
-                raise
-            self._counters.retry_reads += 1
-            more = page.full
-            came = False
-            if lane.moved != moved and (lane.held or lane.stalled):
-                more = True
-            elif not lane.gone:
-                for retry in page.retries:
-                    key = (retry.event.id, retry.run)
-                    run = lane.runs.get(retry.run)
-                    if key in lane.retry_hands or (run is not None and not run.is_running):
-                        continue  # a run that was paused meanwhile looks again when it goes on
-                    if len(lane.retries) >= room:
-                        more = True
-                        break
-                    lane.retry_hands.add(key)
-                    lane.retries.append(retry)
-                    lane.may_expire = lane.may_expire or retry.event.expires_us is not None
-                    self._lanes.memory.hold(retry.event)
-                    came = True
-                if came:
-                    self._offered(lane)
-            # A page may be cut by its bytes with all of it in hand, or the server's clock may have been put back: then not at once again.
-            now_us = self._clock.wall_us()
-            if more:
-                self.note_retry(lane, 0 if came else now_us + RELOOK_US)
-            elif page.next_due_us is not None:
-                self.note_retry(lane, page.next_due_us if page.next_due_us > now_us else now_us + RELOOK_US)
-            self._gate.applied()
-            return came
-        return False
+            raise
+        self._counters.retry_reads += 1
+        came = False
+        for (lane, room, moved), page in zip(wanted, pages, strict=True):
+            came = self._take_retries(lane, room, moved, page) or came
+        self._gate.applied()
+        return came
+
+    def _take_retries(self, lane: Lane, room: int, moved: int, page: RetryPage) -> bool:
+        more, came = page.full, False
+        if lane.moved != moved and (lane.held or lane.stalled):
+            more = True
+        elif not lane.gone:
+            for retry in page.retries:
+                key = (retry.event.id, retry.run)
+                run = lane.runs.get(retry.run)
+                if key in lane.retry_hands or (run is not None and not run.is_running):
+                    continue  # a run that was paused meanwhile looks again when it goes on
+                if len(lane.retries) >= room:
+                    more = True
+                    break
+                lane.retry_hands.add(key)
+                lane.retries.append(retry)
+                lane.may_expire = lane.may_expire or retry.event.expires_us is not None
+                self._lanes.memory.hold(retry.event)
+                came = True
+            if came:
+                self._offered(lane)
+        # A page may be cut by its bytes with all of it in hand, or the server's clock may have been put back: then not at once again.
+        now_us = self._clock.wall_us()
+        if more:
+            self.note_retry(lane, 0 if came else now_us + RELOOK_US)
+        elif page.next_due_us is not None:
+            self.note_retry(lane, page.next_due_us if page.next_due_us > now_us else now_us + RELOOK_US)
+        return came
 
     # ── runs ──
 

@@ -306,7 +306,7 @@ class Reader:
                 continue
             if not lane.live and event.id > lane.cursor:
                 lane.passed_by(event)
-            elif lane.takes(now):
+            elif lane.takes(now) and (lane.keys is None or not lane.holes):  # a hole may be an earlier one of its key
                 if not self._lanes.take(lane, event, now):
                     lane.backlog += 1
                     continue

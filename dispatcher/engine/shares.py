@@ -50,29 +50,34 @@ class Shares:
         """Return a share that the lane's next POST would count into, and that has no room for it."""
         if lane.is_ordinary:
             return None
-        for share in self._of(lane, now):
-            if not share.has_room:
-                return share
+        target = lane.endpoint.target
+        here = self._origins.get(target.origin) if target is not None else None
+        for kind in _kinds(lane, now):
+            for shares in (self._all, here):
+                if shares is not None and not shares[kind].has_room:
+                    return shares[kind]
         return None
 
     def take(self, lane: Lane, now: float) -> Sequence[Share]:
         """Count a POST of the lane; return what to give back when it ends."""
-        if lane.is_ordinary:
+        kinds = () if lane.is_ordinary else _kinds(lane, now)
+        if not kinds:
             return ()
-        target = lane.endpoint.target
-        if target is not None and target.origin not in self._origins:
-            self._origins[target.origin] = tuple(Share(limit, target.origin) for limit in self._origin_limits)
-        shares = self._of(lane, now)
-        for share in shares:
+        taken = [self._all[kind] for kind in kinds]
+        if lane.endpoint.target is not None:
+            origin = lane.endpoint.target.origin
+            here = self._origins.get(origin)
+            if here is None:
+                here = self._origins[origin] = tuple(Share(limit, origin) for limit in self._origin_limits)
+            taken += [here[kind] for kind in kinds]
+        for share in taken:
             share.held += 1
-        return shares
+        return taken
 
     def give_back(self, shares: Sequence[Share]) -> None:
         for share in shares:
             share.held -= 1
             self._note(share)
-            if share.origin is not None and not any(other.held or other.line for other in self._origins[share.origin]):
-                del self._origins[share.origin]
 
     def wait(self, lane: Lane, share: Share) -> None:
         """Let the lane wait for a share that was full a moment ago."""
@@ -91,21 +96,21 @@ class Shares:
             self._note(share)
         return called
 
-    def _of(self, lane: Lane, now: float) -> list[Share]:
-        target = lane.endpoint.target
-        here = self._origins.get(target.origin, ()) if target is not None else ()
-        is_any = lane.untried, lane.failing(now), lane.latency_s > SLOW_S
-        return [
-            share for shares in (self._all, here) for share, applies in zip(shares, is_any, strict=False) if applies
-        ]
-
     def _note(self, share: Share) -> None:
         if share.line and share.has_room:
             self._called[share] = None
-        else:
-            self._called.pop(share, None)
+            return
+        self._called.pop(share, None)
+        if share.origin is not None and not any(other.held or other.line for other in self._origins[share.origin]):
+            del self._origins[share.origin]
 
 
 def _limits(of: int) -> tuple[int, int, int]:
     """Return the bounds for lanes that are untried, failing, and slow."""
     return max(1, of // 4), max(1, of // 4), max(1, of // 2)
+
+
+def _kinds(lane: Lane, now: float) -> list[int]:
+    """Return of which kinds a lane is, in the order of `_limits`."""
+    is_any = lane.untried, lane.failing(now), lane.latency_s > SLOW_S
+    return [kind for kind, applies in enumerate(is_any) if applies]

@@ -1152,33 +1152,30 @@ class MemoryStore:
         return await self._call("reader", "held_keys", work)
 
     async def due_retries(
-        self, endpoint_id: int, limit: int, bytes_max: int, *, without_runs: Sequence[int] = ()
-    ) -> RetryPage:
-        database = self._database
+        self, wanted: Sequence[tuple[int, int]], bytes_max: int, *, without_runs: Sequence[int] = ()
+    ) -> list[RetryPage]:
+        def work(_: Connection) -> list[RetryPage]:
+            tables, now_us = self._database.tables, self._database.now_us()
+            pages, bytes_left = [], bytes_max
+            for endpoint_id, room in wanted:
+                if bytes_left <= 0:
+                    pages.append(RetryPage([], True, None))
+                    continue
+                waiting = [r for r in tables.retries.get(endpoint_id, {}).values() if r.run not in without_runs]
+                due = sorted((r.due_us, r.event_id, r.run, r) for r in waiting if r.due_us <= now_us)
+                found = [(r, tables.copy_of(endpoint_id, r.event_id)) for *_, r in due[:room]]
+                due_rows = [r for r, copy in found if copy is not None]
+                rows, cut = _cut([copy for _, copy in found if copy is not None], bytes_left)
+                bytes_left -= sum(row.stored_bytes for row in rows)
+                retries = [
+                    DueRetry(event, r.run, r.number, r.first_attempt_us)
+                    for event, r in zip(self._events(rows), due_rows, strict=False)
+                ]
+                next_due_us = min((r.due_us for r in waiting if r.due_us > now_us), default=None)
+                pages.append(RetryPage(retries, cut or len(rows) >= room, next_due_us))
+            return pages
 
-        def waiting() -> list[RetryRow]:
-            of_endpoint = database.tables.retries.get(endpoint_id, {})
-            return [r for r in of_endpoint.values() if r.run not in without_runs]
-
-        def next_due(_: Connection) -> int | None:
-            now_us = database.now_us()
-            return min((r.due_us for r in waiting() if r.due_us > now_us), default=None)
-
-        def page(_: Connection) -> RetryPage:
-            now_us = database.now_us()
-            due = sorted((r for r in waiting() if r.due_us <= now_us), key=lambda r: (r.due_us, r.event_id, r.run))
-            found = [(r, database.tables.copy_of(endpoint_id, r.event_id)) for r in due[:limit]]
-            due = [r for r, copy in found if copy is not None]
-            rows, cut = _cut([copy for _, copy in found if copy is not None], bytes_max)
-            retries = [
-                DueRetry(event, r.run, r.number, r.first_attempt_us)
-                for event, r in zip(self._events(rows), due, strict=False)
-            ]
-            return RetryPage(retries, cut or len(rows) >= limit, None)
-
-        next_due_us, found = await self._calls("reader", "due_retries", next_due, page)
-        found.next_due_us = next_due_us
-        return found
+        return await self._call("reader", "due_retries", work)
 
     async def run_page(
         self, endpoint_id: int, account_id: str, run: Run, after: int, limit: int, bytes_max: int

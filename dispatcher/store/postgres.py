@@ -339,17 +339,21 @@ class PgStore:
         return [(row[0], row[1]) for row in await self._reader.run(lambda c: c.fetch(SQL.held_keys, endpoint_id))]
 
     async def due_retries(
-        self, endpoint_id: int, limit: int, bytes_max: int, *, without_runs: Sequence[int] = ()
-    ) -> RetryPage:
-        async def work(connection: Connection) -> tuple[list[Any], Any]:
-            next_due = await connection.fetchval(SQL.next_retry, endpoint_id, without_runs)
-            return await connection.fetch(SQL.due_retries, endpoint_id, limit, bytes_max, without_runs), next_due
-
-        rows, next_due = await self._reader.run(work)
-        events = self._events(rows, 4)
-        retries = [DueRetry(event, row[1], row[2], row[3]) for event, row in zip(events, rows, strict=True)]
-        full = bool(rows) and (len(rows) >= limit or rows[-1][14] >= bytes_max)
-        return RetryPage(retries, full, next_due)
+        self, wanted: Sequence[tuple[int, int]], bytes_max: int, *, without_runs: Sequence[int] = ()
+    ) -> list[RetryPage]:
+        endpoints, rooms = [endpoint_id for endpoint_id, _ in wanted], [room for _, room in wanted]
+        rows = await self._reader.run(lambda c: c.fetch(SQL.due_retries, endpoints, rooms, bytes_max, without_runs))
+        pages = [RetryPage([], True, None) for _ in wanted]
+        for row in rows:
+            pages[row[0] - 1] = RetryPage([], False, row[1])
+        due = [row for row in rows if row[6] is not None]
+        for event, row in zip(self._events(due, 6), due, strict=True):
+            pages[row[0] - 1].retries.append(DueRetry(event, row[3], row[4], row[5]))
+        for page, room in zip(pages, rooms, strict=True):
+            page.full = page.full or len(page.retries) >= room
+        if due and due[-1][16] >= bytes_max:
+            pages[due[-1][0] - 1].full = True
+        return pages
 
     async def run_page(
         self, endpoint_id: int, account_id: str, run: Run, after: int, limit: int, bytes_max: int

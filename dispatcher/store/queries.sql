@@ -136,48 +136,48 @@ WHERE b.bytes - b.size < $5
 ORDER BY b.n, b.id;
 
 -- name: due_retries
--- One endpoint's due retries, oldest first each time: a row may commit late with an early due_at. Per endpoint, because one parked endpoint
--- with a million due rows made one global order cost 946 ms. statement_timestamp(), because an index can't be asked for a volatile
--- clock_timestamp(): that read every row that is not due. LATERAL with LIMIT 1, because a generic plan takes $2 for a tenth of the table, and
--- joined by a hash over the whole log.
-SELECT o.event_id, o.run, o.number, o.first_attempt_at, o.id, o.account_id, o.type, o.payload, o.created_at, o.occurred_at,
-       o.ordering_key, o.expires_at, o.priority, o.traceparent, o.bytes
+-- Due retries of some endpoints ($1), so many of each ($2), oldest first each time: a row may commit late with an early due_at; and when the next
+-- of each is due. Per endpoint, because one parked endpoint with a million due rows made one global order cost 946 ms; of many at once, because
+-- with 3,000 endpoints failing a read for each left the head a third of its reads. statement_timestamp(), because an index can't be asked for a
+-- volatile clock_timestamp(): that read every row that is not due. LATERAL with LIMIT 1, because a generic plan takes a LIMIT for a tenth of
+-- the table, and joined by a hash over the whole log.
+SELECT b.n, b.next_due, b.event_id, b.run, b.number, b.first_attempt_at, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at,
+       b.ordering_key, b.expires_at, b.priority, b.traceparent, b.bytes
 FROM (
-    SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.due_at, q.event_id, q.run ROWS UNBOUNDED PRECEDING) AS bytes
+    SELECT q.*, s.size, sum(s.size) OVER (ORDER BY q.n, q.due_at, q.event_id, q.run ROWS UNBOUNDED PRECEDING) AS bytes
     FROM (
-        SELECT d.event_id, d.run, d.number, d.first_attempt_at, d.due_at, e.id, e.account_id, e.type, e.payload, e.created_at, e.occurred_at,
-               e.ordering_key, e.expires_at, e.priority, e.traceparent
-        FROM (
-            SELECT event_id, run, number, first_attempt_at, due_at FROM webhook.retry
-            WHERE endpoint_id = $1 AND due_at <= statement_timestamp() AND run <> ALL ($4::integer[])
-            ORDER BY due_at LIMIT $2
-        ) AS d
-        CROSS JOIN LATERAL (
-            (
-                SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority, traceparent
-                FROM webhook.outbox WHERE id = d.event_id LIMIT 1
-            )
-            UNION ALL
-            (
-                -- A dead letter that was resent: the log may have forgotten the event.
-                SELECT l.event_id, l.account_id, l.type, l.payload, l.created_at, l.occurred_at, NULL, NULL, NULL, NULL
-                FROM webhook.dead_letter AS l
-                WHERE l.endpoint_id = $1 AND l.event_id = d.event_id AND l.payload IS NOT NULL LIMIT 1
-            )
-            LIMIT 1
-        ) AS e
+        SELECT w.n, o.*,
+               (SELECT min(due_at) FROM webhook.retry WHERE endpoint_id = w.endpoint_id AND due_at > statement_timestamp() AND run <> ALL ($4::integer[])) AS next_due
+        FROM unnest($1::bigint[], $2::bigint[]) WITH ORDINALITY AS w (endpoint_id, room, n)
+        LEFT JOIN LATERAL (
+            SELECT d.event_id, d.run, d.number, d.first_attempt_at, d.due_at, e.*
+            FROM (
+                SELECT event_id, run, number, first_attempt_at, due_at FROM webhook.retry
+                WHERE endpoint_id = w.endpoint_id AND due_at <= statement_timestamp() AND run <> ALL ($4::integer[])
+                ORDER BY due_at LIMIT w.room
+            ) AS d
+            CROSS JOIN LATERAL (
+                (
+                    SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority, traceparent
+                    FROM webhook.outbox WHERE id = d.event_id LIMIT 1
+                )
+                UNION ALL
+                (
+                    -- A dead letter that was resent: the log may have forgotten the event.
+                    SELECT l.event_id, l.account_id, l.type, l.payload, l.created_at, l.occurred_at, NULL, NULL, NULL, NULL
+                    FROM webhook.dead_letter AS l
+                    WHERE l.endpoint_id = w.endpoint_id AND l.event_id = d.event_id AND l.payload IS NOT NULL LIMIT 1
+                )
+                LIMIT 1
+            ) AS e
+        ) AS o ON true
     ) AS q
     CROSS JOIN LATERAL (
-        SELECT CASE WHEN pg_column_compression(q.payload) IS NULL THEN pg_column_size(q.payload) ELSE octet_length(q.payload::text) END
+        SELECT CASE WHEN q.id IS NULL THEN 0 WHEN pg_column_compression(q.payload) IS NULL THEN pg_column_size(q.payload) ELSE octet_length(q.payload::text) END
     ) AS s (size)
-) AS o
-WHERE o.bytes - o.size < $3
-ORDER BY o.due_at, o.event_id, o.run;
-
--- name: next_retry
--- When the endpoint's next retry is due. Asked *before* the page: what becomes due in between is then in both, the other way round it would be
--- in neither and wait for ever.
-SELECT min(due_at) FROM webhook.retry WHERE endpoint_id = $1 AND due_at > statement_timestamp() AND run <> ALL ($2::integer[]);
+) AS b
+WHERE b.bytes - b.size < $3
+ORDER BY b.n, b.due_at, b.event_id, b.run;
 
 -- name: urgent
 -- What a lane that is behind sends first: the page of `account` with priority only, by the partial index.

@@ -49,7 +49,7 @@ async def test_retries_that_a_look_did_not_bring_are_not_asked_for_again_at_once
     class Retries:
         async def due_retries(self, *args, **options):
             looks.append(args)
-            return page
+            return [page]
 
     catch_up = CatchUp(
         Retries(), lanes, clock, Counters(), Gaps(), ReadGate(), head=lambda: 0, offered=lambda lane: None, wake=lambda: None

@@ -330,7 +330,7 @@ async def test_due_retries_are_those_of_one_endpoint_oldest_first(world: World, 
         retry(5, now - HOUR_US, endpoint_id=2),
     ]
     await store.record(Batch(1, retries=rows))
-    page = await store.due_retries(1, MANY, HUGE)
+    page, other, nobody = await store.due_retries([(1, MANY), (2, 1), (3, MANY)], HUGE)
     assert [(r.event.id, r.run, r.number, r.first_attempt_us) for r in page.retries] == [
         (2, 0, 4, NOW),
         (2, 1, 2, NOW),
@@ -338,20 +338,37 @@ async def test_due_retries_are_those_of_one_endpoint_oldest_first(world: World, 
     ]
     assert page.retries[0].event.payload == b"{}"
     assert (page.full, page.next_due_us) == (False, now + HOUR_US)
+    assert ([(r.event.id, r.run) for r in other.retries], other.full, other.next_due_us) == ([(5, 0)], True, None)
+    assert (nobody.retries, nobody.full, nobody.next_due_us) == ([], False, None)
     for limit, bytes_max, found in ((2, HUGE, 2), (3, HUGE, 3), (MANY, 1, 1), (MANY, 4, 2)):
-        page = await store.due_retries(1, limit, bytes_max)
+        [page] = await store.due_retries([(1, limit)], bytes_max)
         assert (len(page.retries), page.full, page.next_due_us) == (found, True, now + HOUR_US)
-    page = await store.due_retries(3, MANY, HUGE)
-    assert (page.retries, page.full, page.next_due_us) == ([], False, None)
+
+
+async def test_pages_of_retries_are_bounded_together(world: World, store: Store) -> None:
+    """Who comes after the bound is told to come again, also who has nothing."""
+    await world.insert(2)
+    now = await store.wall_us()
+    await store.record(Batch(1, retries=[retry(1, now - 2), retry(2, now - 1), retry(2, now - 1, endpoint_id=2)]))
+    first, second, third = await store.due_retries([(1, MANY), (2, MANY), (3, MANY)], 4)
+    assert ([r.event.id for r in first.retries], first.full) == ([1, 2], True)
+    assert (second.retries, second.full, second.next_due_us) == ([], True, None)
+    assert (third.retries, third.full) == ([], True)
+    pages = await store.due_retries([(3, MANY), (2, MANY), (1, 1)], 7)
+    assert [([r.event.id for r in page.retries], page.full) for page in pages] == [
+        ([], False),
+        ([2], False),
+        ([1], True),
+    ]
 
 
 async def test_a_retry_that_becomes_due_is_never_overlooked(world: World, store: Store) -> None:
-    """Between the question for the page and that for the next due time: in one of them it must be."""
+    """It is in the page, or it is what is due next."""
     await world.insert()
     for step_us in range(0, 3_000, 60):
         await store.record(Batch(1, settled_retries=[(1, 1, 0)]))
         await store.record(Batch(1, retries=[retry(1, await store.wall_us() + step_us)]))
-        page = await store.due_retries(1, MANY, HUGE)
+        [page] = await store.due_retries([(1, MANY)], HUGE)
         assert page.retries or page.next_due_us is not None, step_us
 
 

@@ -60,8 +60,7 @@ STATEMENTS: dict[str, tuple[str, str, int]] = {
         1,
     ),
     "held_keys": ("bigint", "9", 0),
-    "due_retries": ("bigint, bigint, bigint, integer[]", f"1, {LIMIT}, {BYTES}, '{{}}'", 1),
-    "next_retry": ("bigint, integer[]", "1, '{}'", 0),
+    "due_retries": ("bigint[], bigint[], bigint, integer[]", f"'{{1,3}}', '{{{LIMIT},{LIMIT}}}', {BYTES}, '{{}}'", 1),
     "run_page": (RUN, f"'a5', {HEAD - 300}, {HEAD}, '{{%}}', {LIMIT}, 2, 7, {BYTES}", 1),
     "run_page_failed": (RUN, f"'a5', {HEAD - 300}, {HEAD}, '{{%}}', {LIMIT}, 2, 7, {BYTES}", 1),
     "run_page_dead": (RUN, f"'a5', 0, {HEAD}, '{{%}}', {LIMIT}, 2, 7, {BYTES}", 0),
@@ -72,7 +71,7 @@ RETURNED = {
     "account": 30,
     "urgent": 15,
     "keys": 6,
-    "next_retry": 1,
+    "due_retries": LIMIT + 1,  # a row says that the other endpoint has none
     "run_page": 30,
 }  # of full tables; else LIMIT
 

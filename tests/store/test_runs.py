@@ -150,7 +150,7 @@ async def test_dead_letters_are_read_from_their_own_copies(world: World, store: 
     await store.record(
         Batch(1, attempts=[attempt(2, run=run_id, ok=False)], retries=[RetryRow(1, 2, run_id, 2, NOW, NOW, "HTTP 500")])
     )
-    [again] = (await store.due_retries(1, MANY, HUGE)).retries
+    [again] = (await store.due_retries([(1, MANY)], HUGE))[0].retries
     assert (again.event.id, again.run, again.event.payload) == (2, run_id, b'{"kept": true}')
     await store.record(
         Batch(1, dead=[DeadRow(1, 2, run_id, 2, NOW, "given up", 500, Fault.STATUS)], settled_retries=[(1, 2, run_id)])
@@ -172,10 +172,10 @@ async def test_retries_of_idle_runs_are_passed_over(world: World, store: Store) 
         RetryRow(1, 3, 7, 2, NOW, later, "x"),
     ]
     await store.record(Batch(1, retries=rows))
-    everything = await store.due_retries(1, MANY, HUGE)
+    [everything] = await store.due_retries([(1, MANY)], HUGE)
     assert sorted((r.event.id, r.run) for r in everything.retries) == [(1, 7), (2, 0)]
     assert everything.next_due_us == later
-    without = await store.due_retries(1, 1, HUGE, without_runs=[7])
+    [without] = await store.due_retries([(1, 1)], HUGE, without_runs=[7])
     assert [(r.event.id, r.run) for r in without.retries] == [(2, 0)], "the page is not filled by those passed over"
     assert without.next_due_us is None
 
