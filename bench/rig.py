@@ -420,24 +420,26 @@ async def watched(module: str, *arguments: str, env: dict[str, str]) -> AsyncIte
 
 
 @contextlib.asynccontextmanager
-async def service(dsn: str, *, dns_port: int | None = None, **settings: Any) -> AsyncIterator[Running]:
-    """Start `dispatcher run` as a service would; don't wait for it."""
+async def service(
+    dsn: str, *, dns_port: int | None = None, without_options: bool = False, **settings: Any
+) -> AsyncIterator[Running]:
+    """Start `dispatcher run` as a service would; don't wait for it. What it is told beyond settings says bench/service.py."""
     env = {f"DISPATCHER_{name.upper()}": str(value) for name, value in settings.items()}
     env |= {"DISPATCHER_DATABASE_URL": dsn, "DISPATCHER_ALLOWED_NETWORKS": "127.0.0.0/8"}
     env.setdefault("DISPATCHER_LOG_LEVEL", "error")  # a bad receiver is told of at each try, below that
     if dns_port is not None:
         env["BENCH_DNS_PORT"] = str(dns_port)
+    if without_options:
+        env["BENCH_WITHOUT_OPTIONS"] = "1"
     async with watched("bench.service", env=env) as running:
         yield running
 
 
 @contextlib.asynccontextmanager
-async def dispatcher(
-    dsn: str, connection: asyncpg.Connection, *, dns_port: int | None = None, **settings: Any
-) -> AsyncIterator[Running]:
+async def dispatcher(dsn: str, connection: asyncpg.Connection, **settings: Any) -> AsyncIterator[Running]:
     """Run `dispatcher run`; yield once it owns the log."""
     epoch = await connection.fetchval("SELECT epoch FROM webhook.checkpoint")
-    async with service(dsn, dns_port=dns_port, **settings) as running:
+    async with service(dsn, **settings) as running:
         await owns(connection, running, epoch)
         await asyncio.sleep(0.3)  # its start's own CPU time is not a delivery's
         yield running
