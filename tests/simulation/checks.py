@@ -464,7 +464,7 @@ class SenderWatch:
         everywhere = [(sender.shares._all, settings.slots, self.in_flight)]
         for origin, shares in sender.shares._origins.items():
             here = [d for d in self.in_flight if any(share.origin == origin for share in d.shares)]
-            everywhere.append((shares, settings.sockets_per_origin_max, here))
+            everywhere.append((shares, checker.world.network.limits.sockets_per_origin_max, here))
         for shares, room, deliveries in everywhere:
             for share, part in zip(shares, (4, 4, 2), strict=True):
                 held = sum(share in d.shares for d in deliveries)
