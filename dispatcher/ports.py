@@ -493,6 +493,9 @@ class Transport(Protocol):
     @property
     def sockets_per_origin_max(self) -> int: ...
 
+    def sockets_at(self, origin: Origin) -> int:
+        """Count the connections to an origin, those being opened too."""
+
     def try_acquire(self, origin: Origin) -> Connection | None:
         """Take an idle connection. The caller posts on it or gives it back."""
 

@@ -156,14 +156,19 @@ class Engine:
         return None
 
     def lane_health(self, endpoint_id: int | None = None) -> list[dict[str, Any]]:
-        """Return how the lanes (or one endpoint's) stand at this moment: limits, breaker, pace, keys. Empty unless it owns the database."""
+        """Return how the lanes (or one endpoint's) stand at this moment: limits, breaker, pace, keys, and whether their origins have room for
+        another connection. Empty unless it owns the database."""
         if self.incarnation is None or self.state is not State.OWNER:
             return []
         now, lanes = self._clock.now(), self.incarnation.lanes
-        if endpoint_id is None:
-            return [lane.health(now) for lane in lanes]
-        lane = lanes.get(endpoint_id)
-        return [] if lane is None else [lane.health(now)]
+        if endpoint_id is not None:
+            lane = lanes.get(endpoint_id)
+            return [] if lane is None else [lane.health(now) | {"origin_full": self._is_full(lane)}]
+        return [lane.health(now) | {"origin_full": self._is_full(lane)} for lane in lanes]
+
+    def _is_full(self, lane: Lane) -> bool:
+        target, transport = lane.endpoint.target, self._transport
+        return target is not None and transport.sockets_at(target.origin) >= transport.sockets_per_origin_max
 
     def _standing_by(self) -> None:
         self.state = State.STANDBY

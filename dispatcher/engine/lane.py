@@ -487,7 +487,7 @@ class Lane:
         """Return how it stands towards its endpoint, for people."""
         return {
             "endpoint_id": self.id, "live": self.live, "queued": self.queued(), "in_flight": self.in_flight,
-            "in_flight_limit": self.limit(), "breaker": self.breaker.state.value,
+            "in_flight_limit": self.limit(), "connecting": self.connecting, "breaker": self.breaker.state.value,
             "pace_per_s": None if self.pace is None or self.pace.is_over(now) else round(self.pace.rate_at(now), 2),
             "waits_s": round(max(0.0, self.blocked_until - now), 3), "probe_in_s": self._probe_in_s(now), "latency_s": round(self.latency_s, 4),
             "keys_held": 0 if self.keys is None else len(self.keys),

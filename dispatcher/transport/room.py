@@ -199,6 +199,10 @@ class Room:
             self._sweeper.cancel()
             self._sweeper = None
 
+    def sockets_at(self, origin: Origin) -> int:
+        line = self._lines.get(origin)
+        return 0 if line is None else line.count
+
     # ── told by connections ──
 
     def closed(self, connection: Kept) -> None:

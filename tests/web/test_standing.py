@@ -19,7 +19,7 @@ from tests.web.test_panel import Browser
 
 LANE: dict[str, Any] = {
     "endpoint_id": 1, "breaker": "closed", "pace_per_s": None, "waits_s": 0.0, "probe_in_s": None, "in_flight": 3, "in_flight_limit": 10,
-    "queued": 0,
+    "queued": 0, "connecting": 0, "origin_full": False,
 }  # fmt: skip
 
 
@@ -37,6 +37,8 @@ async def customer(web: Site) -> Browser:
         (LANE | {"breaker": "half-open"}, "one POST at a time"),
         (LANE | {"waits_s": 12.0}, "asked to wait"),
         (LANE | {"pace_per_s": 2.5}, "lower pace"),
+        (LANE | {"connecting": 2}, "Breaker closed: it is sent to"),
+        (LANE | {"connecting": 2, "origin_full": True}, "take turns"),
     ],
 )
 def test_words_say_how_it_is_treated(lane: dict[str, Any] | None, words: str):
@@ -71,6 +73,20 @@ async def test_the_process_that_delivers_shows_breaker_and_when_it_tries_again(c
         r.sink.set_behaviour("/hook", Behaviour())
         await until(lambda: r.engine.lane_health(endpoint)[0]["breaker"] == "closed", within_s=60)
         assert r.engine.lane_health(endpoint)[0]["probe_in_s"] is None
+
+
+async def test_endpoints_that_take_turns_for_the_connections_of_their_host_are_shown_as_such(customer: Browser):
+    async with rig(customer.web.dsn, sockets_per_origin_max=1, slots=8) as r:
+        customer.web.web.lane_health = lambda endpoint_id: r.engine.lane_health(endpoint_id)
+        endpoint = await r.endpoint()
+        await r.emit()
+        await until(lambda: r.by_path()["/hook"] == 1)
+        r.sink.set_behaviour("/hook", Behaviour(mode="hang"))
+        await r.emit(3)
+        await until(lambda: r.engine.lane_health(endpoint)[0]["connecting"])
+        page = (await customer.get(f"/endpoints/{endpoint}")).text
+        assert "take turns" in page
+        assert "wait for a connection" in page
 
 
 async def test_the_service_joins_panel_and_engine(dsn: str):

@@ -22,7 +22,7 @@ def standing(lane_health: LaneHealth | None, view: EndpointView, next_retry_at: 
     failing = view.state == "live" and view.failing_since is not None
     return {
         "state": view.state, "failing": failing, "backlog": view.backlog, "retries": view.retries, "next_retry_at": next_retry_at,
-        "lane": None if lane is None else {name: lane[name] for name in ("breaker", "pace_per_s", "in_flight", "in_flight_limit", "queued")},
+        "lane": None if lane is None else {name: lane[name] for name in ("breaker", "pace_per_s", "in_flight", "in_flight_limit", "queued", "connecting")},
         "words": said(lane) if view.state == "live" else "", "wait_s": None if lane is None else _wait_s(lane),
     }  # fmt: skip
 
@@ -39,6 +39,8 @@ def said(lane: dict[str, Any] | None) -> str:
         return "Breaker closed; it asked to wait (Retry-After), so nothing is sent until then."
     if lane["pace_per_s"] is not None:
         return "Breaker closed; it asked for less (429, 502, 503 or 504), so it is sent to at a lower pace that grows again."
+    if lane["connecting"] and lane["origin_full"]:
+        return "Breaker closed; all connections that its host may have are in use, and the endpoints there take turns for them."
     return "Breaker closed: it is sent to as its own limits allow."
 
 

@@ -60,6 +60,7 @@ source.addEventListener("standing", (event) => {
     said[1] += `, the first ${due <= new Date() ? "since" : "at"} ${format.format(due)}`;
   }
   if (now.lane !== null) said.push(`${now.lane.in_flight.toLocaleString()} of at most ${now.lane.in_flight_limit.toLocaleString()} POSTs in flight`);
+  if (now.lane !== null && now.lane.connecting > 0) said.push(`${now.lane.connecting.toLocaleString()} wait for a connection`);
   if (now.lane !== null && now.lane.pace_per_s !== null && now.lane.breaker === "closed") said.push(`${now.lane.pace_per_s.toLocaleString()} POSTs a second at the moment`);
   if (now.wait_s !== null) said.push(`tried again in ${now.wait_s.toLocaleString()} s`);
   figures.textContent = said.join("; ") + ".";
