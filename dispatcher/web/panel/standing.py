@@ -12,6 +12,7 @@ from dispatcher.store.admin import EndpointView
 
 LaneHealth = Callable[[int | None], list[dict[str, Any]]]
 
+SHOWN = ("breaker", "pace_per_s", "in_flight", "in_flight_limit", "queued", "connecting")
 UNKNOWN = "Only the process that delivers knows its breaker and its pace, and another one serves this page."
 
 
@@ -22,7 +23,7 @@ def standing(lane_health: LaneHealth | None, view: EndpointView, next_retry_at: 
     failing = view.state == "live" and view.failing_since is not None
     return {
         "state": view.state, "failing": failing, "backlog": view.backlog, "retries": view.retries, "next_retry_at": next_retry_at,
-        "lane": None if lane is None else {name: lane[name] for name in ("breaker", "pace_per_s", "in_flight", "in_flight_limit", "queued", "connecting")},
+        "lane": None if lane is None else {name: lane[name] for name in SHOWN},
         "words": said(lane) if view.state == "live" else "", "wait_s": None if lane is None else _wait_s(lane),
     }  # fmt: skip
 
