@@ -6,7 +6,7 @@ inserts is held against them. `filter_fields` says where customers' filters look
 "from" can be another place in another type.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,9 @@ class EventType:
     updated_at: datetime | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            field.name: getattr(self, field.name) for field in fields(self)
+        }  # asdict copies each schema: 30 ms for a catalogue of 20
 
 
 async def find(db: Connection, *, after: str = "", limit: int = 1_000) -> list[EventType]:

@@ -221,6 +221,7 @@ def answering_errors(shared: Web) -> Middleware:
                 return problem.response()
             page = visit.html("error.html", status=problem.status, problem=problem)
             page.headers.update(problem.headers)
+            await page.fill(shared.templates)
             return page
 
     return answer_errors

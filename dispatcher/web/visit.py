@@ -26,6 +26,7 @@ from dispatcher.store.access import Login
 from dispatcher.store.admin import Admin
 from dispatcher.store.session import Connection
 from dispatcher.web import sessions
+from dispatcher.web.pages import Templates
 from dispatcher.web.problems import ProblemError
 
 if TYPE_CHECKING:
@@ -44,6 +45,18 @@ class Who(enum.Enum):
     ANYONE = "anyone"
     SIGNED_IN = "accounts and operators"
     OPERATOR = "operators"
+
+
+class Page(web.Response):
+    """A page that is rendered after its handler has ended and given its connection back; `Route.serve` does it."""
+
+    def __init__(self, template: str, context: dict[str, Any], status: int) -> None:
+        super().__init__(text="", status=status, content_type="text/html")
+        self._template = template
+        self._context = context
+
+    async def fill(self, templates: Templates) -> None:
+        self.text = await templates.render(self._template, self._context)
 
 
 class Visit:
@@ -132,13 +145,12 @@ class Visit:
         """Answer with a page, or with its data as JSON if that is what was asked for: every page answers both."""
         return self.json(data, status=status) if self.wants_json else self.html(template, status=status, **data)
 
-    def html(self, template: str, *, status: int = 200, **context: Any) -> web.Response:
+    def html(self, template: str, *, status: int = 200, **context: Any) -> "Page":
         shared = {
             "principal": self._principal, "csrf_token": self.csrf_token, "path": self.request.path, "is_operator":
             self._principal is not None and self._principal.is_operator,
         }  # fmt: skip
-        text = self.web.templates.render(template, shared | context)
-        return web.Response(text=text, status=status, content_type="text/html")
+        return Page(template, shared | context, status)
 
     def json(self, data: Any, *, status: int = 200) -> web.Response:
         return web.Response(body=orjson.dumps(data, default=str), status=status, content_type="application/json")
@@ -293,9 +305,11 @@ class Route:
         visit.authorize()
         await visit.read_body()
         visit.check_csrf()
-        if self.change is None or not visit.is_signed_in:
-            return await self.handler(visit)
-        return await self._change(visit)
+        handler = self.handler if self.change is None or not visit.is_signed_in else self._change
+        response = await handler(visit)
+        if isinstance(response, Page):
+            await response.fill(web.templates)
+        return response
 
     async def _change(self, visit: Visit) -> StreamResponse:
         assert self.change is not None
