@@ -166,6 +166,7 @@ def make_app(shared: Web) -> web.Application:
         shared.mount + receiver.PATH, partial(receiver.receive, shared)
     )  # nobody's login, whatever it carries
     app.router.add_get(shared.mount + "/static/{digest}/{name:.+}", partial(_static, shared))
+    app.router.add_get(shared.mount + "/healthz", partial(_health, shared))
 
     async def finish(request: web.Request, response: StreamResponse) -> None:
         for name, value in shared.headers.items():
@@ -187,6 +188,16 @@ def routes() -> Sequence[Route]:
 
 async def _home(visit: Visit) -> StreamResponse:
     return visit.redirect("/overview" if visit.principal.is_operator else "/endpoints")
+
+
+async def _health(shared: Web, _: web.Request) -> web.StreamResponse:
+    """Say, to a load balancer that has no login, whether pages can be answered; not what is wrong."""
+    try:
+        async with shared.pool.connection() as db:
+            await db.execute("SELECT 1")
+    except DispatcherError:
+        return web.json_response({"ready": False}, status=503)
+    return web.json_response({"ready": True})
 
 
 async def _static(shared: Web, request: web.Request) -> StreamResponse:

@@ -137,7 +137,10 @@ class Templates:
         for name in self._environment.list_templates(extensions=["html"]):
             self._environment.get_template(name)
 
-    async def render(self, name: str, context: dict[str, Any]) -> str:
+    def render(self, name: str, context: dict[str, Any]) -> str:
+        return self._environment.get_template(name).render(context)
+
+    async def render_by_turns(self, name: str, context: dict[str, Any]) -> str:
         """Render, and let the loop's other work go on about once a millisecond: a page takes up to 10, and deliveries don't wait for it."""
         pieces = []
         began = perf_counter()

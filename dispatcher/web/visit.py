@@ -56,7 +56,7 @@ class Page(web.Response):
         self._context = context
 
     async def fill(self, templates: Templates) -> None:
-        self.text = await templates.render(self._template, self._context)
+        self.text = await templates.render_by_turns(self._template, self._context)
 
 
 class Visit:

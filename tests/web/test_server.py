@@ -54,6 +54,14 @@ async def test_a_fault_of_ours_is_an_answer_and_a_line_in_the_log(
     assert (await web.ask("GET", "/api/v1/me", key=key)).status == 200
 
 
+async def test_a_load_balancer_is_told_whether_pages_can_be_answered(web: Site):
+    answer = await web.ask("GET", "/healthz")
+    assert (answer.status, answer.json) == (200, {"ready": True})
+    async with site("postgresql://127.0.0.1:1/none") as away:
+        answer = await away.ask("GET", "/healthz")
+        assert (answer.status, answer.json) == (503, {"ready": False})
+
+
 async def test_a_database_that_is_away_is_an_answer():
     async with site("postgresql://127.0.0.1:1/none") as web:
         for headers in ({"Authorization": "Bearer whkey_x"}, {"Cookie": "webhooks_login=1.99999999999.x"}):
