@@ -86,6 +86,7 @@ async def _one(bench: Bench, table: Table, back: Table, how: str, parked: int, s
                     table.add(row, **waits.figures(), cpu_us=cpu_us if row != "catching up" else None)
 
             await arrivals.all_of(await producers.open_loop(RATE, min(2.0, size.seconds), range(1, OTHERS + 1)))
+            await rig.settle(connection)
             await fresh("before")
             rss_mb = running.rss_mb()
             if how == "paused":
@@ -93,6 +94,8 @@ async def _one(bench: Bench, table: Table, back: Table, how: str, parked: int, s
             bench.tell(f"{told}, filling")
             await load.bulk(connection, parked, 1, size=PARKED_PAYLOAD_BYTES, rows=FILL_ROWS)
             await _read(connection)
+            bench.tell(f"{told}, settling")
+            await rig.settle(connection)
             await fresh("parked")
             table.add("before", growth_mb=0)
             table.add("parked", growth_mb=running.rss_mb() - rss_mb)
@@ -181,7 +184,8 @@ SCENARIO = Scenario(
     "backlog",
     shows="What an endpoint that is paused or dead with a mountain of events behind it costs the others, and what "
     "its receiver sees when it is back.",
-    misleads="before and parked are minutes apart, in several slices each; the receivers share one process with the "
+    misleads="before and parked are minutes apart, in several slices each, and what loading leaves the server to do (vacuum, "
+    "a checkpoint) is done in between, unmeasured; the receivers share one process with the "
     "producers; the catching up is watched for as long as the others are measured, not to its end; a dead one "
     "had failed attempts, which come again as retries.",
     sizes=SIZES,
