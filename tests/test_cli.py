@@ -183,7 +183,7 @@ def test_an_event_with_a_key_an_expiry_and_a_priority(run: Cli) -> None:
     sent = run.json("event", "send", "a", "message.sent", "{}", *options)
     shown = run.json("event", "show", str(sent["id"]))
     assert (shown["ordering_key"], shown["expires_at"], shown["priority"]) == ("m_1", "2020-01-02T03:04:05+00:00", 5)
-    assert "ordering key m_1, expires at 2020-01-02 03:04:05+00:00, priority 5" in run.ok(
+    assert "ordering key m_1, expires at 2020-01-02 03:04:05 UTC, priority 5" in run.ok(
         "event", "show", str(sent["id"])
     )
     assert "1 to 255 bytes" in run.refused("event", "send", "a", "message.sent", "{}", "--ordering-key", "x" * 256)

@@ -45,6 +45,24 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
 DURATION = Duration()
 
 
+class Moment(click.ParamType):  # type: ignore[type-arg]
+    """A moment: RFC 3339; without a zone it is UTC, without a time midnight."""
+
+    name = "moment"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        if isinstance(value, datetime):
+            return value
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError:
+            self.fail(f"{value!r} is no time, such as 2026-11-23T18:00:00Z", param, ctx)
+        return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+
+
+MOMENT = Moment()
+
+
 class When(click.ParamType):  # type: ignore[type-arg]
     """A moment (RFC 3339; without a zone it is UTC, without a time midnight), or a duration: so long ago by the database's clock."""
 
@@ -116,28 +134,29 @@ async def database(settings: Settings, *, migrated: bool = True) -> AsyncIterato
 
 @contextlib.asynccontextmanager
 async def connection_to(dsn: str, what: str) -> AsyncIterator[Any]:
-    """Yield a connection that is a session of its own: behind a transaction pooler it is refused (it costs another connect, 3 ms)."""
+    """Yield a connection that is a session of its own: behind a transaction pooler it is refused (it costs another connect, 3 ms). To lose
+    it on the way is a sentence."""
     connection = await connect_once(dsn, f"dispatcher {what}")
     try:
         await refuse_transaction_pooling(connection, dsn)
         yield connection
-    finally:
         await connection.close()
+    except Exception as exc:
+        if not is_away(exc) or isinstance(exc, BrokenPipeError):  # that one is our output's
+            raise
+        raise DatabaseAwayError(
+            f"the database went away on the way ({exc or type(exc).__name__}); see what was done, then repeat the command"
+        ) from exc
+    finally:
+        connection.terminate()
 
 
 @contextlib.asynccontextmanager
 async def connected(settings: Settings) -> AsyncIterator[Connection]:
-    """Yield a connection to a checked database; to lose it on the way is a sentence too."""
+    """Yield a connection to a checked database."""
     async with database(settings) as dsn, connection_to(dsn, "cli") as connection:
-        try:
-            await check(connection, settings)
-            yield connection
-        except Exception as exc:
-            if not is_away(exc) or isinstance(exc, BrokenPipeError):  # that one is our output's
-                raise
-            raise DatabaseAwayError(
-                f"the database went away on the way ({exc or type(exc).__name__}); see what was done, then repeat the command"
-            ) from exc
+        await check(connection, settings)
+        yield connection
 
 
 def with_connection(settings: Settings, work: Callable[[Connection], Awaitable[T]]) -> T:

@@ -284,7 +284,7 @@ def show(context: Context, endpoint_id: int, show_secret: bool, subscriptions: b
     if json_out:
         secrets = [
             {"scheme": s.scheme, "public_key": s.public_key, "created_at": s.created_at, "expires_at": s.expires_at}
-            | ({"secret": s.secret} if show_secret else {})
+            | ({"secret": s.secret if s.public_key is None else None} if show_secret else {})
             for s in view.signing
         ]
         revealed = {"extra_signature_key": view.to_test["extra_signature_key"]} if show_secret else {}
@@ -560,6 +560,8 @@ def _described(
         )
     if secret:
         for known in view.signing:
+            if known.public_key is not None:
+                continue  # its private key stays here
             until = "" if known.expires_at is None else f"  until {known.expires_at:{_TIME}}"
             yield "secret", f"{known.secret}{until}"
     if subscriptions:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 import orjson
 
-from dispatcher.cli.common import ID, Context, admin, as_json, print_json, run_async, say, with_admin
+from dispatcher.cli.common import ID, MOMENT, Context, admin, as_json, print_json, run_async, say, with_admin
 from dispatcher.errors import InputError
 from dispatcher.settings import Settings
 
@@ -28,13 +28,11 @@ def event() -> None:
 @click.argument("account_id")
 @click.argument("event_type")
 @click.argument("payload")
-@click.option(
-    "--occurred-at", type=click.DateTime(["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S.%f%z"]), help="When it happened."
-)
+@click.option("--occurred-at", type=MOMENT, help="When it happened, such as 2026-03-01T09:30:00Z.")
 @click.option("--ordering-key", help="Endpoints that order by key get the events of one key one by one.")
 @click.option(
-    "--expires-at", type=click.DateTime(["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S.%f%z"]),
-    help="Worth nothing afterwards: what is still to be sent then is settled unsent.",
+    "--expires-at", type=MOMENT,
+    help="Worth nothing afterwards, such as 2026-03-01T09:30:00Z: what is still to be sent then is settled unsent.",
 )  # fmt: skip
 @click.option(
     "--priority", type=click.IntRange(-32_768, 32_767), help="Above 0: sent first where an endpoint is behind."
@@ -89,6 +87,8 @@ def show(context: Context, reference: str, json_out: bool) -> None:
     say(
         f"{shown['id']}  {shown['event_id']}  {shown['type']}  account {shown['account_id']}  {shown['created_at']:%Y-%m-%d %H:%M:%S.%f} UTC"
     )
+    if shown["expires_at"] is not None:
+        shown["expires_at"] = f"{shown['expires_at']:%Y-%m-%d %H:%M:%S} UTC"
     options = [f"{label} {shown[name]}" for name, label in _OPTIONS.items() if shown[name] is not None]
     if options:
         click.echo("  " + ", ".join(options))

@@ -38,14 +38,14 @@ def describe(found: dict[str, Any]) -> list[str]:
     """Say it in aligned sentences."""
     log, lanes = found["log"], found["lanes"]
     position = f"settled up to id {log['position']:,} of {log['last_id']:,}"
-    behind = f"{log['behind_ids']:,} behind" if log["behind_ids"] else "nothing behind"
+    behind = f": {log['behind_ids']:,} behind" if log["behind_ids"] else "" if log["gap_ids"] else ": nothing behind"
     gaps = f"; {log['gap_ids']:,} ids below are not visible or not settled yet" if log["gap_ids"] else ""
     oldest = log["oldest_undelivered_s"]
     waiting = f"{_plural(lanes['behind'], 'endpoint')} behind, {_plural(lanes['backlog'], 'event')} waiting"
     lines = [
         ("Owner", *_owner(found["owner"])),
         ("Standby", *(_standbys(found["standbys"]))),
-        ("Log", f"{position}: {behind}{gaps}"),
+        ("Log", f"{position}{behind}{gaps}"),
         ("Oldest", "nothing waits" if oldest is None else f"the oldest event that may not be delivered yet is {_ago(oldest)} old"),
         ("Lanes", waiting if lanes["behind"] else "no endpoint is behind"),
         ("Retries", f"{_count(found['retries'], 'delivery', 'deliveries')} failed and will be tried again"),

@@ -159,7 +159,8 @@ class Janitor:
             event_us, attempt_us = await self._partitions.newest_us(leaf)
             if event_us is not None:
                 return leaf if is_expired(event_us, shape.wall_us, days) or await self._is_too_large() else None
-            if attempt_us is not None and is_expired(attempt_us, shape.wall_us, days):
+            is_alone = any(leaf.low <= other.low and other.high <= leaf.high for other in shape.attempt.leaves)
+            if is_alone and attempt_us is not None and is_expired(attempt_us, shape.wall_us, days):
                 return leaf  # its events went before: erased, or in an earlier turn, and dead letters of them were resent since
         if self._warning.is_over(self._clock.now()) and await self._is_too_large():
             self._warning.tried(self._clock.now(), had=False)

@@ -128,10 +128,13 @@ class Provisioner:
         leaf = next_leaf(end, ahead, shape.last_id, self.pace, self._retention_days)
         if leaf is None or not self._attaching.is_over(self._clock.now()):
             return False
-        if not any(leaf.overlaps(other) for other in shape.attempt.leaves):
+        begun = next((other for other in shape.attempt.leaves if other.high > end), None)
+        if begun is None:
             had = await self._partitions.attach("attempt", leaf)
         else:
-            had = True
+            # Made at an earlier try, which did not come to the outbox; the pace, and so the width, was another then.
+            low = begun.low if begun.low - shape.last_id > MARGIN_IDS else max(end, begun.low)
+            leaf, had = Span(low, begun.high), True
         had = had and await self._partitions.attach("outbox", leaf)
         self._attaching.tried(self._clock.now(), had=had)
         if had:

@@ -15,6 +15,7 @@ configuration is appended under a lock that every other one waits for.
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -77,6 +78,8 @@ STOPPED_S = 1.2  # no POST starts later than a second after a pause, and its res
 
 Choice = Literal["send", "skip"]
 Interval = tuple[str, int, int, str | None]  # pattern, since_id, until_id, what its filters come to
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +257,8 @@ class Admin:
         self, account_id: str, config: dict[str, Any], *, secret: str | None = None, live: bool = False
     ) -> EndpointView:
         """Make a draft (or, with `live`, an endpoint that gets events from now on, without a test)."""
-        if not account_id or len(account_id.encode()) > 255 or "\x00" in account_id:
-            raise InputError("an account id has 1 to 255 bytes", field="account_id")
+        if not account_id or len(account_id.encode()) > 255 or _CONTROL.search(account_id):
+            raise InputError("an account id has 1 to 255 bytes, and no control characters", field="account_id")
         self._principal.within(account_id)
         full = await self._checked(merged(DEFAULTS | SHAPE | CREDENTIALS, config))
         await self._check_receiver(full["url"], account_id)
@@ -286,11 +289,16 @@ class Admin:
         return await self.get(endpoint_id)
 
     async def reveal(self, endpoint_id: int) -> EndpointView:
-        """Return what `get` does to somebody who is about to show its secrets; the audit has it."""
+        """Return what `get` does to somebody who is about to show its secrets; the audit has it. Raises where they can't be opened."""
         view = await self.get(endpoint_id)
         about = f"endpoint_id={endpoint_id} account_id={view.account_id}"
         change = await access.begin_change(self._db, self._principal, "endpoint.reveal_secrets", about, "")
-        await access.end_change(self._db, change, 200, about)
+        status = 500
+        try:
+            tuple(known.secret for known in view.signing)  # each is opened when it is asked for
+            status = 200
+        finally:
+            await access.end_change(self._db, change, status, about)
         return view
 
     async def get(self, endpoint_id: int) -> EndpointView:

@@ -23,16 +23,16 @@ ORDER BY backend_start NULLS LAST, pid;
 
 -- name: oldest
 -- When the oldest event was made that may still have to be sent: the first above the position ($1), and the first of its account after the mark
--- of each of the 100 lanes that are furthest behind. Its type may be one that nobody wants.
+-- of each of the 100 lanes that are furthest behind; but of one that isn't live only if something waits for it. Its type may be one that nobody wants.
 SELECT min(o.created_at)
 FROM (
     (SELECT created_at FROM webhook.outbox WHERE id > $1 ORDER BY id LIMIT 1)
     UNION ALL
     SELECT n.created_at
     FROM (
-        SELECT endpoint_id, least(settled + 1, lower(holes)) AS next_id FROM webhook.lane ORDER BY least(settled + 1, lower(holes)) LIMIT 100
+        SELECT endpoint_id, least(settled + 1, lower(holes)) AS next_id, backlog FROM webhook.lane ORDER BY least(settled + 1, lower(holes)) LIMIT 100
     ) AS l
-    JOIN webhook.endpoint AS e ON e.id = l.endpoint_id AND e.state <> 'deleted'
+    JOIN webhook.endpoint AS e ON e.id = l.endpoint_id AND (e.state = 'live' OR (e.state <> 'deleted' AND l.backlog > 0))
     CROSS JOIN LATERAL (
         SELECT created_at FROM webhook.outbox WHERE account_id = e.account_id AND id >= l.next_id ORDER BY id LIMIT 1
     ) AS n
@@ -48,7 +48,7 @@ SELECT l.endpoint_id, e.account_id, e.name, e.url, e.state, l.backlog, l.settled
            WHERE o.account_id = e.account_id AND o.id >= least(l.settled + 1, lower(l.holes)) ORDER BY o.id LIMIT 1
        ) AS oldest_at
 FROM webhook.lane AS l
-JOIN webhook.endpoint AS e ON e.id = l.endpoint_id AND e.state <> 'deleted'
+JOIN webhook.endpoint AS e ON e.id = l.endpoint_id AND (e.state = 'live' OR (e.state <> 'deleted' AND l.backlog > 0))
 ORDER BY l.backlog DESC, l.settled, l.endpoint_id
 LIMIT $1;
 

@@ -166,6 +166,28 @@ async def test_what_is_not_to_be_had_is_not_asked_for_at_every_turn() -> None:
     assert shape.outbox.leaves[1].high == 110_000
 
 
+async def test_a_leaf_that_was_begun_is_finished_with_its_bounds_whatever_the_pace_is_by_then() -> None:
+    """`attempt` has it, `outbox` was not to be had, and a kill, a takeover or the next measuring comes between."""
+    world = World()
+    attach = world.partitions.attach
+
+    async def not_the_outbox(parent: Parent, leaf: Span) -> bool:
+        return parent == "attempt" and await attach(parent, leaf)
+
+    world.database._sequence = 9_000_000
+    world.partitions.attach = not_the_outbox  # type: ignore[method-assign]
+    shape = await world.turn()
+    begun = [leaf for leaf in shape.attempt.leaves if leaf not in shape.outbox.leaves]
+    assert len(begun) == 1
+    world.partitions.attach = attach  # type: ignore[method-assign]
+    world.provisioner = Provisioner(world.partitions, Clock(lambda: world.now), world.counters, retention_days=7)
+    while shape.outbox.leaves[-1].high <= begun[0].low:
+        world.grow(200_000)
+        shape = await world.turn()
+    assert begun[0] in shape.outbox.leaves
+    assert shape.outbox.leaves == shape.attempt.leaves
+
+
 # ── stalling ──
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 import asyncpg
 import orjson
 import pytest
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from dispatcher.demo.events import CATALOGUE, sample
@@ -228,6 +230,54 @@ async def test_while_a_secret_is_rotated_the_old_one_signs_too(r: Rig) -> None:
     assert len(headers["webhook-signature"].split(" ")) == 2, "space delimited"
     for secret in (new, SECRET):
         assert Webhook(secret).verify(body, headers)
+
+
+async def asymmetric(r: Rig, signing: str) -> tuple[list[str], bytes, dict[str, str]]:
+    """Make an endpoint with keys of its own and send it an event; return its public keys, and the request: body, headers."""
+    listening = Heard(r)
+    view = await admin(r).create(
+        "acct", {"url": f"{r.sink.url}/hook", "event_types": ["*"], "signing": signing}, live=True
+    )
+    await until(lambda: r.engine.incarnation.lanes.get(view.id) is not None)
+    await r.emit()
+    await until(lambda: listening.requests)
+    [(body, headers)] = listening.requests
+    return list(view.public_keys), body, headers
+
+
+def check_v1a(public: str, body: bytes, headers: dict[str, str]) -> None:
+    """The specification's text: Ed25519 over the same content, `v1a,` before it, the key base64 after `whpk_`."""
+    signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
+    key = Ed25519PublicKey.from_public_bytes(base64.b64decode(public.removeprefix("whpk_"), validate=True))
+    [signature] = [one for one in headers["webhook-signature"].split(" ") if one.startswith("v1a,")]
+    key.verify(base64.b64decode(signature.removeprefix("v1a,"), validate=True), signed)
+
+
+async def test_v1a_is_ed25519_over_the_same_content(r: Rig) -> None:
+    [public], body, headers = await asymmetric(r, "v1a")
+    assert public.startswith("whpk_")
+    check_v1a(public, body, headers)
+    with pytest.raises(InvalidSignature):
+        check_v1a(public, body + b" ", headers)
+
+
+async def test_both_schemes_sign_beside_each_other_and_the_official_library_finds_its_own(r: Rig) -> None:
+    [public], body, headers = await asymmetric(r, "v1,v1a")
+    assert sorted(one.partition(",")[0] for one in headers["webhook-signature"].split(" ")) == ["v1", "v1a"]
+    check_v1a(public, body, headers)
+    [view] = [await admin(r).get(1)]
+    [secret] = [known.secret for known in view.signing if known.public_key is None]
+    assert Webhook(secret).verify(body, headers)["data"] == {"n": 1}
+
+
+async def test_private_keys_are_serialized_as_whsk_and_only_the_public_ones_are_published(r: Rig) -> None:
+    view = await admin(r).create("acct", {"url": r.sink.url, "signing": "v1a"})
+    [known] = view.signing
+    private = base64.b64decode(known.secret.removeprefix("whsk_"), validate=True)
+    public = base64.b64decode(view.public_keys[0].removeprefix("whpk_"), validate=True)
+    assert known.secret.startswith("whsk_")
+    assert Ed25519PrivateKey.from_private_bytes(private[:32]).public_key().public_bytes_raw() == public
+    assert known.secret not in json.dumps(view.as_dict(), default=str)
 
 
 # ── event types ──

@@ -1,8 +1,15 @@
 """Who gets in, how, and with what cookie."""
 
 import asyncio
+import hmac
 import re
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+from dispatcher.domain import verify
+from dispatcher.web import sessions
 from dispatcher.web.limits import FAILURES_MAX
 from tests.web.conftest import Site, cookie_of, site
 
@@ -282,3 +289,23 @@ async def test_the_audit_tells_who_changed_what(web: Site):
         ("key 1 (deploy)", "key.revoke", f"key_id={made['id']}", 200),
         ("key 1 (deploy)", "key.create", f"key_id={made['id']} account_id=acct", 201),
     ]
+
+
+@pytest.mark.parametrize(
+    ("module", "accepts"),
+    [
+        (sessions, lambda: sessions.unsign(b"k", sessions.sign(b"k", 7, 2_000_000_000), 0.0)),
+        (sessions, lambda: sessions.is_csrf_token(b"k", 7, sessions.csrf_token(b"k", 7))),
+        (
+            verify,
+            lambda: verify._fits_secret(hmac.digest(bytes(32), b"x", "sha256"), b"x", ["whsec_" + "A" * 43 + "="]),
+        ),
+    ],
+    ids=["cookie", "csrf token", "signature"],
+)
+def test_what_is_secret_is_compared_in_constant_time(module: Any, accepts: Any, monkeypatch: pytest.MonkeyPatch):
+    """`compare_digest` alone decides: with one that never agrees nothing is accepted, and a `==` would still accept it."""
+    assert accepts()
+    blind = SimpleNamespace(compare_digest=lambda a, b: False, digest=hmac.digest)
+    monkeypatch.setattr(module, "hmac", blind)
+    assert not accepts()

@@ -32,9 +32,15 @@ TAIL_BACK = timedelta(seconds=15)  # an attempt is known when it has ended, not 
 OVERLAPS = ((0.0, "none: the old one ends now"), (3_600.0, "an hour"), (OVERLAP_S, "a day"), (7 * 86_400.0, "a week"))
 SNIPPETS = {
     title: Path(__file__).with_name("snippets").joinpath(f"{title.lower()}.txt").read_text()
-    for title in ("Python", "JavaScript", "PHP", "Go", "Ruby", "curl")
+    for title in ("Python", "JavaScript", "PHP", "Go", "Ruby", "curl", "Python, v1a", "JavaScript, v1a")
 }
 _PATH = "/endpoints/{endpoint_id:[0-9]{1,18}}"
+
+
+def _snippets(view: EndpointView) -> dict[str, str]:
+    """Return the code that checks what the endpoint is signed in."""
+    schemes = view.config["signing"].split(",")
+    return {title: text for title, text in SNIPPETS.items() if ("v1a" if title.endswith("v1a") else "v1") in schemes}
 
 
 async def endpoint(visit: Visit) -> StreamResponse:
@@ -139,14 +145,19 @@ async def _page(
     if visit.wants_json:
         return visit.json(data)
     signing = [
-        {"scheme": known.scheme, "created_at": known.created_at, "expires_at": known.expires_at}
+        {
+            "scheme": known.scheme,
+            "public_key": known.public_key,
+            "created_at": known.created_at,
+            "expires_at": known.expires_at,
+        }
         for known in view.signing
     ]
     steps = _steps(points, since, minutes, step_min)
     return visit.html(
         "endpoint.html", **data, chart=_chart(steps, since, words) if points else None, latency=_latency(steps, words),
         backlog=_backlog(steps, words), step_min=step_min, since=since, until=until, spans=SPANS,
-        signing=signing, overlaps=OVERLAPS, snippets=SNIPPETS, hidden=HIDDEN,
+        signing=signing, overlaps=OVERLAPS, snippets=_snippets(view), hidden=HIDDEN,
     )  # fmt: skip
 
 

@@ -22,7 +22,8 @@ def standing(lane_health: LaneHealth | None, view: EndpointView, next_retry_at: 
     lane = health[0] if health else None
     failing = view.state == "live" and view.failing_since is not None
     return {
-        "state": view.state, "failing": failing, "backlog": view.backlog, "retries": view.retries, "next_retry_at": next_retry_at,
+        "state": view.state, "failing": failing, "backlog": max(view.backlog, 0 if lane is None else lane["queued"]),
+        "retries": view.retries, "expired_24h": view.expired, "next_retry_at": next_retry_at,
         "lane": None if lane is None else {name: lane[name] for name in SHOWN},
         "words": said(lane) if view.state == "live" else "", "wait_s": None if lane is None else _wait_s(lane),
     }  # fmt: skip

@@ -62,6 +62,7 @@ source.addEventListener("standing", (event) => {
   if (now.lane !== null) said.push(`${now.lane.in_flight.toLocaleString()} of at most ${now.lane.in_flight_limit.toLocaleString()} POSTs in flight`);
   if (now.lane !== null && now.lane.connecting > 0) said.push(`${now.lane.connecting.toLocaleString()} wait for a connection`);
   if (now.lane !== null && now.lane.pace_per_s !== null && now.lane.breaker === "closed") said.push(`${now.lane.pace_per_s.toLocaleString()} POSTs a second at the moment`);
+  if (now.expired_24h > 0) said.push(`${now.expired_24h.toLocaleString()} expired unsent in 24 h`);
   if (now.wait_s !== null) said.push(`tried again in ${now.wait_s.toLocaleString()} s`);
   figures.textContent = said.join("; ") + ".";
 });
