@@ -437,7 +437,7 @@ async def test_a_request_that_takes_too_long_is_a_failure(r: Rig) -> None:
     await until(r.attempts)
     [attempt, *_] = await r.attempts()
     assert attempt["fault"] == "timeout"
-    assert attempt["duration_us"] >= 100_000
+    assert attempt["duration_us"] >= 99_000, "the loop's clock has milliseconds"
 
 
 # ── where to ──
