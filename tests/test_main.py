@@ -3,9 +3,13 @@
 import asyncio
 import gc
 
+import pytest
 from structlog.testing import capture_logs
 
+from dispatcher.cli.common import connection_to
+from dispatcher.errors import DatabaseAwayError
 from dispatcher.main import log_unhandled
+from tests.conftest import connected
 
 
 async def test_an_exception_that_nobody_fetched_is_a_line_of_the_log() -> None:
@@ -24,3 +28,18 @@ async def test_an_exception_that_nobody_fetched_is_a_line_of_the_log() -> None:
         ("loop.unhandled", "without an exception", None),
     ]
     assert all(line["log_level"] == "error" for line in logs)
+
+
+async def test_a_connection_that_the_server_ends_during_the_first_look_is_a_sentence(dsn: str) -> None:
+    """`run` ended with 1 and a trace, though the very same a moment earlier is 6: the database is away."""
+
+    async def look() -> None:
+        async with connection_to(dsn, "check") as connection:
+            pid = await connection.fetchval("SELECT pg_backend_pid()")
+            async with connected(dsn) as other:
+                await other.execute("SELECT pg_terminate_backend($1)", pid)
+            await connection.fetchval("SELECT pg_sleep(5)")
+
+    with pytest.raises(DatabaseAwayError, match="went away on the way") as raised:
+        await look()
+    assert raised.value.exit_code == 6
