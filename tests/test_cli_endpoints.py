@@ -2,13 +2,13 @@
 
 import itertools
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import click
 import pytest
 
+from dispatcher.cli import terminal as terminal_module
 from dispatcher.cli.common import DURATION
 from dispatcher.store import admin as admin_module
 from tests.conftest import dsn_of
@@ -56,7 +56,7 @@ def discards(run: Cli) -> list[tuple[str, int]]:
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["dispatcher.cli.endpoint"], "_can_ask", lambda: True)  # the name is the group's
+    monkeypatch.setattr(terminal_module, "can_ask", lambda: True)
 
 
 # ── pause, resume ──
@@ -254,7 +254,12 @@ def test_a_bad_overlap(run: Cli, live: str) -> None:
 # ── delete ──
 
 
-def test_delete_shows_what_waits_and_counts_it(run: Cli, live: str) -> None:
+def test_delete_asks_only_a_person(run: Cli, live: str) -> None:
+    assert "repeat with --yes" in run.refused("endpoint", "delete", live)
+    assert run.json("endpoint", "show", live)["state"] == "live"
+
+
+def test_delete_shows_what_waits_and_counts_it(run: Cli, live: str, terminal: None) -> None:
     emit(run, 3)
     sql(
         run.dsn,

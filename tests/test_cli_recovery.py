@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from dispatcher.cli import cli, terminal
 from dispatcher.cli.common import WHEN
 from dispatcher.cli.terminal import RATE, about, bars
-from dispatcher.errors import InputError
+from dispatcher.errors import InputError, StateError
 from tests.conftest import connected, dsn_of
 from tests.store import people
 from tests.test_cli import Cli, sink_process, sql
@@ -258,7 +258,7 @@ def test_event_show_tells_each_run(run: Cli, endpoint: int, ids: list[int]) -> N
         {"secret": 3},
         "dead letter 3",
     )
-    assert "Retention has taken it from the outbox" in run.ok("event", "show", shown["event_id"])
+    assert "It is gone from the outbox" in run.ok("event", "show", shown["event_id"])
     assert run.json("event", "show", str(ids[1]))["payload"] is None
     assert "there is no event" in run.refused("event", "show", str(ids[7]))
 
@@ -339,6 +339,8 @@ def test_each_endpoint_gets_its_run_and_a_deleted_one_none(run: Cli, endpoint: i
     assert f"Endpoint {gone} was deleted: its 2 dead letters can't be sent." in result.output
     assert [(r["endpoint_id"], r["total"]) for r in run.json("replay", "list")] == [(endpoint, 5), (second, 2)]
     assert states(run) == ["resent"] * 7 + ["open"] * 2
+    refused = run("dead-letter", "resend", "--account", "acct", "--all", "--yes", "--json")
+    assert (type(refused.exception), states(run)) == (StateError, ["resent"] * 7 + ["open"] * 2), "none of those left can be"
 
 
 @pytest.mark.parametrize("verb", ["resend", "discard"])

@@ -23,7 +23,7 @@ from dispatcher.cli.event import attempt_line
 from dispatcher.cli.replay import note_option, rate_of, rate_option, speed
 from dispatcher.cli.terminal import ask, bar, busy, yes_option
 from dispatcher.domain.outcome import Fault
-from dispatcher.errors import InputError
+from dispatcher.errors import InputError, StateError
 from dispatcher.settings import Settings
 from dispatcher.store import dead_letters
 from dispatcher.store.dead_letters import STATES, Filter, Total
@@ -169,6 +169,8 @@ def resend(
                 f"endpoint {one.endpoint_id}  {one.url}  {one.letters:,} dead letters  {speed(rate_per_s, one.rate_per_s, one.events)}{held}",
                 err=json_out,
             )
+    if totals and not sendable:
+        raise StateError("none of these dead letters can be sent")
     if not sendable:
         _nothing(json_out, [])
         return

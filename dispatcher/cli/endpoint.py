@@ -1,11 +1,11 @@
 """`dispatcher endpoint …`: create, test, go live; then look after it."""
 
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
 
+from dispatcher.cli import terminal
 from dispatcher.cli.common import (
     DURATION,
     ID,
@@ -19,6 +19,7 @@ from dispatcher.cli.common import (
     with_admin,
 )
 from dispatcher.cli.shape import described, shape_changes, shape_options, unset_options
+from dispatcher.cli.terminal import ask, yes_option
 from dispatcher.domain.signing import SCHEMES
 from dispatcher.domain.text import clean
 from dispatcher.engine.trial import TEST_TYPE, Trial
@@ -405,7 +406,7 @@ def enable(context: Context, endpoint_id: int, choice: Choice | None, json_out: 
 
     async def work(opened: Admin) -> tuple[EndpointView, int]:
         chosen = choice
-        if chosen is None and _can_ask():
+        if chosen is None and terminal.can_ask():
             view = await opened.get(endpoint_id)
             if view.state == "disabled":
                 chosen = _ask(view, await opened.waiting(view))
@@ -413,10 +414,6 @@ def enable(context: Context, endpoint_id: int, choice: Choice | None, json_out: 
 
     view, skipped = with_admin(context.settings(), work)
     _report(view, json_out, f"endpoint {endpoint_id} is live{_skipped(skipped)}", skipped=skipped)
-
-
-def _can_ask() -> bool:
-    return sys.stdin.isatty()
 
 
 def _ask(view: EndpointView, waiting: Waiting) -> Choice | None:
@@ -485,7 +482,7 @@ def rotate_secret(
 
 @endpoint.command()
 @click.argument("endpoint_id", type=ID)
-@click.option("--yes", is_flag=True, help="Don't ask.")
+@yes_option
 @as_json
 @click.pass_obj
 def delete(context: Context, endpoint_id: int, yes: bool, json_out: bool) -> None:
@@ -500,10 +497,10 @@ def delete(context: Context, endpoint_id: int, yes: bool, json_out: bool) -> Non
             view = await opened.get(endpoint_id)
             waiting = await opened.waiting(view)
             due = counted(waiting.held + waiting.before + waiting.retries)
-            click.confirm(
-                f"Delete endpoint {endpoint_id} ({view.config['url']})? Deliveries that wait for it and would never be sent: {due}.",
-                abort=True,
-                err=True,
+            url = view.config["url"]
+            ask(
+                f"Delete endpoint {endpoint_id} ({url})? Deliveries that wait for it and would never be sent: {due}.",
+                yes=yes,
             )
         return await opened.delete(endpoint_id)
 

@@ -93,7 +93,7 @@ def show(context: Context, reference: str, json_out: bool) -> None:
     if options:
         click.echo("  " + ", ".join(options))
     if not shown["in_log"]:
-        say("Retention has taken it from the outbox; this is what its dead letters and attempts tell.")
+        say("It is gone from the outbox, by retention or an erasure; this is what its dead letters and attempts tell.")
     if not shown["deliveries"]:
         say("No endpoint was subscribed to it.")
     for delivery in shown["deliveries"]:

@@ -798,7 +798,9 @@ class Admin:
         if row is None:
             row, in_log = await self._db.fetchrow(ADMIN.event_copy, event.id), False
         if row is None or not event.fits(row["created_at"]) or not self._principal.sees(row["account_id"]):
-            raise NotFoundError(f"there is no event {reference}: it was never committed, or retention has taken it")
+            raise NotFoundError(
+                f"there is no event {reference}: it was never committed, or was erased, or retention has taken it"
+            )
         upto = endpoint_id
         if endpoint_id is not None:
             after = endpoint_id - 1

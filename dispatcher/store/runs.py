@@ -251,8 +251,8 @@ async def _resend_dead_letter(connection: Connection, event: EventReference, to:
     ]
     if not copies:
         raise NotFoundError(
-            f"there is no event {event.text}: it was never committed, or retention has taken it and no dead letter of endpoint {to.id} "
-            "kept a copy"
+            f"there is no event {event.text}: it was never committed, or was erased, or retention has taken it, "
+            f"and no dead letter of endpoint {to.id} kept a copy"
         )
     opened = [row["id"] for row in copies if row["state"] == "open"]
     if not opened:
