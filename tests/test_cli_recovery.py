@@ -340,7 +340,9 @@ def test_each_endpoint_gets_its_run_and_a_deleted_one_none(run: Cli, endpoint: i
     assert [(r["endpoint_id"], r["total"]) for r in run.json("replay", "list")] == [(endpoint, 5), (second, 2)]
     assert states(run) == ["resent"] * 7 + ["open"] * 2
     refused = run("dead-letter", "resend", "--account", "acct", "--all", "--yes", "--json")
-    assert (type(refused.exception), states(run)) == (StateError, ["resent"] * 7 + ["open"] * 2), "none of those left can be"
+    assert (type(refused.exception), states(run)) == (StateError, ["resent"] * 7 + ["open"] * 2), (
+        "none of those left can be"
+    )
 
 
 @pytest.mark.parametrize("verb", ["resend", "discard"])
