@@ -57,6 +57,11 @@ class Pool:
         finally:
             await pool.release(lent, timeout=WAIT_S)
 
+    async def ask(self) -> None:
+        """Ask for anything. Raises BusyError or DatabaseAwayError where nothing is answered."""
+        async with self.connection() as db:
+            await db.fetchval(SQL.backend_pid)
+
     async def close(self) -> None:
         for pool in (self._quick, self._long):
             try:

@@ -193,8 +193,7 @@ async def _home(visit: Visit) -> StreamResponse:
 async def _health(shared: Web, _: web.Request) -> web.StreamResponse:
     """Say, to a load balancer that has no login, whether pages can be answered; not what is wrong."""
     try:
-        async with shared.pool.connection() as db:
-            await db.execute("SELECT 1")
+        await shared.pool.ask()
     except DispatcherError:
         return web.json_response({"ready": False}, status=503)
     return web.json_response({"ready": True})
