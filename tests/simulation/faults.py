@@ -278,7 +278,7 @@ FAULTS = [
         [(Barrier, "note", _note_without_prepared)],
         "neither",
         needs=frozenset({"prepared", "restart", "long transactions"}),
-        seed=49,
+        seed=424,
     ),
     Fault("close a gap by a probe that was cut", [(Gaps, "looked", _full_look_is_the_end)], "neither", seed=2),
     Fault(
@@ -313,10 +313,10 @@ FAULTS = [
         "apply a page though its lane has moved",
         [(Lane, "moved", property(lambda self: 0, lambda self, value: None))],
         "",
-        seed=375,
+        seed=577,
     ),
     Fault("let go of a queue and not go back", [(Lane, "drop_queue", _drop_queue_and_go_on)], "neither"),
-    Fault("take up a subscription without going back", [(Lanes, "take_up", _take_up_only_here)], "neither", seed=110),
+    Fault("take up a subscription without going back", [(Lanes, "take_up", _take_up_only_here)], "neither", seed=294),
     Fault("go on after the server lost its memory", [(MemoryStore, "_connection", _connection_of_any_life)], ""),
     Fault(
         "forget the epoch",
@@ -335,14 +335,14 @@ FAULTS = [
         "send to the new path on the old host",
         [(sender, "_has_moved", lambda lane, origin: False)],
         "instead of",
-        seed=122,
+        seed=232,
     ),
     Fault(
         "send what a subscription that has ended let in",
         [(lanes, "_ended", lambda before, after: False)],
         "no subscription",
         needs=frozenset({"subscriptions"}),
-        seed=4_594,
+        seed=4773_594,
     ),
     Fault(
         "sign with a secret that has expired",
