@@ -342,7 +342,7 @@ FAULTS = [
         [(lanes, "_ended", lambda before, after: False)],
         "no subscription",
         needs=frozenset({"subscriptions"}),
-        seed=4773_594,
+        seed=4_773,
     ),
     Fault(
         "sign with a secret that has expired",
