@@ -651,3 +651,14 @@ def test_ten_thousand_gaps_with_barriers_of_their_own_hold_nobody_up():
     assert time.process_time() - began < 1.0
     assert len(gaps.looks()) == 1_000
     assert sum(gap.is_closing for gap in gaps) == 9_998
+
+
+def test_what_one_large_transaction_left_takes_turns_with_a_neighbours_late_event():
+    gaps = Gaps()
+    gaps.restore([(1, 100_000)])
+    gaps.note_holders(holders("load"), now=0.0)
+    gaps.passed(200_000, 200_400, [200_250], now=0.0)
+    gaps.note_holders(holders("load neighbour"), now=0.1)
+    gaps.note_holders(holders(), now=0.3)  # both at once
+    first = {asked(gaps)[0] for _ in range(2)}
+    assert first == {(1, 20_000), (200_001, 200_250 - 1)}, "each begins every other look"
