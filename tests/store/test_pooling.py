@@ -9,6 +9,7 @@ import os
 import pwd
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -208,6 +209,12 @@ PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sb
 with_pgbouncer = pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer is not installed")
 
 
+def listens(path: Path) -> bool:
+    """Whether someone takes connections there: the path exists (bind) before it does (listen)."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(str(path)) == 0
+
+
 @contextlib.asynccontextmanager
 async def pgbouncer(dsn: str, mode: str, **settings: object) -> AsyncIterator[str]:
     """Run one in front of the server; yield the DSN that leads through it. It refuses to run as root, so then it runs as nobody."""
@@ -240,7 +247,7 @@ async def pgbouncer(dsn: str, mode: str, **settings: object) -> AsyncIterator[st
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **account,
     )  # fmt: skip
     try:
-        await until((directory / ".s.PGSQL.6432").exists, what="PgBouncer listens")
+        await until(lambda: listens(directory / ".s.PGSQL.6432"), what="PgBouncer listens")
         yield urlunsplit(at._replace(query=f"host={directory}&port=6432"))
     finally:
         process.kill()
