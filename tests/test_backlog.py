@@ -3,12 +3,18 @@
 import asyncio
 import resource
 import time
+from pathlib import Path
 
 from dispatcher.sink import Behaviour
 from tests.rig import SECRET, Rig, rig, until
 
 HELD = 2_000_000
 CAUGHT_UP = 60_000  # of those: enough to see it go on; the rest takes minutes and shows nothing new
+
+
+def rss_bytes() -> int:
+    """What this process holds in memory now (Linux: proc(5), statm)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 async def set_state(r: Rig, state: str, account: str) -> None:
@@ -48,21 +54,22 @@ async def test_two_million_events_held_by_a_paused_endpoint(dsn: str) -> None:
         await until(lambda: r.db.fetchval(held, HELD), what="two million held events are one row")
         assert lanes.memory.events == 0
         await latency_of_one(r, "/other", "other")
-        rss_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = rss_bytes()
         await r.db.execute("UPDATE webhook.endpoint SET state = 'live' WHERE id = $1", big.id)
-        await until(lambda: r.by_path()["/big"] > 0)
-        waits, most = [], 0
-        while r.by_path()["/big"] < CAUGHT_UP:
+        waits, most, arrived = [], 0, 0
+        while arrived < CAUGHT_UP:
             waits.append(await latency_of_one(r, "/other", "other"))
             most = max(most, lanes.memory.events)
+            arrived += r.by_path()["/big"]
+            r.received.clear()  # what the test keeps is not to be measured
             await asyncio.sleep(0.1)  # the pace of the others' events
         assert most <= 1_200, f"{most} events in memory for one lane's queue of 1,000"
-        grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - rss_kb
-        assert grown_kb < 150_000, f"{grown_kb} kB more (the test keeps what it received)"
+        grown = rss_bytes() - before
+        assert grown < 20_000_000, f"{grown / 1e6:.1f} MB more"
         waits.sort()
-        assert waits[len(waits) // 2] < 0.25, (
-            f"others' events took {waits[len(waits) // 2]:.3f} s at the median of {len(waits)}"
-        )
+        median, late = waits[len(waits) // 2], waits[-max(1, len(waits) // 20)]
+        assert median < 0.25, f"others' events took {median:.3f} s at the median of {len(waits)}"
+        assert late < 1.0, f"one in twenty of the others' events took {late:.3f} s or longer"
         await latency_of_one(r, "/other", "other")
         in_log_order = [row["event_id"] for row in await r.attempts(endpoint_id=big.id)]
         assert in_log_order[:50_000] == list(range(in_log_order[0], in_log_order[0] + 50_000)), "none is left out"

@@ -17,6 +17,7 @@ of the whole table can be had; an open transaction of a producer keeps that from
 
 import asyncio
 from collections.abc import Callable
+from itertools import pairwise
 
 import structlog
 
@@ -159,8 +160,11 @@ class Janitor:
             event_us, attempt_us = await self._partitions.newest_us(leaf)
             if event_us is not None:
                 return leaf if is_expired(event_us, shape.wall_us, days) or await self._is_too_large() else None
-            is_alone = any(leaf.low <= other.low and other.high <= leaf.high for other in shape.attempt.leaves)
-            if is_alone and attempt_us is not None and is_expired(attempt_us, shape.wall_us, days):
+            if (
+                attempt_us is not None
+                and is_expired(attempt_us, shape.wall_us, days)
+                and _has_attempts_apart(shape, leaf)
+            ):
                 return leaf  # its events went before: erased, or in an earlier turn, and dead letters of them were resent since
         if self._warning.is_over(self._clock.now()) and await self._is_too_large():
             self._warning.tried(self._clock.now(), had=False)
@@ -221,7 +225,7 @@ class Janitor:
         _log.info("partition.expired", low=leaf.low, high=leaf.high, freed_bytes=expired.freed_bytes)
 
     async def _drop(self, shape: LogShape) -> bool:
-        """Drop empty shells of the log, and join the attempts' to their oldest leaf."""
+        """Drop empty shells of the log, and join the attempts' to the leaf below: the oldest, or the first above a hole."""
         if not self._dropping.is_over(self._clock.now()):
             return False
         shells = []
@@ -233,7 +237,8 @@ class Janitor:
         dropped = [leaf for leaf in shells[:SHELLS_MAX] if await self._drop_leaf("outbox", leaf)]
         self._counters.partitions_dropped += len(dropped)
         oldest = min((leaf.low for leaf in shape.outbox.leaves if leaf not in dropped), default=shape.last_id)
-        for leaf in shape.attempt.leaves[1 : 1 + SHELLS_MAX]:
+        joinable = [leaf for below, leaf in pairwise(shape.attempt.leaves) if below.high == leaf.low]
+        for leaf in joinable[:SHELLS_MAX]:
             if leaf.high > oldest or shape.attempt.outside or (await self._partitions.newest_us(leaf))[1] is not None:
                 break
             if not await self._drop_leaf("attempt", leaf):
@@ -277,10 +282,10 @@ class Janitor:
         )
         for kind in kinds:
             await self._sweep_kind(*kind)
-        oldest = shape.outbox.leaves[0].low if shape.outbox.leaves else 0
         events_us = now_us - int(self._settings.retention_days * DAY_S * 1e6)
+        below = await self._emptied_below(shape)
         for _ in range(SWEEP_PAGES):
-            if await self._partitions.sweep_attempts(oldest, events_us, SWEEP_ROWS) < SWEEP_ROWS:
+            if await self._partitions.sweep_attempts(below, events_us, SWEEP_ROWS) < SWEEP_ROWS:
                 break
             await asyncio.sleep(SWEEP_PAUSE_S)
         after, deleted, still_open = 0, 0, 0
@@ -295,11 +300,31 @@ class Janitor:
             self._counters.dead_letters_expired += deleted
             _log.log(30 if still_open else 20, "dead_letters.expired", deleted=deleted, open=still_open)
 
+    async def _emptied_below(self, shape: LogShape) -> int:
+        """Return the id below which no leaf has events. Attempts there, in whatever partition, are of events that are gone."""
+        below = 0
+        for leaf in shape.outbox.leaves:
+            if (
+                not is_settled(leaf, shape.position, shape.gaps)
+                or (await self._partitions.newest_us(leaf))[0] is not None
+            ):
+                return leaf.low
+            below = leaf.high
+        return below
+
     async def _sweep_kind(self, what: Sweep, before_us: int, limit: int) -> None:
         for _ in range(SWEEP_PAGES):
             if await self._partitions.sweep(what, before_us, limit) < limit:
                 break
             await asyncio.sleep(SWEEP_PAUSE_S)
+
+
+def _has_attempts_apart(shape: LogShape, leaf: Span) -> bool:
+    """Tell whether the attempts of the leaf's events are in partitions that have no others, so that they are emptied with it."""
+    apart = all(
+        leaf.low <= other.low and other.high <= leaf.high for other in shape.attempt.leaves if leaf.overlaps(other)
+    )
+    return apart and not any(map(leaf.overlaps, shape.attempt.outside))
 
 
 def _is_open_below(lane: Lane, bound: int) -> bool:

@@ -2,12 +2,13 @@
 because there was no leaf becomes one.
 
 What to make is decided in domain/retention.py. Here: in which order, and how often to ask again. `attempt` gets the same leaves as `outbox`,
-and gets them first, so that an attempt always finds its own. Whatever needs the lock of a whole table is tried at most every 30 s, and more
-rarely while it isn't had: each try holds up every producer for as long as it waits, 20 ms.
+or narrower ones, and gets them first, so that an attempt always finds its own and retention empties both together. Whatever needs the lock of
+a whole table is tried at most every 30 s, and more rarely while it isn't had: each try holds up every producer for as long as it waits, 20 ms.
 
 Needs no lanes: `dispatcher maintain` does this too, beside a running dispatcher or without one.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import structlog
@@ -51,6 +52,7 @@ class Provisioner:
         self._log = log or structlog.get_logger(room="janitor")
         self._measured_at = float("-inf")
         self._adopting = {"outbox": Patience(TRY_S, TRY_MAX_S), "attempt": Patience(TRY_S, TRY_MAX_S)}
+        self._given_up: set[Span] = set()
         self._attaching = Patience(TRY_S, TRY_MAX_S)
         self._cutting = Patience(TRY_S, TRY_MAX_S)
 
@@ -67,8 +69,10 @@ class Provisioner:
         if now - self._measured_at >= MEASURE_S:
             await self._measure(shape)
             self._measured_at = now
-        adopted = [await self._adopt(shape, "outbox"), await self._adopt(shape, "attempt")]
-        return any(adopted) or await self._extend(shape) or await self._cut(shape)
+        adopted = await self._adopt(shape, "attempt")
+        if shape.outbox.fence is None or self._adoptable(shape, "attempt") is None:
+            adopted = await self._adopt(shape, "outbox") or adopted
+        return adopted or await self._extend(shape) or await self._cut(shape)
 
     async def _measure(self, shape: LogShape) -> None:
         """Learn from the events' times how many ids a day takes."""
@@ -96,6 +100,8 @@ class Provisioner:
             self._counters.partitions_made += 1
         if step in ("unfenced", "below"):
             self._log.warning("partition.not_adopted", table=parent, why=step, low=leaf.low, high=leaf.high)
+            if step == "below" and parent == "attempt":
+                self._given_up.add(leaf)  # its rows are swept one by one instead, when their events are gone
         elif step is not None:
             self._log.info("partition.adopting", table=parent, step=step, low=leaf.low, high=leaf.high)
         return went_on
@@ -107,34 +113,44 @@ class Provisioner:
             return table.fence
         if parent == "attempt":  # it follows the log, also where it has no rows yet: they will come
             twins = (leaf for leaf in _with_fence(shape.outbox) if leaf.low <= shape.last_id)
-            return next((leaf for leaf in twins if not any(map(leaf.overlaps, table.leaves))), None)
-        if not table.outside:
+            pieces = (piece for leaf in twins for piece in _without(leaf, table.leaves))
+            return next((piece for piece in pieces if self._may_be_adopted(piece, shape)), None)
+        if table.outside and table.outside[-1].high < FOREVER:
+            return table.outside[-1]
+        end, begun = _end(shape), _begun(shape)
+        is_late = bool(begun) and shape.last_id >= end and begun[0].low - shape.last_id <= MARGIN_IDS
+        if not table.outside and not is_late:
             return None
-        last = table.outside[-1]
-        if last.high < FOREVER:
-            return last
-        return Span(last.low, adoption_end(shape.last_id, self.pace, self._retention_days))
+        low = table.outside[-1].low if table.outside else end
+        # No leaf of `attempt` may reach over a bound of the log's: retention could not empty it.
+        upto = next((leaf.low for leaf in begun if leaf.low - shape.last_id > MARGIN_IDS), None)
+        if upto is None:
+            least = adoption_end(shape.last_id, self.pace, self._retention_days)
+            upto = max([least, *(leaf.high for leaf in begun)])
+        return Span(low, upto)
+
+    def _may_be_adopted(self, piece: Span, shape: LogShape) -> bool:
+        """Tell whether the DEFAULT partition of `attempt` can become this: ids must not come to its end before it is a leaf."""
+        is_near = piece.high - shape.last_id < MARGIN_IDS
+        return piece not in self._given_up and (
+            not is_near or any(leaf.low == piece.high for leaf in shape.attempt.leaves)
+        )
 
     # ── ahead ──
 
     async def _extend(self, shape: LogShape) -> bool:
-        leaves = _with_fence(shape.outbox)
-        end = leaves[-1].high if leaves else 0
+        end, begun = _end(shape), _begun(shape)
         if shape.last_id >= end:
-            if shape.outbox.outside:
-                return False  # it has rows: they are adopted first
+            if self._adoptable(shape, "outbox") is not None:
+                return False  # it has rows, or the attempts' leaf is too near: that is adopted first
             end = shape.last_id + 2 * MARGIN_IDS
-        ahead = sum(leaf.low > shape.last_id for leaf in leaves)
+        ahead = sum(leaf.low > shape.last_id for leaf in _with_fence(shape.outbox))
         leaf = next_leaf(end, ahead, shape.last_id, self.pace, self._retention_days)
         if leaf is None or not self._attaching.is_over(self._clock.now()):
             return False
-        begun = next((other for other in shape.attempt.leaves if other.high > end), None)
-        if begun is None:
-            had = await self._partitions.attach("attempt", leaf)
-        else:
-            # Made at an earlier try, which did not come to the outbox; the pace, and so the width, was another then.
-            low = begun.low if begun.low - shape.last_id > MARGIN_IDS else max(end, begun.low)
-            leaf, had = Span(low, begun.high), True
+        if begun:
+            leaf = begun[0]  # the pace, and so the width, was another then
+        had = bool(begun) or await self._partitions.attach("attempt", leaf)
         had = had and await self._partitions.attach("outbox", leaf)
         self._attaching.tried(self._clock.now(), had=had)
         if had:
@@ -158,6 +174,28 @@ class Provisioner:
             self._counters.partitions_made += len(bounds) - 2
             self._log.info("partition.cut", low=leaf.low, high=leaf.high, into=bounds, pace=repr(self.pace))
         return had
+
+
+def _end(shape: LogShape) -> int:
+    """Return where the log's last leaf ends."""
+    return max((leaf.high for leaf in _with_fence(shape.outbox)), default=0)
+
+
+def _begun(shape: LogShape) -> list[Span]:
+    """Return the leaves of `attempt` that earlier tries made, and did not come to the log's."""
+    end = _end(shape)
+    return [leaf for leaf in shape.attempt.leaves if leaf.high > end]
+
+
+def _without(leaf: Span, others: Sequence[Span]) -> Iterator[Span]:
+    """Give the parts of the leaf that the others, ascending, don't cover."""
+    low = leaf.low
+    for other in filter(leaf.overlaps, others):
+        if low < other.low:
+            yield Span(low, other.low)
+        low = other.high
+    if low < leaf.high:
+        yield Span(low, leaf.high)
 
 
 def _with_fence(table: TableShape) -> list[Span]:

@@ -185,7 +185,7 @@ SELECT (SELECT coalesce(sum(deliveries), 0)::bigint FROM counted) AS deliveries,
 FROM page AS p ORDER BY p.endpoint_id DESC, p.event_id DESC, p.run DESC LIMIT 1;
 
 -- name: sweep_attempts
--- Attempts of events whose leaves are gone: dead letters that were resent later, and what came in late.
+-- Attempts of events that are gone: dead letters that were resent later, what came in late, and what no leaf of its own was emptied of.
 WITH gone AS (
     DELETE FROM webhook.attempt
     WHERE event_id < $1 AND (event_id, endpoint_id, run, number) IN (

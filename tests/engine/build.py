@@ -1,5 +1,6 @@
 """Endpoints, events and limits for tests of the engine's parts, with only what a test cares about spelled out."""
 
+from itertools import pairwise
 from typing import Any
 
 from dispatcher.domain.breaker import BreakerLimits
@@ -8,7 +9,7 @@ from dispatcher.domain.event import Event
 from dispatcher.domain.outcome import RetryPolicy
 from dispatcher.domain.url import Origin, Target
 from dispatcher.engine.lane import Lane, LaneLimits
-from dispatcher.ports import DueRetry
+from dispatcher.ports import DueRetry, LogShape
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 TARGET = Target("https://a.example/hook?x=1", Origin("https", "a.example", 443), "/hook?x=1", "a.example", None)
@@ -50,3 +51,14 @@ def make_retry(event_id: int, run: int = 0) -> DueRetry:
 
 def make_lane(*, live: bool = True, cursor: int = 0, now: float = 0.0, **changes: Any) -> Lane:
     return Lane(make_endpoint(**changes), LIMITS, now, live=live, cursor=cursor)
+
+
+def check_bounds(shape: LogShape) -> None:
+    """Every event has a leaf, and its attempts are in leaves wholly within it. Where nothing was ever handed out may be a hole."""
+    outbox, attempt = shape.outbox, shape.attempt
+    assert (outbox.outside, outbox.fence, attempt.fence) == ([], None, None)
+    for leaf in outbox.leaves:
+        parts = [part for part in attempt.leaves if leaf.overlaps(part)]
+        assert (parts[0].low, parts[-1].high) == (leaf.low, leaf.high)
+        assert all(a.high == b.low for a, b in pairwise(parts))
+    assert attempt.leaves[-1].high >= outbox.leaves[-1].high

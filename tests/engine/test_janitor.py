@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +20,7 @@ from dispatcher.ports import LogShape, Parent, SweptDeadLetters
 from dispatcher.settings import Settings
 from dispatcher.store.memory import MemoryDatabase, MemoryStore
 from dispatcher.store.memory_partitions import MemoryPartitions
-from tests.engine.build import LIMITS, make_endpoint, make_event, make_lane, make_retry
+from tests.engine.build import LIMITS, check_bounds, make_endpoint, make_event, make_lane, make_retry
 
 # ── patience ──
 
@@ -45,6 +46,7 @@ class World:
 
     def __init__(self, retention_days: float = 7) -> None:
         self.now = 1_000.0
+        self.is_held = False
         self.database = MemoryDatabase(now_us=lambda: int(self.now * 1e6) + 1_700_000_000_000_000, rng=random.Random(1))
         self.partitions = MemoryPartitions(self.database, MemoryStore(self.database))
         self.counters = Counters()
@@ -186,6 +188,71 @@ async def test_a_leaf_that_was_begun_is_finished_with_its_bounds_whatever_the_pa
         shape = await world.turn()
     assert begun[0] in shape.outbox.leaves
     assert shape.outbox.leaves == shape.attempt.leaves
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("beyond", [-1_000_000, -100_001, -100_000, -99_999, -1, 0, 1, 50_000, 5_000_000])
+async def test_a_log_that_outran_its_leaves_and_meets_one_that_was_begun(beyond: int, rows: bool) -> None:
+    """`beyond`: how far the last id is above the begun leaf's low, with or without events in the DEFAULT partition."""
+    world = World()
+    attach = world.partitions.attach
+
+    async def not_the_outbox(parent: Parent, leaf: Span) -> bool:
+        return parent == "attempt" and await attach(parent, leaf)
+
+    world.database._sequence = 45_000_000  # above what a new log's leaves hold
+    world.partitions.attach = not_the_outbox  # type: ignore[method-assign]
+    await world.turn()
+    shape = await world.partitions.shape()
+    begun = shape.attempt.leaves[-1]
+    assert begun.low > 45_000_000 > shape.outbox.leaves[-1].high
+    world.partitions.attach = attach  # type: ignore[method-assign]
+    world.provisioner = Provisioner(world.partitions, Clock(lambda: world.now), world.counters, retention_days=7)
+    world.database._sequence = begun.low + beyond - rows
+    if rows:
+        world.database.insert()
+    check_bounds(await world.turn())
+    for _ in range(8):
+        world.grow(1_000_000)
+        check_bounds(await world.turn())
+
+
+@pytest.mark.parametrize("seeds", [range(n, n + 50) for n in range(0, 300, 50)], ids=str)
+async def test_bounds_agree_whatever_was_not_to_be_had_and_however_the_log_grows(seeds: range) -> None:
+    for seed in seeds:
+        rng = random.Random(seed)
+        world = World()
+        hold_now_and_then(world, rng)
+        for _ in range(30):
+            for _ in range(rng.randrange(3)):
+                world.grow(int(10 ** rng.uniform(0, rng.choice([5, 7, 7.7]))))
+            await world.turn(rng.choice([10, 700]))
+        world.is_held = False
+        for _ in range(5):
+            shape = await world.turn(700)
+        check_bounds(shape)
+
+
+def hold_now_and_then(world: World, rng: random.Random) -> None:
+    """Let every second try be for nothing while the world `is_held`."""
+    attach, adopt, recut = world.partitions.attach, world.partitions.adopt, world.partitions.recut
+    world.is_held = True
+
+    def is_not_now() -> bool:
+        return world.is_held and rng.random() < 0.5
+
+    async def maybe_attach(parent: Parent, leaf: Span) -> bool:
+        return not is_not_now() and await attach(parent, leaf)
+
+    async def maybe_adopt(parent: Parent, leaf: Span) -> str | None:
+        return None if is_not_now() else await adopt(parent, leaf)
+
+    async def maybe_recut(parent: Parent, leaf: Span, cuts: Sequence[int]) -> bool:
+        return not is_not_now() and await recut(parent, leaf, cuts)
+
+    world.partitions.attach = maybe_attach  # type: ignore[method-assign]
+    world.partitions.adopt = maybe_adopt  # type: ignore[method-assign]
+    world.partitions.recut = maybe_recut  # type: ignore[method-assign]
 
 
 # ── stalling ──

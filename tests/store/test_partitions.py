@@ -16,6 +16,11 @@ from dispatcher.domain.endpoint import FOREVER
 from dispatcher.domain.outcome import Fault
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.domain.retention import DAY_S, MARGIN_IDS, Span
+from dispatcher.engine.clock import Clock
+from dispatcher.engine.counters import Counters
+from dispatcher.engine.janitor import Janitor
+from dispatcher.engine.lanes import Lanes, Memory
+from dispatcher.engine.provision import Provisioner
 from dispatcher.errors import DatabaseRefusedError, InputError
 from dispatcher.ports import (
     AttemptRow,
@@ -32,11 +37,13 @@ from dispatcher.ports import (
     StatRow,
     Store,
 )
+from dispatcher.settings import Settings
 from dispatcher.store.embedded import EmbeddedServer
 from dispatcher.store.memory_partitions import MemoryPartitions
 from dispatcher.store.migrate import check, migrate
 from dispatcher.store.partitions import PgPartitions
 from tests.conftest import connected, dsn_of
+from tests.engine.build import LIMITS, check_bounds
 from tests.store.worlds import HUGE, MANY, SETTINGS, URL, MemoryWorld, PgWorld, World, same_json
 
 NOW = 1_700_000_000_000_000
@@ -390,6 +397,68 @@ async def test_a_fence_that_does_not_hold_is_taken_back(world: World, store: Sto
 
 
 # ── expiring ──
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize("beyond", [-50_000, 50_000])
+async def test_what_was_begun_for_attempts_only_goes_with_its_events(
+    world: World, store: Store, partitions: Partitions, beyond: int, rows: int
+) -> None:
+    """The log outran its leaves, and came near a leaf that `attempt` has and `outbox` was not to be had for."""
+    begun = Span(END + 5_000_000, END + 6_000_000)
+    await skip_to(world, END + 4_000_000)
+    assert await partitions.attach("attempt", begun)
+    await skip_to(world, begun.low + beyond)
+    ids = await world.insert(rows)
+    await store.record(Batch(1, attempts=[delivered(event_id, 1) for event_id in ids]))
+    provisioner = Provisioner(partitions, Clock(), Counters(), retention_days=7)
+    for _ in range(30):
+        shape = await partitions.shape()
+        if not await provisioner.turn(shape):
+            break
+    check_bounds(shape)
+    ids += await world.insert(2)
+    await store.record(Batch(1, attempts=[delivered(event_id, 1) for event_id in ids[-2:]]))
+    assert await all_ids(store) == ids
+    leaf = next(leaf for leaf in shape.outbox.leaves if leaf.low <= ids[0] < leaf.high)
+    assert leaf.low <= begun.low + min(beyond, 0) < begun.high <= leaf.high
+    await settle(store, leaf.high)
+    assert await partitions.expire(1, leaf) is not None
+    assert await partitions.newest_us(leaf) == (None, None)
+
+
+async def test_attempts_that_no_leaf_of_their_own_was_emptied_of_are_swept(
+    world: World, store: Store, partitions: Partitions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the bounds came to differ: a leaf of `attempt` that reaches over the log's, and rows in its DEFAULT partition."""
+    await skip_to(world, END)
+    assert await partitions.attach("outbox", Span(END + 1_000_000, END + 2_000_000))
+    assert await partitions.attach("outbox", Span(END + 2_000_000, END + 3_000_000))
+    assert await partitions.attach("attempt", Span(END + 1_500_000, END + 3_000_000))
+    ids = []
+    for after in (END + 1_100_000, END + 1_600_000, END + 2_100_000):
+        await skip_to(world, after)
+        ids += await world.insert(2)
+    await store.record(Batch(1, attempts=[delivered(event_id, 1) for event_id in ids]))
+    monkeypatch.setattr("dispatcher.engine.janitor.is_expired", lambda newest_us, now_us, days: True)
+    now = 0.0
+    clock, lanes = Clock(lambda: now), Lanes(LIMITS, Memory(1, 1))
+    janitor = Janitor(partitions, lanes, clock, Counters(), Settings(), epoch=1, look=lambda lane: None)
+    for kept in (ids[4:], ids[6:]):
+        await settle(store, ids[-1])
+        for _ in range(8):
+            now += 3_600.0
+            busy = await janitor.turn()
+        assert not busy
+        assert await all_ids(store) == kept
+        assert [row.event_id for row in await world.attempts()] == kept
+        await skip_to(world, END + 3_100_000)
+        ids += await world.insert(2)
+        await store.record(Batch(1, attempts=[delivered(event_id, 1) for event_id in ids[-2:]]))
+    shape = await partitions.shape()
+    oldest = min(leaf.low for leaf in shape.outbox.leaves)
+    assert oldest >= END + 3_000_000
+    assert len([leaf for leaf in shape.attempt.leaves if leaf.low < oldest]) == 2, "one on each side of the hole"
 
 
 async def old_leaf(world: World, store: Store, count: int = 8) -> list[int]:
