@@ -226,11 +226,17 @@ class PgStore:
                 for row in await connection.fetch(SQL.read_lanes)
             ]
             runs = await connection.fetch(SQL.open_runs, None)
-            # By pages: a hundred thousand at once kept the loop busy, and without a heartbeat, for seconds.
+            # By pages: a hundred thousand at once kept the loop busy, and without a heartbeat, for seconds. The server makes the next
+            # page while we read this one.
             endpoints: list[Endpoint] = []
             cursor = await connection.cursor(SQL.endpoints, None)
-            while rows := await cursor.fetch(START_PAGE_ROWS):
+            rows = await cursor.fetch(START_PAGE_ROWS)
+            while rows:
+                following = asyncio.create_task(cursor.fetch(START_PAGE_ROWS))
+                for _ in range(2):
+                    await asyncio.sleep(0)  # it is asked for; uvloop writes at the end of a turn
                 endpoints += self._endpoints(rows, runs)
+                rows = await following
             due = {row["id"]: _us(row["due_at"]) for row in await connection.fetch(SQL.read_retries_due)}
         last_id = await connection.fetchval(SQL.last_id)
         return Started(
