@@ -131,6 +131,7 @@ class Templates:
         )  # in its own order, for people; escaped as text
         self._environment.filters["percent"] = _percent
         self._environment.filters["duration"] = _duration
+        self._environment.filters["tone"] = tone
 
     def compile(self) -> None:
         """Compile all templates, so that no page's first visitor holds the loop with it: up to 40 ms each. Called in a thread, at the start."""
@@ -150,6 +151,15 @@ class Templates:
                 await asyncio.sleep(0)
                 began = perf_counter()
         return "".join(pieces)
+
+
+def tone(fate: str) -> str:
+    """Return the class of what became of a delivery, in words as `dispatcher.store.fates` has them."""
+    if fate.startswith("delivered"):
+        return "good"
+    if "dead letter" in fate or "failed" in fate:
+        return "bad"
+    return "warn" if "waiting for attempt" in fate else "muted"
 
 
 def _time(at: datetime | None) -> str:

@@ -118,7 +118,9 @@ async def live(visit: Visit) -> StreamResponse:
         messages: list[Message] = [("attempt", row) for row in fresh]
         return (keys, stands), messages if stands == seen[1] else [*messages, ("standing", stands)]
 
-    return await visit.web.streams.follow(visit, ("endpoint", view.account_id, endpoint_id), look, every_s=LIVE_EVERY_S)
+    return await visit.web.streams.follow(
+        visit, ("endpoint", view.account_id, endpoint_id), look, every_s=LIVE_EVERY_S, kept=("standing",)
+    )
 
 
 async def _page(

@@ -64,7 +64,7 @@ async def live(visit: Visit) -> StreamResponse:
         }
         return seen, [("look", told)]
 
-    return await visit.web.streams.follow(visit, ("overview",), look, every_s=LIVE_EVERY_S)
+    return await visit.web.streams.follow(visit, ("overview",), look, every_s=LIVE_EVERY_S, kept=("look",))
 
 
 def _rates(points: deque[tuple[float, dict[str, float]]]) -> dict[str, float]:
