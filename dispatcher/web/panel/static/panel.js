@@ -29,7 +29,10 @@ function addCopyButtons(root) {
       await navigator.clipboard.writeText(block.textContent);
       button.textContent = "Copied";
     });
-    block.before(button);
+    const holder = document.createElement("div");
+    holder.className = "copyable";
+    block.replaceWith(holder);
+    holder.append(button, block);
   }
 }
 
