@@ -318,6 +318,11 @@ class Admin:
             stored_credentials=row["credentials"], stored_proposal=stored_proposal,
         )  # fmt: skip
 
+    async def deleted(self, endpoint_id: int) -> dict[str, Any] | None:
+        """Return what an endpoint was that is deleted, None if there never was one; its name and URL are kept until they are erased."""
+        row = await self._db.fetchrow(ADMIN.deleted_endpoint, endpoint_id)
+        return dict(row) if row is not None and self._principal.sees(row["account_id"]) else None
+
     async def details(self, view: EndpointView) -> EndpointDetails:
         """Read what else there is to tell of an endpoint. Counts what is held: seconds, where it is millions."""
         waiting = None if view.held_since_id is None else await self.waiting(view)

@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp.web import StreamResponse
 
 from dispatcher.domain.shape import HIDDEN
-from dispatcher.errors import InputError
+from dispatcher.errors import InputError, NotFoundError
 from dispatcher.store import search, stats
 from dispatcher.store.admin import OVERLAP_S, Admin, EndpointView
 from dispatcher.store.session import Connection
@@ -45,7 +45,13 @@ def _snippets(view: EndpointView) -> dict[str, str]:
 
 async def endpoint(visit: Visit) -> StreamResponse:
     async with visit.db() as db:
-        view = await visit.admin(db).get(_id(visit))
+        try:
+            view = await visit.admin(db).get(_id(visit))
+        except NotFoundError:
+            gone = None if visit.wants_json else await visit.admin(db).deleted(_id(visit))
+            if gone is None:
+                raise
+            return visit.html("endpoint_deleted.html", status=410, endpoint=gone)
         return await _page(visit, db, view)
 
 
