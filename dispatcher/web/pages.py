@@ -21,6 +21,7 @@ import jinja2
 import jinja2.bccache
 from aiohttp import web
 
+from dispatcher.domain.text import amount
 from dispatcher.settings import LOGO_TYPES, Settings
 
 HERE = Path(__file__).parent
@@ -132,6 +133,7 @@ class Templates:
         self._environment.filters["percent"] = _percent
         self._environment.filters["duration"] = _duration
         self._environment.filters["tone"] = tone
+        self._environment.filters["amount"] = amount
 
     def compile(self) -> None:
         """Compile all templates, so that no page's first visitor holds the loop with it: up to 40 ms each. Called in a thread, at the start."""

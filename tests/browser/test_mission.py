@@ -9,6 +9,7 @@ from dispatcher.sink import Behaviour
 from tests.browser.chromium import WAIT_MS
 from tests.browser.conftest import Product, Windows, enter, enter_as_operator
 from tests.rig import Rig, until
+from tests.web.conftest import Site
 
 expect.set_options(timeout=WAIT_MS)
 
@@ -120,6 +121,14 @@ async def test_what_was_given_up_is_sent_again(window: Page, product: Product):
     again = [event.webhook_id for event in rig.received if event.status == 204]
     assert len(again) == 4
     assert set(again) == failed
+
+
+async def test_the_scripts_count_as_the_pages_do(window: Page, web: Site):
+    await enter(window, web)
+    said = await window.evaluate(
+        "() => [amount(1, 'event'), amount(2, 'event'), amount(1, 'delivery waits', 'deliveries wait'), amount(1200, 'delivery', 'deliveries')]"
+    )
+    assert said == ["1 event", "2 events", "1 delivery waits", "1,200 deliveries"]
 
 
 def row(page: Page, event_type: str, outcome: str):

@@ -373,6 +373,21 @@ async def test_secrets_show_when_they_are_asked_for(customer: Browser):
     assert actions.count("endpoint.reveal_secrets") == 3
 
 
+async def test_what_is_one_is_said_so(customer: Browser):
+    async with connected(customer.web.dsn) as db:
+        endpoint = await people.endpoint(db, rate_per_s=1)
+        ids = await people.emit(db, 2)
+        await people.retrying(db, endpoint, ids[:1])
+        await people.died(db, endpoint, ids[1:])
+        await db.execute("UPDATE webhook.endpoint SET failing_since = now()")
+    page = (await customer.get(f"/endpoints/{endpoint}")).text
+    for said in ("1 delivery waits for a retry", "1 delivery was given up", "1 POST a second"):
+        assert said in page
+    assert "looked at 1 dead letter," in (await customer.get("/dead-letters")).text
+    assert "1 open dead letter<" in (await customer.get(f"/recover/endpoints/{endpoint}")).text
+    assert "<strong>1 dead letter</strong>" in (await customer.get("/dead-letters/all")).text
+
+
 async def test_a_failing_endpoint_says_since_when_and_what_waits(customer: Browser):
     async with connected(customer.web.dsn) as db:
         endpoint = await people.endpoint(db)

@@ -9,6 +9,7 @@ from typing import Any
 from aiohttp.web import StreamResponse
 
 from dispatcher.domain.shape import HIDDEN
+from dispatcher.domain.text import amount
 from dispatcher.errors import InputError, NotFoundError
 from dispatcher.store import search, stats
 from dispatcher.store.admin import OVERLAP_S, Admin, EndpointView
@@ -194,7 +195,7 @@ def _latency(steps: Sequence[Point | None], words: str) -> Lines:
 def _backlog(steps: Sequence[Point | None], words: str) -> Lines:
     waited = [None if point is None else point.backlog for point in steps]
     most = max((value for value in waited if value is not None), default=0)
-    said = f"at most {most:,} events waited for their first attempt in the last {words}"
+    said = f"at most {amount(most, 'event')} waited for their first attempt in the last {words}"
     return lines({"waiting": waited}, width=720, height=80, words=said)
 
 
