@@ -354,7 +354,7 @@ def test_ids_or_filters_with_all(run: Cli, endpoint: int, verb: str, options: tu
 def test_dead_letters_are_discarded_after_a_look(run: Cli, person: None, endpoint: int, ids: list[int]) -> None:
     assert "Discard 5 dead letters for good?" in run("dead-letter", "discard", "--all", input="n\n").output
     assert states(run) == ["open"] * 5
-    assert "1 dead letters discarded" in run.ok("dead-letter", "discard", "4", input="y\n")
+    assert "1 dead letter discarded" in run.ok("dead-letter", "discard", "4", input="y\n")
     assert run.json("dead-letter", "discard", "--endpoint", str(endpoint), "--all", "--yes") == {"discarded": 4}
     assert run.json("dead-letter", "discard", "--all", "--yes") == {"discarded": 0}
     assert run.json("dead-letter", "show", "4")["payload"] is None
@@ -369,10 +369,10 @@ def test_an_account_is_erased_when_its_id_was_typed(run: Cli, person: None, endp
     assert "that is not 'acct'" in run.refused("erase", "account", "acct", input="acct_1\n")
     assert sql(run.dsn, "SELECT count(*) AS n FROM webhook.outbox")[0]["n"] == 10
     text = run.ok("erase", "account", "acct", input="acct\n")
-    assert "endpoints      1 are deleted" in text
+    assert "endpoints      1 (deleted, with secrets" in text
     assert "events         10\n" in text
-    assert "dead letters   5 lose their payloads" in text
-    assert "account acct erased: 1 endpoints, 10 events, 5 answers, 5 dead letters' payloads  (erasure 1)" in text
+    assert "dead letters   5 (their payloads)" in text
+    assert "account acct erased: 1 endpoint, 10 events, 5 answers, 5 dead letters' payloads  (erasure 1)" in text
     assert states(run) == ["erased"] * 5
     assert "nothing of account acct" in run.refused("erase", "account", "acct", "--yes")
     [listed] = run.json("erase", "list")
@@ -390,7 +390,7 @@ def test_an_event_is_erased(run: Cli, endpoint: int, ids: list[int]) -> None:
     assert "was erased on" in run.refused("erase", "event", public, "--yes")
     text = run.ok("erase", "event", str(ids[7]), "--yes")
     assert f"event          {ids[7]} of account acct" in text
-    assert f"event {ids[7]} erased: 1 events  (erasure 2)" in text
+    assert f"event {ids[7]} erased: 1 event  (erasure 2)" in text
     assert "there is no event 99" in run.refused("erase", "event", "99", "--yes")
     assert [row["what"] if "what" in row else row["event_id"] for row in run.json("erase", "list")] == [ids[0], ids[7]]
 

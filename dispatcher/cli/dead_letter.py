@@ -23,6 +23,7 @@ from dispatcher.cli.event import attempt_line
 from dispatcher.cli.replay import note_option, rate_of, rate_option, speed
 from dispatcher.cli.terminal import ask, bar, busy, yes_option
 from dispatcher.domain.outcome import Fault
+from dispatcher.domain.text import amount
 from dispatcher.errors import InputError, StateError
 from dispatcher.settings import Settings
 from dispatcher.store import dead_letters
@@ -162,11 +163,15 @@ def resend(
     sendable = [one for one in totals if one.why_not is None]
     for one in totals:
         if one.why_not:
-            say(f"Endpoint {one.endpoint_id} {one.why_not}: its {one.letters:,} dead letters can't be sent.", err=True)
+            say(
+                f"Endpoint {one.endpoint_id} {one.why_not}: its {amount(one.letters, 'dead letter')} can't be sent.",
+                err=True,
+            )
         elif not json_out or not yes:
             held = "" if one.endpoint_state == "live" else f"  ({one.endpoint_state}: waits until it is live again)"
             say(
-                f"endpoint {one.endpoint_id}  {one.url}  {one.letters:,} dead letters  {speed(rate_per_s, one.rate_per_s, one.events)}{held}",
+                f"endpoint {one.endpoint_id}  {one.url}  {amount(one.letters, 'dead letter')}  "
+                f"{speed(rate_per_s, one.rate_per_s, one.events)}{held}",
                 err=json_out,
             )
     if totals and not sendable:
@@ -174,7 +179,7 @@ def resend(
     if not sendable:
         _nothing(json_out, [])
         return
-    ask(f"Send {sum(one.letters for one in sendable):,} dead letters again?", yes=yes)
+    ask(f"Send {amount(sum(one.letters for one in sendable), 'dead letter')} again?", yes=yes)
     with bar(total=sum(one.letters for one in sendable), quiet=json_out, what="taking up") as step:
         made = run_async(_resend(settings, fixed, sendable, rate_per_s, note, step))
     if json_out:
@@ -220,14 +225,14 @@ def discard(context: Context, /, ids: tuple[int, ...], all_: bool, yes: bool, js
         return
     if not json_out or not yes:
         for one in totals:
-            say(f"endpoint {one.endpoint_id}  {one.url}  {one.letters:,} dead letters", err=json_out)
-    ask(f"Discard {letters:,} dead letters for good?", yes=yes)
+            say(f"endpoint {one.endpoint_id}  {one.url}  {amount(one.letters, 'dead letter')}", err=json_out)
+    ask(f"Discard {amount(letters, 'dead letter')} for good?", yes=yes)
     with bar(total=letters, quiet=json_out, what="discarding") as step:
         done = with_connection(settings, lambda c: dead_letters.discard(c, fixed, step=step))
     if json_out:
         print_json({"discarded": done})
     else:
-        say(f"{done:,} dead letters discarded")
+        say(f"{amount(done, 'dead letter')} discarded")
 
 
 def _choose(settings: Settings, ids: tuple[int, ...], all_: bool, chosen: dict[str, Any]) -> tuple[Filter, list[Total]]:

@@ -21,7 +21,7 @@ from dispatcher.cli.common import (
 from dispatcher.cli.shape import described, shape_changes, shape_options, unset_options
 from dispatcher.cli.terminal import ask, yes_option
 from dispatcher.domain.signing import SCHEMES
-from dispatcher.domain.text import clean
+from dispatcher.domain.text import amount, clean
 from dispatcher.engine.trial import TEST_TYPE, Trial
 from dispatcher.errors import InputError, SealedError
 from dispatcher.main import make_transport
@@ -429,7 +429,7 @@ def _ask(view: EndpointView, waiting: Waiting) -> Choice | None:
 
 
 def _before(waiting: Waiting) -> str:
-    return f"{counted(waiting.before)} not tried yet, {waiting.retries:,} that wait for a retry"
+    return f"{counted(waiting.before)} not tried yet, {amount(waiting.retries, 'that waits', 'that wait')} for a retry"
 
 
 def _skipped(skipped: int) -> str:

@@ -17,6 +17,7 @@ from dispatcher.cli.common import (
     with_connection,
 )
 from dispatcher.cli.terminal import about, ask, ask_to_type, bars, busy, yes_option
+from dispatcher.domain.text import amount
 from dispatcher.store import erasure
 from dispatcher.store.erasure import AccountData, Erased, EventData
 from dispatcher.store.session import Connection
@@ -59,10 +60,10 @@ def account(context: Context, account_id: str, yes: bool, json_out: bool) -> Non
     if not json_out or not yes:
         lines = [
             f"account        {account_id}{'  (an erasure was interrupted; this completes it)' if found.began else ''}",
-            f"endpoints      {found.endpoints:,} are deleted, with their secrets, URLs and names; what waits for them is not sent",
+            f"endpoints      {found.endpoints:,} (deleted, with secrets, URLs and names; what waits is not sent)",
             f"events         {_many(found.events)}",
             f"answers        {_many(found.response_heads)} (the kept beginnings of failed attempts' answers)",
-            f"dead letters   {_many(found.dead_letters)} lose their payloads",
+            f"dead letters   {_many(found.dead_letters)} (their payloads)",
             f"tests          {_many(found.tests)}",
             *_waits(wait_s),
         ]
@@ -105,8 +106,8 @@ def event(context: Context, event: str, yes: bool, json_out: bool) -> None:
         lines = [
             f"event          {found.id} of account {found.account_id}{'' if found.in_log else ', no longer in the outbox'}",
             f"answers        {found.response_heads:,} (the kept beginnings of failed attempts' answers)",
-            f"dead letters   {found.dead_letters:,} lose their payloads",
-            f"still owed     {found.owed:,} deliveries will not be made",
+            f"dead letters   {found.dead_letters:,} (their payloads)",
+            f"still owed     {amount(found.owed, 'delivery', 'deliveries')} will not be made",
             *_waits(wait_s),
         ]
         say("\n".join(lines), err=json_out)
@@ -187,9 +188,12 @@ def _print(done: Erased, json_out: bool) -> None:
         print_json(asdict(done))
         return
     what = f"event {done.event_id}" if done.event_id is not None else f"account {done.account_id}"
-    counts = {
-        "endpoints": done.endpoints, "events": done.events, "answers": done.response_heads, "dead letters' payloads": done.dead_letters,
-        "tests": done.tests,
-    }  # fmt: skip
-    parts = [f"{count:,} {name}" for name, count in counts.items() if count]
+    counts = (
+        (done.endpoints, "endpoint", None),
+        (done.events, "event", None),
+        (done.response_heads, "answer", None),
+        (done.dead_letters, "dead letter's payload", "dead letters' payloads"),
+        (done.tests, "test", None),
+    )
+    parts = [amount(count, one, several) for count, one, several in counts if count]
     say(f"{what} erased: {', '.join(parts) or 'nothing was left of it'}  (erasure {done.id})")

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from dispatcher.cli.common import Context, as_json, print_json, print_rows, with_connection
+from dispatcher.domain.text import amount
 from dispatcher.errors import InputError
 from dispatcher.store import event_types
 
@@ -39,7 +40,7 @@ def import_(context: Context, file: Path, only: bool, json_out: bool) -> None:
     if json_out:
         print_json({"installed": count})
     else:
-        click.echo(f"{count} event types installed")
+        click.echo(f"{amount(count, 'event type')} installed")
 
 
 @event_type.command("list")

@@ -19,6 +19,7 @@ from dispatcher.cli.common import (
     say,
     with_connection,
 )
+from dispatcher.domain.text import amount
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.provision import Provisioner
@@ -90,7 +91,7 @@ def maintain(context: Context, json_out: bool) -> None:
     if json_out:
         print_json({"made": made, "complete": complete})
     else:
-        say(f"{made} partition{'' if made == 1 else 's'} made" if made else "nothing to do")
+        say(f"{amount(made, 'partition')} made" if made else "nothing to do")
     if not complete:
         say("an open transaction holds a lock that is needed; run it again", err=True)
         raise SystemExit(1)

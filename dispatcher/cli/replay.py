@@ -24,6 +24,7 @@ from dispatcher.cli.common import (
     with_connection,
 )
 from dispatcher.cli.terminal import RATE, about, ask, bar, busy, yes_option
+from dispatcher.domain.text import amount
 from dispatcher.settings import Settings
 from dispatcher.store import runs
 from dispatcher.store.runs import RunView, Selection
@@ -152,7 +153,8 @@ def _describe(selection: Selection, rate_per_s: float | None, *, err: bool) -> N
     ]
     if not selection.only_failed and to.backlog:
         lines.append(
-            f"note       the endpoint is behind: about {to.backlog:,} events wait for their first attempt; those in the range are sent twice"
+            f"note       the endpoint is behind: about {amount(to.backlog, 'event waits for its', 'events wait for their')} first attempt; "
+            "those in the range are sent twice"
         )
     say("\n".join(lines), err=err)
 
@@ -319,7 +321,7 @@ def _follow(settings: Settings, run_id: int, json_out: bool) -> None:
         print_json(ended.as_dict())
     else:
         say(
-            f"run {ended.id} {ended.state}: {ended.delivered:,} delivered, {ended.dead:,} dead letters, {ended.attempted:,} attempted "
+            f"run {ended.id} {ended.state}: {ended.delivered:,} delivered, {amount(ended.dead, 'dead letter')}, {ended.attempted:,} attempted "
             f"of {ended.total:,}"
         )
     if ended.state != "finished" or ended.dead:

@@ -3,6 +3,7 @@
 import click
 
 from dispatcher.cli.common import Context, as_json, connected, print_json, print_rows, run_async
+from dispatcher.domain.text import amount
 from dispatcher.settings import Settings
 from dispatcher.store.sealing import KeyUse, Rotated, keys_in_use, rotate_key
 
@@ -33,7 +34,7 @@ def rotate_key_command(context: Context, check: bool, json_out: bool) -> None:
     if json_out:
         print_json({"encrypted": rotated.texts, "failed": rotated.failed})
     else:
-        click.echo(f"{rotated.texts:,} secrets were put under key {settings.keyring.first_id}")
+        click.echo(f"{amount(rotated.texts, 'secret was', 'secrets were')} put under key {settings.keyring.first_id}")
         for reason in rotated.failed:
             click.echo(f"error: {reason}", err=True)
     if rotated.failed:

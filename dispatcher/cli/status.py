@@ -6,6 +6,7 @@ import click
 
 from dispatcher.cli.common import Context, as_json, print_json, print_rows, say, with_connection
 from dispatcher.cli.terminal import about
+from dispatcher.domain.text import amount
 from dispatcher.store.status import ALIVE, COUNT_MAX, NONE, SILENT, read_status
 
 
@@ -39,9 +40,13 @@ def describe(found: dict[str, Any]) -> list[str]:
     log, lanes = found["log"], found["lanes"]
     position = f"settled up to id {log['position']:,} of {log['last_id']:,}"
     behind = f": {log['behind_ids']:,} behind" if log["behind_ids"] else "" if log["gap_ids"] else ": nothing behind"
-    gaps = f"; {log['gap_ids']:,} ids below are not visible or not settled yet" if log["gap_ids"] else ""
+    gaps = (
+        f"; {amount(log['gap_ids'], 'id below is', 'ids below are')} not visible or not settled yet"
+        if log["gap_ids"]
+        else ""
+    )
     oldest = log["oldest_undelivered_s"]
-    waiting = f"{_plural(lanes['behind'], 'endpoint')} behind, {_plural(lanes['backlog'], 'event')} waiting"
+    waiting = f"{amount(lanes['behind'], 'endpoint')} behind, {amount(lanes['backlog'], 'event')} waiting"
     lines = [
         ("Owner", *_owner(found["owner"])),
         ("Standby", *(_standbys(found["standbys"]))),
@@ -96,8 +101,4 @@ def _moment(at: Any) -> str:
 
 
 def _count(number: int, one: str, many: str) -> str:
-    return f"more than {COUNT_MAX:,} {many}" if number > COUNT_MAX else f"{number:,} {one if number == 1 else many}"
-
-
-def _plural(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    return f"more than {COUNT_MAX:,} {many}" if number > COUNT_MAX else amount(number, one, many)

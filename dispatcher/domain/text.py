@@ -1,4 +1,4 @@
-"""Text from strangers, for a person's terminal: answers of receivers, account ids, names that somebody wrote by SQL.
+"""Text for people: counts in words, and text from strangers for a terminal: answers of receivers, account ids, names that somebody wrote by SQL.
 
 A terminal obeys what is printed on it: it moves the cursor over what was said before, sets its title, answers as if
 somebody had typed. And a reader obeys what turns text round or hides it.
@@ -10,3 +10,8 @@ def clean(text: str, *, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def amount(number: float, one: str, several: str | None = None) -> str:
+    """Say how many there are of what: "1 event", "2,000 events". `several` is for what isn't `one` with an s: deliveries, "events wait"."""
+    return f"{number:{',' if isinstance(number, int) else ',g'}} {one if number == 1 else several or f'{one}s'}"

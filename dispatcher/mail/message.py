@@ -12,7 +12,7 @@ from email.policy import SMTP
 from email.utils import format_datetime
 from urllib.parse import urlsplit
 
-from dispatcher.domain.text import clean
+from dispatcher.domain.text import amount, clean
 from dispatcher.store.alerts import OPERATORS, Alert, Mail
 
 NAME_CHARS_MAX = 60
@@ -33,7 +33,7 @@ ADVICE = {
     ),
     "endpoint.recovered": "There is nothing to do: what waited is being sent ({reason}).",
     "endpoint.events_expired": (
-        "{deliveries} deliveries, of events from {from} to {to}, waited for longer than events are kept. They are counted and will not be sent."
+        "{deliveries}, of events from {from} to {to}, waited for longer than events are kept. What waited is counted and will not be sent."
     ),
 }
 
@@ -72,7 +72,7 @@ def _subject(alerts: Sequence[Alert]) -> str:
     if len(alerts) == 1:
         return f"Endpoint {_name(alerts[0])} {HAPPENED.get(alerts[0].type, alerts[0].type)}"
     endpoints = len({alert.endpoint_id for alert in alerts})
-    return f"{len(alerts)} changes at {endpoints} endpoint{'s' if endpoints > 1 else ''}"
+    return f"{len(alerts)} changes at {amount(endpoints, 'endpoint')}"
 
 
 def _text(mail: Mail, letterhead: Letterhead) -> str:
@@ -80,14 +80,14 @@ def _text(mail: Mail, letterhead: Letterhead) -> str:
         parts = [_told(mail.alerts[0], letterhead, advice=True)]
     else:
         parts = [
-            f"More happened than {letterhead.per_hour} mails an hour could tell. This is all of it:",
+            f"More happened than {amount(letterhead.per_hour, 'mail')} an hour could tell. This is all of it:",
             *(_told(alert, letterhead, advice=False) for alert in mail.alerts),
         ]
     whose = "all accounts" if mail.audience == OPERATORS else f"account {clean(mail.audience)}"
     where = "" if letterhead.panel is None else f": {letterhead.panel}/alerts"
     parts.append(
         "-- \n"
-        f"You get this as a recipient of alerts of {whose} in {letterhead.product}, at most {letterhead.per_hour} mails an hour.\n"
+        f"You get this as a recipient of alerts of {whose} in {letterhead.product}, at most {amount(letterhead.per_hour, 'mail')} an hour.\n"
         f"Recipients are managed in its panel{where}"
     )
     return "\n\n".join(parts) + "\n"
@@ -97,9 +97,11 @@ def _told(alert: Alert, letterhead: Letterhead, *, advice: bool) -> str:
     what = f"{_when(alert.at)}: endpoint {_name(alert)} of account {clean(alert.account_id)} {HAPPENED.get(alert.type, alert.type)}."
     lines = [what]
     if advice and alert.type in ADVICE:
-        facts = dict.fromkeys(("failing_since", "reason", "deliveries", "from", "to"), "an unknown time") | {
+        facts = dict.fromkeys(("failing_since", "reason", "from", "to"), "an unknown time") | {
             name: clean(str(value)) for name, value in alert.said.items() if value is not None
         }
+        count = alert.said.get("deliveries")
+        facts["deliveries"] = amount(count, "delivery", "deliveries") if isinstance(count, int) else "Deliveries"
         lines.append(ADVICE[alert.type].format_map(facts))
     if letterhead.panel is not None:
         lines.append(f"{letterhead.panel}/endpoints/{alert.endpoint_id}")

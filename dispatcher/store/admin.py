@@ -32,6 +32,7 @@ from dispatcher.domain.principal import OPERATOR, Principal
 from dispatcher.domain.sealing import Keyring, credentials_place, draft_place, secret_place
 from dispatcher.domain.shape import CREDENTIALS, SHAPE, checked, merged, shown
 from dispatcher.domain.signing import SCHEMES, check_key, new_key, public_key, scheme_of, signing_in
+from dispatcher.domain.text import amount
 from dispatcher.domain.url import parse_url, receiver_token
 from dispatcher.errors import InputError, NotFoundError, SealedError, StateError
 from dispatcher.settings import Settings
@@ -284,7 +285,7 @@ class Admin:
                 and await self._db.fetchval(ADMIN.endpoints_of, account_id, most + 1) > most
             ):
                 raise StateError(
-                    f"account {account_id} has {most} endpoints, the most it may have; delete one, or ask the operator"
+                    f"account {account_id} has {amount(most, 'endpoint')}, the most it may have; delete one, or ask the operator"
                 )
         return await self.get(endpoint_id)
 
@@ -317,6 +318,11 @@ class Admin:
             dead_letters=row["dead_letters"], expired=row["expired"], created_at=row["created_at"], keyring=self._keyring,
             stored_credentials=row["credentials"], stored_proposal=stored_proposal,
         )  # fmt: skip
+
+    async def deleted(self, endpoint_id: int) -> dict[str, Any] | None:
+        """Return what an endpoint was that is deleted, None if there never was one; its name and URL are kept until they are erased."""
+        row = await self._db.fetchrow(ADMIN.deleted_endpoint, endpoint_id)
+        return dict(row) if row is not None and self._principal.sees(row["account_id"]) else None
 
     async def details(self, view: EndpointView) -> EndpointDetails:
         """Read what else there is to tell of an endpoint. Counts what is held: seconds, where it is millions."""

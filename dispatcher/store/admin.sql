@@ -54,6 +54,9 @@ FROM webhook.endpoint AS e
 LEFT JOIN webhook.lane AS l ON l.endpoint_id = e.id
 WHERE e.id = $1 AND e.state <> 'deleted';
 
+-- name: deleted_endpoint
+SELECT id, account_id, name, url, state_reason, state_changed_at FROM webhook.endpoint WHERE id = $1 AND state = 'deleted';
+
 -- name: lock_endpoint
 SELECT id FROM webhook.endpoint WHERE id = $1 FOR UPDATE;
 

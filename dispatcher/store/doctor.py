@@ -14,6 +14,7 @@ from typing import Any
 
 import asyncpg
 
+from dispatcher.domain.text import amount
 from dispatcher.errors import DispatcherError
 from dispatcher.settings import Settings
 from dispatcher.store.migrate import check
@@ -192,7 +193,11 @@ async def _transactions(p: Patient) -> list[Finding]:
             f"{_who(oldest)} has had a transaction open for {oldest['age_s']:,.0f} s: vacuum removes nothing that it may still see",
             "end it; deliveries don't wait for it, but tables that change grow",
         )
-    hidden = f"; {len(writers)} write without showing since when (grant pg_read_all_stats to see)" if writers else ""
+    hidden = (
+        f"; {amount(len(writers), 'writes', 'write')} without showing since when (grant pg_read_all_stats to see)"
+        if writers
+        else ""
+    )
     return p.good(f"no transaction has written to the log for over {WRITER_S:.0f} s{hidden}")
 
 
@@ -200,15 +205,15 @@ async def _prepared(p: Patient) -> list[Finding]:
     rows = await p.connection.fetch(DOCTOR.prepared)
     if rows and rows[0]["age_s"] > PREPARED_S:
         return p.warning(
-            f"{len(rows)} prepared transactions; {rows[0]['gid']!r} of {rows[0]['user']} waits for {rows[0]['age_s']:,.0f} s",
+            f"{amount(len(rows), 'prepared transaction')}; {rows[0]['gid']!r} of {rows[0]['user']} waits for {rows[0]['age_s']:,.0f} s",
             "COMMIT PREPARED or ROLLBACK PREPARED it: until then its events are not sent, and its ids stay open",
         )
-    return p.good(f"{len(rows)} prepared transactions" if rows else "no prepared transaction")
+    return p.good(amount(len(rows), "prepared transaction") if rows else "no prepared transaction")
 
 
 async def _gaps(p: Patient) -> list[Finding]:
     log = p.status["log"]
-    found = f"{log['gap_ids']:,} ids in {log['gap_ranges']:,} ranges below the position are not visible or not settled"
+    found = f"{amount(log['gap_ids'], 'id')} in {amount(log['gap_ranges'], 'range')} below the position, not visible or not settled"
     if log["gap_ranges"] > GAP_RANGES:
         return p.warning(
             found,
@@ -256,7 +261,8 @@ async def _lanes(p: Patient) -> list[Finding]:
         return p.good("no live endpoint is behind")
     top = behind[0]
     return p.warning(
-        f"{lanes['behind']:,} endpoints are behind with {lanes['backlog']:,} events; endpoint {top['endpoint_id']} of {top['account_id']} with "
+        f"{amount(lanes['behind'], 'endpoint is', 'endpoints are')} behind with {amount(lanes['backlog'], 'event')}; "
+        f"endpoint {top['endpoint_id']} of {top['account_id']} with "
         f"{top['backlog']:,}",
         "`dispatcher endpoint show` says whether it fails, is slow or has a rate limit; raise the limit, or pause it and skip",
     )

@@ -17,6 +17,7 @@ from dispatcher.domain.sealing import (
     missing_keys,
     secret_place,
 )
+from dispatcher.domain.text import amount
 from dispatcher.errors import InputError, SealedError
 from dispatcher.store.session import Connection
 from dispatcher.store.sql import load
@@ -62,7 +63,9 @@ async def check_keys(connection: Connection, keyring: Keyring) -> list[str]:
     if keyring.first_id is None:
         return [NO_KEY]
     if left := sum(use.texts for use in in_use if use.role != "first"):
-        return [f"{left:,} secrets are in plain text or under an older key; run `dispatcher rotate-key`"]
+        return [
+            f"{amount(left, 'secret is', 'secrets are')} in plain text or under an older key; run `dispatcher rotate-key`"
+        ]
     return []
 
 

@@ -57,7 +57,7 @@ SELECT id FROM webhook.endpoint WHERE account_id = $1 AND id < $2 ORDER BY id DE
 -- answer from … $6 to, $7 its last fault. Below the delivery ($8, $9), at most $10; of endpoints from $11 up. LATERAL and LIMIT 1: a look at a key each, never a join of tables.
 SELECT q.*
 FROM (
-    SELECT o.id AS event_id, o.account_id, o.type, o.created_at, e.id AS endpoint_id, e.name AS endpoint_name, e.url AS endpoint_url,
+    SELECT o.id AS event_id, o.account_id, o.type, o.created_at, e.id AS endpoint_id, e.name AS endpoint_name, e.url AS endpoint_url, e.state AS endpoint_state,
            a.run, a.number, a.started_at, a.duration_us, a.status, a.fault, coalesce(n.attempts, 0) AS attempts, r.due_at AS next_attempt_at, d.id AS dead_letter_id,
            CASE WHEN n.delivered THEN 'delivered'
                 WHEN r.due_at IS NOT NULL THEN 'retrying'

@@ -21,6 +21,7 @@ import jinja2
 import jinja2.bccache
 from aiohttp import web
 
+from dispatcher.domain.text import amount
 from dispatcher.settings import LOGO_TYPES, Settings
 
 HERE = Path(__file__).parent
@@ -131,6 +132,8 @@ class Templates:
         )  # in its own order, for people; escaped as text
         self._environment.filters["percent"] = _percent
         self._environment.filters["duration"] = _duration
+        self._environment.filters["tone"] = tone
+        self._environment.filters["amount"] = amount
 
     def compile(self) -> None:
         """Compile all templates, so that no page's first visitor holds the loop with it: up to 40 ms each. Called in a thread, at the start."""
@@ -150,6 +153,15 @@ class Templates:
                 await asyncio.sleep(0)
                 began = perf_counter()
         return "".join(pieces)
+
+
+def tone(fate: str) -> str:
+    """Return the class of what became of a delivery, in words as `dispatcher.store.fates` has them."""
+    if fate.startswith("delivered"):
+        return "good"
+    if "dead letter" in fate or "failed" in fate:
+        return "bad"
+    return "warn" if "waiting for attempt" in fate else "muted"
 
 
 def _time(at: datetime | None) -> str:

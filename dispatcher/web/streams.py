@@ -10,12 +10,13 @@ oldest messages and is told so; none makes another wait, and none grows without 
     async def live(visit: Visit) -> StreamResponse:
         return await visit.web.streams.follow(visit, ("deliveries", visit.principal.account_id), look)
 
-The topic must say everything that `look` depends on, whose account it is first of all.
+The topic must say everything that `look` depends on, whose account it is first of all. Messages named in `kept` say how something stands:
+who joins later gets the last of each at once, so that nothing is missed between a page and its stream.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Collection, Hashable
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -57,7 +58,9 @@ class Streams:
     def topics(self) -> int:
         return len(self._topics)
 
-    async def follow(self, visit: "Visit", topic: Hashable, look: Look, *, every_s: float = 1.0) -> web.StreamResponse:
+    async def follow(
+        self, visit: "Visit", topic: Hashable, look: Look, *, every_s: float = 1.0, kept: Collection[str] = ()
+    ) -> web.StreamResponse:
         """Answer with a stream of what `look` finds, until the browser leaves or LIFE_S is over."""
         if self._open >= self._streams_max or self._closing.is_set():
             raise ProblemError(
@@ -68,7 +71,7 @@ class Streams:
         try:
             found = self._topics.get(topic)
             if found is None:
-                found = self._topics[topic] = _Topic(self._pool, look, every_s)
+                found = self._topics[topic] = _Topic(self._pool, look, every_s, kept)
             found.add(stream)
             try:
                 return await self._send(visit, stream)
@@ -91,10 +94,10 @@ class Streams:
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         )
-        await response.prepare(visit.request)
         loop = asyncio.get_running_loop()
         ends = loop.time() + LIFE_S
         try:
+            await response.prepare(visit.request)
             await response.write(b"retry: %d\n\n" % RETRY_MS)
             while (now := loop.time()) < ends and not self._closing.is_set():
                 try:
@@ -129,15 +132,19 @@ class _Stream:
 class _Topic:
     """Owns the task that looks. It begins with the first stream and is stopped after the last."""
 
-    def __init__(self, pool: Pool, look: Look, every_s: float) -> None:
+    def __init__(self, pool: Pool, look: Look, every_s: float, kept: Collection[str] = ()) -> None:
         self.streams: dict[_Stream, None] = {}
         self._pool = pool
         self._look = look
         self._every_s = every_s
+        self._kept = kept
+        self._last: dict[str, bytes] = {}
         self._task = asyncio.create_task(self._run())
 
     def add(self, stream: _Stream) -> None:
         self.streams[stream] = None
+        for message in self._last.values():
+            stream.put(message)
 
     def remove(self, stream: _Stream) -> None:
         del self.streams[stream]
@@ -154,6 +161,8 @@ class _Topic:
                     seen, messages = await self._look(db, seen)
                 for event, data in messages:
                     encoded = _encode(event, data)
+                    if event in self._kept:
+                        self._last[event] = encoded
                     for stream in self.streams:
                         stream.put(encoded)
             except DispatcherError as exc:

@@ -25,7 +25,7 @@ from tests.browser.world import Shown, World, pages, traffic, world
 from tests.conftest import SCHEMA, connected, make_server
 
 PICTURES = Path(__file__).parent.parent.parent / "docs" / "panel"
-DESK, PHONE = (1100, 900), (390, 1200)  # CSS pixels; pages that are longer are cut
+DESK, PHONE = (1280, 900), (390, 1200)  # CSS pixels; pages that are longer are cut
 SHEET = """<!doctype html><style>
 body {{ margin: 12px; background: #000; display: grid; gap: 12px; align-items: start; width: max-content;
   grid-template-columns: repeat({columns}, {width}px) }}

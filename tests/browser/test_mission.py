@@ -1,4 +1,5 @@
-"""The mission, by hand in a browser: create an endpoint, test it, save it, go live; see it fail, mend it, and send again."""
+"""The mission, by hand in a browser: create an endpoint, test it, save it, go live; see it fail, mend it, and send again. What is sent
+again is sent from the pages, as a person would."""
 
 import re
 
@@ -7,12 +8,13 @@ from playwright.async_api import Page, expect
 from dispatcher.sink import Behaviour
 from tests.browser.chromium import WAIT_MS
 from tests.browser.conftest import Product, Windows, enter, enter_as_operator
-from tests.rig import until
+from tests.rig import Rig, until
+from tests.web.conftest import Site
 
 expect.set_options(timeout=WAIT_MS)
 
 
-async def test_create_test_go_live_fail_recover_and_send_again(windows: Windows, window: Page, product: Product):
+async def test_create_test_go_live_fail_and_recover(windows: Windows, window: Page, product: Product):
     page, rig, web = window, product.rig, product.web
     await enter(page, web)
     await page.get_by_role("link", name="Add your first endpoint").click()
@@ -40,7 +42,7 @@ async def test_create_test_go_live_fail_recover_and_send_again(windows: Windows,
 
     # What is committed by SQL shows up by itself.
     await expect(page.locator("#live")).to_contain_text("Live")
-    [delivered] = await rig.emit(type="message.delivered")
+    await rig.emit(type="message.delivered")
     await expect(row(page, "message.delivered", "delivered")).to_be_visible()
 
     # The receiver breaks: each attempt is told of, the endpoint is marked, its breaker opens.
@@ -67,20 +69,66 @@ async def test_create_test_go_live_fail_recover_and_send_again(windows: Windows,
     await page.reload()
     await expect(page.locator("h1 .state")).to_have_text("live")
 
-    # Sent again, one and then all, under the ids that they had.
-    key = await web.key("acct")
-    before = [event.webhook_id for event in rig.received if event.path == "/shop" and event.status in (200, 204)]
-    resent = await web.ask("POST", f"/api/v1/events/{delivered}/deliveries/{endpoint}/resend", key=key)
-    assert resent.status == 201, resent.text
-    counted = (await web.ask("GET", f"/api/v1/endpoints/{endpoint}/replays/count?only_failed=false", key=key)).json
-    assert counted["total"] == 6
-    bounds = {name: counted[name] for name in ("after_id", "upto_id")}
-    replayed = await web.ask(
-        "POST", f"/api/v1/endpoints/{endpoint}/replays", key=key, json=bounds | {"only_failed": False}
+
+async def test_what_was_given_up_is_sent_again(window: Page, product: Product):
+    page, rig = window, product.rig
+    endpoint = await rig.endpoint("/shop", name="Shop", retry_schedule_s=[1], behaviour=Behaviour(status=500))
+    await until(lambda: rig.has_taken_up(endpoint), within_s=60)
+    await rig.emit(4, type="message.delivered")
+    await until(lambda: given_up(rig, 4), within_s=60, what="each was tried twice")
+    rig.sink.set_behaviour("/shop", Behaviour())
+    failed = {event.webhook_id for event in rig.received}
+    await enter(page, product.web)
+
+    # One of them: found among the deliveries, sent again, and its page tells by itself how that went.
+    await page.get_by_role("link", name="Deliveries").click()
+    await page.get_by_label("Endpoint").select_option(label=f"Shop ({endpoint})")
+    await page.get_by_label("State").select_option(label="given up")
+    await page.get_by_role("button", name="Show").click()
+    found = page.get_by_role("region", name="Deliveries").get_by_role("link", name="message.delivered to Shop")
+    await expect(found).to_have_count(4)
+    await found.last.click()
+    await expect(page.locator("#fate")).to_contain_text("dead letter")
+    await expect(page.locator("#rows tr")).to_have_count(2)
+    await expect(page.get_by_text("Sent as")).to_be_hidden()
+    await page.get_by_role("button", name="Send it again").click()
+    await expect(page.locator("#fate")).to_contain_text("delivered by resend")
+    await expect(page.locator("#rows tr").first).to_contain_text("1 of the resend")
+    await expect(page.locator("#rows tr").first).to_contain_text("delivered, answered 204")
+    await expect(page.locator("#sent-as li").last).to_contain_text(re.compile(r"resend \(run \d+\): delivered"))
+
+    # The others: a range is chosen and counted, started, and followed to its end.
+    await page.get_by_role("link", name="Recover", exact=True).click()
+    await page.get_by_label("Endpoint").select_option(label=f"Shop ({endpoint})")
+    await page.get_by_role("button", name="Choose a range").click()
+    await expect(page.get_by_label("Only what failed for good")).to_be_checked()
+    await page.get_by_role("button", name="Count").click()
+    await expect(page.get_by_text("3 deliveries that failed for good")).to_be_visible()
+    await page.get_by_label("Note (may stay empty)").fill("the shop was down")
+    await page.get_by_role("button", name="Send them again").click()
+    await expect(page.get_by_text("the shop was down")).to_be_visible()
+    await expect(page.locator("#state")).to_have_text("finished")
+    await expect(page.locator("#done")).to_have_text("3")
+    await expect(page.locator("#delivered")).to_have_text("3")
+    await expect(page.get_by_role("button", name="Pause")).to_have_count(0)
+
+    # All are done, under the ids that they had.
+    await page.get_by_role("link", name="Deliveries of this endpoint").click()
+    states = page.get_by_role("region", name="Deliveries").locator('td[data-label="State"]')
+    await expect(states).to_have_text(["delivered"] * 4)
+    await page.get_by_role("link", name="Dead letters").click()
+    await expect(page.get_by_role("heading", name="No dead letters")).to_be_visible()
+    again = [event.webhook_id for event in rig.received if event.status == 204]
+    assert len(again) == 4
+    assert set(again) == failed
+
+
+async def test_the_scripts_count_as_the_pages_do(window: Page, web: Site):
+    await enter(window, web)
+    said = await window.evaluate(
+        "() => [amount(1, 'event'), amount(2, 'event'), amount(1, 'delivery waits', 'deliveries wait'), amount(1200, 'delivery', 'deliveries')]"
     )
-    assert replayed.status == 201, replayed.text
-    await until(lambda: len(again(rig, before)) == 7, within_s=60, what="one resent, six replayed")
-    assert set(again(rig, before)) <= set(before)
+    assert said == ["1 event", "2 events", "1 delivery waits", "1,200 deliveries"]
 
 
 def row(page: Page, event_type: str, outcome: str):
@@ -94,6 +142,5 @@ async def stands_well(web, endpoint: int) -> bool:
     return answer.json["failing_since"] is None
 
 
-def again(rig, before: list[str | None]) -> list[str | None]:
-    got = [event.webhook_id for event in rig.received if event.path == "/shop" and event.status in (200, 204)]
-    return got[len(before) :]
+async def given_up(rig: Rig, count: int) -> bool:
+    return await rig.db.fetchval("SELECT count(*) FROM webhook.dead_letter") == count

@@ -322,31 +322,32 @@ async def test_sending_it_again_is_a_run_of_its_own(customer: Browser):
 
 
 async def test_a_delivery_is_followed_live(customer: Browser, monkeypatch: pytest.MonkeyPatch):
+    """Who opens it is told at once how it stands, also who joins others: what happened between page and stream is not missed."""
     monkeypatch.setattr(deliveries_page, "LIVE_EVERY_S", 0.05)
-    async with connected(customer.web.dsn) as db:
+
+    async def told(response: Any) -> dict[str, Any]:
+        while not (line := await response.content.readline()).startswith(b"data:"):
+            pass
+        return dict(json.loads(line.removeprefix(b"data:")))
+
+    async with connected(customer.web.dsn) as db, asyncio.timeout(20):
         endpoint = await people.endpoint(db)
         [event] = await people.emit(db)
-        response = await customer.web.http.get(
-            f"{customer.web.url}/deliveries/{event}/{endpoint}/live", headers={"Cookie": customer.cookie}
-        )
-        seen: dict[bytes, Any] = {}
-        name, number = b"", 0
-        async with asyncio.timeout(20):
-            while b"attempt" not in seen or b"fate" not in seen:  # what was there at the first look is not news
-                number += 1
-                await people.attempted(db, endpoint, [event], number=number, fault="status" if number % 2 else None)
-                for _ in range(3):
-                    try:
-                        line = await asyncio.wait_for(response.content.readline(), 0.1)
-                    except TimeoutError:
-                        break
-                    if line.startswith(b"event:"):
-                        name = line.removeprefix(b"event:").strip()
-                    elif line.startswith(b"data:"):
-                        seen[name] = json.loads(line.removeprefix(b"data:"))
-        response.close()
-    assert seen[b"attempt"]["verdict"]
-    assert isinstance(seen[b"fate"], str)
+        at, headers = f"{customer.web.url}/deliveries/{event}/{endpoint}/live", {"Cookie": customer.cookie}
+        first = await customer.web.http.get(at, headers=headers)
+        assert (await told(first))["attempts"] == []
+        await people.attempted(db, endpoint, [event], fault="status")
+        seen = await told(first)
+        assert [one["number"] for one in seen["attempts"]] == [1]
+        assert seen["attempts"][0]["verdict"]
+        second = await customer.web.http.get(at, headers=headers)
+        assert await told(second) == seen
+        await people.attempted(db, endpoint, [event], number=2)
+        for response in (first, second):
+            seen = await told(response)
+            assert (seen["fate"], seen["tone"]) == ("delivered", "good")
+            assert [one["fate"] for one in seen["runs"]] == ["delivered"]
+            response.close()
 
 
 async def test_pages_say_all_without_color_alone_and_load_nothing_from_elsewhere(customer: Browser):

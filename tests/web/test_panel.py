@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from dispatcher.sink import Behaviour, Sink
+from dispatcher.store import runs
 from dispatcher.web import panel
 from dispatcher.web.panel import endpoint as endpoint_page
 from dispatcher.web.panel.endpoint import SNIPPETS
@@ -315,7 +316,44 @@ async def test_deleting_asks_first(customer: Browser):
         endpoint = await people.endpoint(db)
     assert (await customer.post(f"/endpoints/{endpoint}/delete")).status == 400
     assert await customer.ok(f"/endpoints/{endpoint}/delete", [("sure", "1")]) == "/endpoints"
-    assert (await customer.get(f"/endpoints/{endpoint}")).status == 404
+    assert (await customer.get(f"/endpoints/{endpoint}")).status == 410
+
+
+async def test_a_deleted_endpoint_says_what_it_was(customer: Browser, operator: Browser):
+    """Whatever still tells of it leads to a page that says so; other accounts and programs get what they get where there never was one."""
+    async with connected(customer.web.dsn) as db:
+        endpoint, other = await people.endpoint(db, name="<Shop>"), await people.endpoint(db, "other", name="Till")
+        [event] = await people.emit(db)
+        [letter] = await people.died(db, endpoint, [event])
+        run = await runs.resend(db, str(event), endpoint)
+        await db.execute(
+            "UPDATE webhook.endpoint SET state = 'deleted' WHERE id = ANY ($1::bigint[])", [endpoint, other]
+        )
+    for path in (
+        "/deliveries",
+        f"/deliveries?endpoint_id={endpoint}",
+        f"/deliveries/{event}/{endpoint}",
+        "/dead-letters?state=all",
+        f"/events/{event}",
+        "/recover",
+        f"/recover/runs/{run.id}",
+    ):
+        page = (await customer.get(path)).text
+        assert f'href="/endpoints/{endpoint}"' in page, path
+        assert "deleted" in page, path
+    assert f'href="/endpoints/{endpoint}"' in (await customer.get(f"/dead-letters/{letter}")).text
+    page = await customer.get(f"/endpoints/{endpoint}")
+    assert page.status == 410
+    for said in ("&lt;Shop&gt;", "Nothing is sent to it any more", f'href="/deliveries?endpoint_id={endpoint}"'):
+        assert said in page.text
+    assert (
+        f'<option value="{endpoint}" selected>endpoint {endpoint}'
+        in (await customer.get(f"/deliveries?endpoint_id={endpoint}")).text
+    )
+    assert (await customer.get(f"/endpoints/{other}")).status == 404
+    assert (await operator.get(f"/endpoints/{other}")).status == 410
+    answer = await customer.web.ask("GET", f"/endpoints/{endpoint}?format=json", cookie=customer.cookie)
+    assert answer.status == 404
 
 
 async def test_secrets_show_when_they_are_asked_for(customer: Browser):
@@ -333,6 +371,21 @@ async def test_secrets_show_when_they_are_asked_for(customer: Browser):
         assert (await customer.post(f"{at}/rotate-secret", [("overlap_s", bad)])).status == 400, bad
     actions = [row["action"] for row in await customer.web.query("SELECT action FROM webhook.audit ORDER BY id")]
     assert actions.count("endpoint.reveal_secrets") == 3
+
+
+async def test_what_is_one_is_said_so(customer: Browser):
+    async with connected(customer.web.dsn) as db:
+        endpoint = await people.endpoint(db, rate_per_s=1)
+        ids = await people.emit(db, 2)
+        await people.retrying(db, endpoint, ids[:1])
+        await people.died(db, endpoint, ids[1:])
+        await db.execute("UPDATE webhook.endpoint SET failing_since = now()")
+    page = (await customer.get(f"/endpoints/{endpoint}")).text
+    for said in ("1 delivery waits for a retry", "1 delivery was given up", "1 POST a second"):
+        assert said in page
+    assert "looked at 1 dead letter," in (await customer.get("/dead-letters")).text
+    assert "1 open dead letter<" in (await customer.get(f"/recover/endpoints/{endpoint}")).text
+    assert "<strong>1 dead letter</strong>" in (await customer.get("/dead-letters/all")).text
 
 
 async def test_a_failing_endpoint_says_since_when_and_what_waits(customer: Browser):

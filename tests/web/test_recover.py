@@ -198,7 +198,7 @@ async def test_all_that_fit_are_what_was_counted(customer: Browser):
         await people.died(db, gone, await people.emit(db, 2))
         await db.execute("UPDATE webhook.endpoint SET state = 'deleted' WHERE id = $1", gone)
     page = (await customer.get("/dead-letters/all?type=message.*")).text
-    for said in ("<strong>5</strong> dead letters", "of which 3 can be sent", "no, it was deleted", "Send 3 again"):
+    for said in ("<strong>5 dead letters</strong>", "of which 3 can be sent", "no, it was deleted", "Send 3 again"):
         assert said in page, said
     async with connected(customer.web.dsn) as db:
         [late] = await people.died(db, first, await people.emit(db, 1))

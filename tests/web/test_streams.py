@@ -24,7 +24,9 @@ async def look(db: Any, seen: int | None) -> tuple[int, list[tuple[str, Any]]]:
 
 
 async def live(visit: Visit) -> Any:
-    return await visit.web.streams.follow(visit, ("ticks", visit.principal.account_id), look, every_s=0.02)
+    return await visit.web.streams.follow(
+        visit, ("ticks", visit.principal.account_id), look, every_s=0.02, kept=("tick",)
+    )
 
 
 @pytest.fixture
@@ -63,6 +65,23 @@ async def test_those_who_watch_the_same_share_one_look(live_site: Site):
         response.close()
     await until(lambda: live_site.web.streams.open == 0, what="the streams have ended")
     assert live_site.web.streams.topics == 0, "nobody watches: nobody looks"
+
+
+async def test_who_joins_is_told_at_once_how_it_stands(live_site: Site):
+    key = await live_site.key("a")
+    first = await opened(live_site, key)
+    await message(first)
+    await message(first)
+    [topic] = live_site.web.streams._topics.values()
+    topic._every_s = 3_600.0
+    await asyncio.sleep(0.2)  # the last look but one may be over; from now on there is none
+    looks = LOOKS[0]
+    joined = await opened(live_site, key)
+    assert await message(joined) == "retry: 2000"
+    assert (await message(joined)).startswith("event: tick\ndata: {")
+    assert LOOKS[0] == looks
+    first.close()
+    joined.close()
 
 
 async def test_streams_are_few(live_site: Site):

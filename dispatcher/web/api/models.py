@@ -603,6 +603,7 @@ class DeliveryRow(Answer):
     endpoint_id: int
     endpoint_name: str
     endpoint_url: str
+    endpoint_state: str = Field(description='Of the endpoint now, "deleted" among others.')
     state: DeliveryState
     attempts: int
     run: int | None

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log2
 
+from dispatcher.domain.text import amount
+
 
 @dataclass(frozen=True, slots=True)
 class Chart:
@@ -81,5 +83,5 @@ def bars(steps: Sequence[tuple[int, int]], *, width: float, height: float, span:
         if delivered:
             good.append(f"M{at} {floor}V{top}h{wide}V{floor}z")
     delivered, failed = sum(step[0] for step in steps), sum(step[1] for step in steps)
-    words = f"{delivered:,} delivered and {failed:,} failed attempts {span}"
+    words = f"{delivered:,} delivered and {amount(failed, 'failed attempt')} {span}"
     return Chart(width, height, most, "".join(good), "".join(bad), words)

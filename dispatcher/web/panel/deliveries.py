@@ -13,6 +13,7 @@ from dispatcher.store.admin import Admin
 from dispatcher.store.search import Found
 from dispatcher.store.session import Connection
 from dispatcher.web.api.events import statuses
+from dispatcher.web.pages import tone
 from dispatcher.web.panel import filters
 from dispatcher.web.panel.rerender import rerender
 from dispatcher.web.problems import ProblemError
@@ -86,20 +87,17 @@ async def live(visit: Visit) -> StreamResponse:
         shown, found = await _delivery(visit, visit.admin(db))
     event_id, endpoint_id = str(shown["id"]), found["endpoint_id"]
 
-    async def look(db: Connection, seen: tuple[str, set[Any]] | None) -> tuple[Any, list[Message]]:
+    async def look(db: Connection, seen: dict[str, Any] | None) -> tuple[dict[str, Any], list[Message]]:
         told = await Admin(db, visit.web.settings, visit.principal).show(event_id, endpoint_id)
         now = next((one for one in told["deliveries"] if one["endpoint_id"] == endpoint_id), found)
-        attempts = {(one["run"], one["number"]): one for one in now["attempts"][-SHOWN_MAX:]}
-        messages: list[Message] = []
-        if seen is not None:
-            fresh = [one for key, one in attempts.items() if key not in seen[1]]
-            messages += [("attempt", one | {"verdict": _verdict(one), "kind": _kind(now, one["run"])}) for one in fresh]
-            if now["fate"] != seen[0]:
-                messages.append(("fate", now["fate"]))
-        return (now["fate"], set(attempts)), messages
+        stands = {
+            "fate": now["fate"], "tone": tone(now["fate"]), "runs": [one | {"tone": tone(one["fate"])} for one in now["runs"]],
+            "attempts": [one | {"verdict": _verdict(one), "kind": _kind(now, one["run"])} for one in now["attempts"][-SHOWN_MAX:]],
+        }  # fmt: skip
+        return stands, [] if stands == seen else [("delivery", stands)]
 
     topic = ("delivery", shown["account_id"], shown["id"], endpoint_id)
-    return await visit.web.streams.follow(visit, topic, look, every_s=LIVE_EVERY_S)
+    return await visit.web.streams.follow(visit, topic, look, every_s=LIVE_EVERY_S, kept=("delivery",))
 
 
 async def _find(visit: Visit, db: Connection, given: Any) -> Found:

@@ -9,7 +9,8 @@ from typing import Any
 from aiohttp.web import StreamResponse
 
 from dispatcher.domain.shape import HIDDEN
-from dispatcher.errors import InputError
+from dispatcher.domain.text import amount
+from dispatcher.errors import InputError, NotFoundError
 from dispatcher.store import search, stats
 from dispatcher.store.admin import OVERLAP_S, Admin, EndpointView
 from dispatcher.store.session import Connection
@@ -45,7 +46,13 @@ def _snippets(view: EndpointView) -> dict[str, str]:
 
 async def endpoint(visit: Visit) -> StreamResponse:
     async with visit.db() as db:
-        view = await visit.admin(db).get(_id(visit))
+        try:
+            view = await visit.admin(db).get(_id(visit))
+        except NotFoundError:
+            gone = None if visit.wants_json else await visit.admin(db).deleted(_id(visit))
+            if gone is None:
+                raise
+            return visit.html("endpoint_deleted.html", status=410, endpoint=gone)
         return await _page(visit, db, view)
 
 
@@ -118,7 +125,9 @@ async def live(visit: Visit) -> StreamResponse:
         messages: list[Message] = [("attempt", row) for row in fresh]
         return (keys, stands), messages if stands == seen[1] else [*messages, ("standing", stands)]
 
-    return await visit.web.streams.follow(visit, ("endpoint", view.account_id, endpoint_id), look, every_s=LIVE_EVERY_S)
+    return await visit.web.streams.follow(
+        visit, ("endpoint", view.account_id, endpoint_id), look, every_s=LIVE_EVERY_S, kept=("standing",)
+    )
 
 
 async def _page(
@@ -186,7 +195,7 @@ def _latency(steps: Sequence[Point | None], words: str) -> Lines:
 def _backlog(steps: Sequence[Point | None], words: str) -> Lines:
     waited = [None if point is None else point.backlog for point in steps]
     most = max((value for value in waited if value is not None), default=0)
-    said = f"at most {most:,} events waited for their first attempt in the last {words}"
+    said = f"at most {amount(most, 'event')} waited for their first attempt in the last {words}"
     return lines({"waiting": waited}, width=720, height=80, words=said)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from aiohttp.web import StreamResponse
 
+from dispatcher.domain.text import amount
 from dispatcher.store.overview import read_minutes, read_overview
 from dispatcher.store.session import Connection
 from dispatcher.web.streams import Message
@@ -64,7 +65,7 @@ async def live(visit: Visit) -> StreamResponse:
         }
         return seen, [("look", told)]
 
-    return await visit.web.streams.follow(visit, ("overview",), look, every_s=LIVE_EVERY_S)
+    return await visit.web.streams.follow(visit, ("overview",), look, every_s=LIVE_EVERY_S, kept=("look",))
 
 
 def _rates(points: deque[tuple[float, dict[str, float]]]) -> dict[str, float]:
@@ -119,7 +120,7 @@ def figures(
         "first_post_p50": _ms(posts["p50_ms"]), "first_post_p99": _ms(posts["p99_ms"]),
         "post_p95": f"≤ {minutes['p95_ms']:,} ms" if minutes["p95_ms"] else "–",
         "success": "–" if minutes["success_rate"] is None else f"{int(minutes['success_rate'] * 1000) / 10:g} %",
-        "behind": f"{log['behind_ids']:,} ids", "oldest": _age(log["oldest_undelivered_s"]), "backlog": f"{lanes['backlog']:,}",
+        "behind": amount(log["behind_ids"], "id"), "oldest": _age(log["oldest_undelivered_s"]), "backlog": f"{lanes['backlog']:,}",
         "retries": _bounded(service["retries"]), "dead_letters": _bounded(service["dead_letters"]),
         "failing": f"{endpoints['failing']:,} of {endpoints['live']:,} live", "breakers": of_memory("breakers_open"),
         "paused": f"{endpoints['paused']:,}, {endpoints['disabled']:,}",

@@ -94,7 +94,7 @@ async def live(visit: Visit) -> StreamResponse:
         now = shown(await runs.get(db, found.id, by=visit.principal))
         return now, [] if now == seen else [("run", now)]
 
-    return await visit.web.streams.follow(visit, ("run", found.account_id, found.id), look)
+    return await visit.web.streams.follow(visit, ("run", found.account_id, found.id), look, kept=("run",))
 
 
 async def pause(visit: Visit) -> StreamResponse:

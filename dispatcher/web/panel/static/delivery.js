@@ -15,10 +15,38 @@ function cell(label, text, className) {
   return made;
 }
 
-source.addEventListener("fate", (event) => { fate.textContent = JSON.parse(event.data); });
-source.addEventListener("attempt", (event) => {
-  const one = JSON.parse(event.data);
+function tinted(text, tone) {
+  const made = document.createElement("span");
+  made.className = tone;
+  made.textContent = text;
+  return made;
+}
+
+// The fate is announced, so it is set only when it is another one.
+source.addEventListener("delivery", (event) => {
+  const now = JSON.parse(event.data);
+  if (fate.textContent !== now.fate) {
+    fate.replaceChildren(tinted(now.fate, now.tone));
+    document.getElementById("due")?.remove();
+  }
+  const list = document.getElementById("sent-as");
+  list.replaceChildren(...now.runs.map((one) => {
+    const item = document.createElement("li");
+    const name = document.createElement(one.run ? "a" : "span");
+    name.textContent = one.run ? `${one.kind} (run ${one.run})` : "original";
+    if (one.run) name.href = `${list.dataset.runs}/${one.run}`;
+    item.append(name, ": ", tinted(one.fate, one.tone));
+    return item;
+  }));
+  for (const part of document.querySelectorAll(".sent-as")) part.hidden = now.runs.length < 2;
+  for (const one of now.attempts) {
+    if (!rows.querySelector(`[data-attempt="${one.run}/${one.number}"]`)) add(one);
+  }
+});
+
+function add(one) {
   const row = document.createElement("tr");
+  row.dataset.attempt = `${one.run}/${one.number}`;
   const head = document.createElement("th");
   head.scope = "row";
   head.textContent = `${one.number || "unsent"}${one.run ? ` of the ${one.kind}` : ""}`;
@@ -43,4 +71,4 @@ source.addEventListener("attempt", (event) => {
   rows.prepend(row);
   document.getElementById("attempts-table").hidden = false;
   document.getElementById("none-yet")?.remove();
-});
+}

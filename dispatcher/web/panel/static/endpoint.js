@@ -54,14 +54,14 @@ source.addEventListener("standing", (event) => {
     document.getElementById("changed").hidden = false;
   }
   if (words.textContent !== now.words) words.textContent = now.words;
-  const said = [`${now.backlog.toLocaleString()} events wait`, `${now.retries.toLocaleString()} deliveries wait for a retry`];
+  const said = [amount(now.backlog, "event waits", "events wait"), `${amount(now.retries, "delivery waits", "deliveries wait")} for a retry`];
   if (now.next_retry_at !== null) {
     const due = new Date(now.next_retry_at);
     said[1] += `, the first ${due <= new Date() ? "since" : "at"} ${format.format(due)}`;
   }
-  if (now.lane !== null) said.push(`${now.lane.in_flight.toLocaleString()} of at most ${now.lane.in_flight_limit.toLocaleString()} POSTs in flight`);
-  if (now.lane !== null && now.lane.connecting > 0) said.push(`${now.lane.connecting.toLocaleString()} wait for a connection`);
-  if (now.lane !== null && now.lane.pace_per_s !== null && now.lane.breaker === "closed") said.push(`${now.lane.pace_per_s.toLocaleString()} POSTs a second at the moment`);
+  if (now.lane !== null) said.push(`${now.lane.in_flight.toLocaleString()} of at most ${amount(now.lane.in_flight_limit, "POST")} in flight`);
+  if (now.lane !== null && now.lane.connecting > 0) said.push(`${amount(now.lane.connecting, "waits", "wait")} for a connection`);
+  if (now.lane !== null && now.lane.pace_per_s !== null && now.lane.breaker === "closed") said.push(`${amount(now.lane.pace_per_s, "POST")} a second at the moment`);
   if (now.expired_24h > 0) said.push(`${now.expired_24h.toLocaleString()} expired unsent in 24 h`);
   if (now.wait_s !== null) said.push(`tried again in ${now.wait_s.toLocaleString()} s`);
   figures.textContent = said.join("; ") + ".";

@@ -7,6 +7,10 @@ function milliseconds(us) {
   return `${(us / 1000).toLocaleString(undefined, { maximumFractionDigits: 1 })} ms`;
 }
 
+function amount(number, one, several = `${one}s`) {
+  return `${number.toLocaleString()} ${number === 1 ? one : several}`;
+}
+
 function localize(root) {
   for (const element of root.querySelectorAll("time[datetime]")) {
     const at = new Date(element.dateTime);
@@ -29,7 +33,10 @@ function addCopyButtons(root) {
       await navigator.clipboard.writeText(block.textContent);
       button.textContent = "Copied";
     });
-    block.before(button);
+    const holder = document.createElement("div");
+    holder.className = "copyable";
+    block.replaceWith(holder);
+    holder.append(button, block);
   }
 }
 
