@@ -68,9 +68,9 @@ class Dispatcher:
         return self
 
     async def start(self) -> "Dispatcher":
-        """Launch, and wait until it reads the log."""
+        """Launch, and wait until it reads the log, or listens."""
         await self.launch()
-        await self.said("started")
+        await self.said("web.listening" if self._verb == "web" else "started")
         return self
 
     async def _read_log(self) -> None:
@@ -130,9 +130,9 @@ class Dispatcher:
 
 
 @contextlib.asynccontextmanager
-async def dispatching(dsn: str, **settings: Any) -> AsyncIterator[Dispatcher]:
+async def dispatching(dsn: str, *, verb: str = "run", **settings: Any) -> AsyncIterator[Dispatcher]:
     """A dispatcher that has started; killed at the end if it is still there."""
-    made = Dispatcher(dsn, **settings)
+    made = Dispatcher(dsn, verb=verb, **settings)
     try:
         yield await made.start()
     finally:
