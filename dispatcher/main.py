@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from dispatcher.engine.engine import Engine, State
 from dispatcher.errors import ForcedStopError, InputError
 from dispatcher.mail.mailer import Mailer
 from dispatcher.observe.reload import reload
-from dispatcher.observe.service import Observation
+from dispatcher.observe.service import EngineObservation, Observation, WebObservation
 from dispatcher.observe.systemd import Notifier
 from dispatcher.ports import Limits
 from dispatcher.settings import Settings
@@ -96,32 +97,12 @@ async def serve(settings: Settings, dsn: str) -> None:
     store = PgStore(dsn, settings)
     engine = make_engine(settings, dsn, transport, store)
     notifier = Notifier()
-    observation = Observation(engine, transport, settings, dsn, store.round_trips, notifier)
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
-    signals: list[int] = []
-
-    def on_signal(number: int) -> None:
-        signals.append(number)
-        if len(signals) == 1:
-            _log.info("signal", name=signal.Signals(number).name)
-            notifier.stopping()
-            engine.stop()
-        else:
-            _log.warning("signal.forced", name=signal.Signals(number).name)
-            assert task is not None
-            task.cancel()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
-    live = _Live(settings, engine, observation, notifier)
-    # A terminal that is closed says SIGHUP too, and means the end.
-    loop.add_signal_handler(signal.SIGHUP, *((on_signal, signal.SIGHUP) if sys.stdin.isatty() else (live.reload,)))
-    loop.add_signal_handler(signal.SIGUSR1, live.toggle_debug)
-    loop.set_exception_handler(log_unhandled)
+    web = None if settings.web_listen is None else make_web(settings, dsn, transport, engine)
+    observation = EngineObservation(engine, transport, settings, dsn, store.round_trips, notifier, web)
+    signals = _Signals(engine.stop, _Live(settings, engine, observation, notifier), notifier)
     beside = [asyncio.create_task(observation.run())]
-    if settings.web_listen is not None:
-        beside.append(asyncio.create_task(make_web(settings, dsn, transport, engine).run_beside()))
+    if web is not None:
+        beside.append(asyncio.create_task(web.run_beside()))
     if settings.mail_server is not None:
         mailer = Mailer(settings, settings.mail_server, dsn, lambda: engine.state is State.OWNER)
         beside.append(asyncio.create_task(mailer.run()))
@@ -129,9 +110,8 @@ async def serve(settings: Settings, dsn: str) -> None:
     try:
         await engine.run()
     except asyncio.CancelledError:
-        if len(signals) < 2:
-            raise
-        raise ForcedStopError(signals[1], signal.Signals(signals[1]).name) from None
+        signals.raise_if_forced()
+        raise
     finally:
         for other in beside:
             other.cancel()
@@ -139,10 +119,42 @@ async def serve(settings: Settings, dsn: str) -> None:
         await transport.close()
 
 
-class _Live:
-    """What people may change while it runs."""
+class _Signals:
+    """What a running process does at signals: `stop` at the first that asks for it; at the second the task that made this is cancelled."""
 
-    def __init__(self, settings: Settings, engine: Engine, observation: Observation, notifier: Notifier) -> None:
+    def __init__(self, stop: Callable[[], object], live: "_Live", notifier: Notifier) -> None:
+        self._stop = stop
+        self._notifier = notifier
+        self._task = asyncio.current_task()
+        self._came: list[signal.Signals] = []
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, number)
+        # A terminal that is closed says SIGHUP too, and means the end.
+        loop.add_signal_handler(signal.SIGHUP, *((self._end, signal.SIGHUP) if sys.stdin.isatty() else (live.reload,)))
+        loop.add_signal_handler(signal.SIGUSR1, live.toggle_debug)
+        loop.set_exception_handler(log_unhandled)
+
+    def raise_if_forced(self) -> None:
+        if len(self._came) >= 2:
+            raise ForcedStopError(self._came[1], self._came[1].name) from None
+
+    def _end(self, number: signal.Signals) -> None:
+        self._came.append(number)
+        if len(self._came) == 1:
+            _log.info("signal", name=number.name)
+            self._notifier.stopping()
+            self._stop()
+        else:
+            _log.warning("signal.forced", name=number.name)
+            assert self._task is not None
+            self._task.cancel()
+
+
+class _Live:
+    """What people may change while it runs. Without an engine it is panel and API alone."""
+
+    def __init__(self, settings: Settings, engine: Engine | None, observation: Observation, notifier: Notifier) -> None:
         self._settings = settings
         self._engine = engine
         self._observation = observation
@@ -154,7 +166,8 @@ class _Live:
         self._settings = reload(self._settings, settings_module.load)
         self._is_debugging = False
         log.configure(self._settings)
-        self._engine.adopt(self._settings)
+        if self._engine is not None:
+            self._engine.adopt(self._settings)
         self._observation.reloaded(self._settings)
 
     def toggle_debug(self) -> None:
@@ -199,18 +212,24 @@ def vitals(engine: Engine) -> dict[str, float]:
 
 
 async def serve_web(settings: Settings, dsn: str) -> None:
-    """Serve panel and API alone, until SIGTERM or SIGINT."""
+    """Serve panel and API alone, with the signals that `serve` knows."""
     transport = make_transport(settings)
-    server = asyncio.create_task(make_web(settings, dsn, transport).run())
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, server.cancel)
+    web = make_web(settings, dsn, transport)
+    notifier = Notifier()
+    observation = WebObservation(web, settings, dsn, notifier)
+    server = asyncio.create_task(web.run())
+    signals = _Signals(server.cancel, _Live(settings, None, observation, notifier), notifier)
+    beside = asyncio.create_task(observation.run())
     try:
         await server
     except asyncio.CancelledError:
+        signals.raise_if_forced()
         if not server.cancelled():
             raise
+        _log.info("stopped")
     finally:
+        beside.cancel()
+        await asyncio.gather(beside, return_exceptions=True)
         await transport.close()
 
 

@@ -57,6 +57,8 @@ METRICS_PAGE = """\
 What `/metrics` shows where `DISPATCHER_HEALTH_LISTEN` says, from the one table (`dispatcher/observe/catalogue.py`), beside the process's own
 (`process_cpu_seconds_total`, `process_open_fds`, …). Labels are bounded: no endpoint, account or event type is one. What only an owner knows a
 standby leaves out; what only the database knows is left out while it is away. Times are in seconds, in buckets of powers of two from 256 µs on.
+`dispatcher web`, panel and API alone, shows `build_info`, `loop_lag_seconds`, `database_up` and what begins with `web_`; the latter `run` shows
+too where it serves them.
 
 The alerts on them: [runbooks](runbooks.md). A dashboard: `deploy/grafana/dispatcher.json`.
 
@@ -86,7 +88,7 @@ def metrics_page() -> str:
     kinds = {"seconds": "histogram", "size": "histogram"}
     lines = ["| metric | kind | label | what it is |", "|---|---|---|---|"]
     for spec in METRICS:
-        label = f"`{spec.label}`" if spec.label else ""
+        label = ", ".join(f"`{label}`" for label in spec.labels)
         lines.append(f"| `{spec.full_name}` | {kinds.get(spec.kind, spec.kind)} | {label} | {spec.help} |")
     return METRICS_PAGE + "\n".join(lines) + "\n"
 

@@ -53,7 +53,8 @@ async def _run(settings: Settings) -> None:
 def web(context: Context) -> None:
     """Serve the panel and the API alone, beside a dispatcher that runs elsewhere, until SIGTERM or Ctrl-C.
 
-    `dispatcher run` serves them too where DISPATCHER_WEB_LISTEN is set. The first login: `dispatcher key create`, or `dispatcher key link`.
+    `dispatcher run` serves them too where DISPATCHER_WEB_LISTEN is set. Health and metrics: DISPATCHER_HEALTH_LISTEN, as for `run`.
+    The first login: `dispatcher key create`, or `dispatcher key link`.
 
     \b
     DISPATCHER_WEB_LISTEN=0.0.0.0:8080 DISPATCHER_PUBLIC_URL=https://hooks.example.com dispatcher web

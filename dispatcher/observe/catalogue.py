@@ -7,13 +7,16 @@ database knows is left out while it is away, rather than told as 0. docs/metrics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Literal
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from dispatcher.domain.outcome import Fault
 from dispatcher.engine.engine import Incarnation, State
 from dispatcher.engine.histogram import Histogram
-from dispatcher.observe.figures import Figures
+from dispatcher.observe.figures import Figures, ProcessFigures
 from dispatcher.store.observe import Seen
+
+if TYPE_CHECKING:
+    from dispatcher.web.server import WebServer
 
 PREFIX = "dispatcher_"
 VERSION = version("dispatcher")
@@ -21,35 +24,97 @@ READS = ("head", "gap", "lag", "retry", "run", "urgent", "key")
 DATABASE_SILENT_S = 15.0  # three looks
 
 Kind = Literal["counter", "gauge", "seconds", "size"]  # the last two: histograms, of µs shown as seconds, and of counts
-Value = float | Mapping[str, float] | Histogram | None
+Value = float | Mapping[str, float] | Mapping[tuple[str, str], float] | Histogram | None
+F = TypeVar("F", bound=ProcessFigures, contravariant=True)
 
 FAULTS = [fault.value for fault in Fault if fault not in (Fault.STATUS, Fault.EXPIRED, Fault.STALE)]
 OUTCOMES = ("delivered", "1xx", "3xx", "4xx", "5xx", *FAULTS)
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
-    """`value` returns a number, one for each value of the `label`, a histogram, or None: not known now."""
+class Spec(Generic[F]):
+    """`value` returns a number, one for each value of the `label` (of two, with a space between them: for each pair), a histogram,
+    or None: not known now."""
 
     name: str
     kind: Kind
     help: str
-    value: Callable[[Figures], Value]
+    value: Callable[[F], Value]
     label: str | None = None
 
     @property
     def full_name(self) -> str:
         return PREFIX + self.name + ("_total" if self.kind == "counter" else "")
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple((self.label or "").split())
 
-def counted(name: str, field: str, help: str) -> Spec:
+
+def counted(name: str, field: str, help: str) -> Spec[Figures]:
     """A counter of the engine's, as it is."""
     return Spec(name, "counter", help, lambda f: getattr(f.of.engine.counters, field))
 
 
-METRICS: tuple[Spec, ...] = (
-    # ── the process ──
+def _web(f: ProcessFigures, value: Callable[["WebServer"], Value]) -> Value:
+    """Read what panel and API know; None where this process doesn't serve them."""
+    return None if f.of.web is None else value(f.of.web)
+
+
+# What `dispatcher web` shows, which serves panel and API alone.
+WEB_METRICS: tuple[Spec[ProcessFigures], ...] = (
+    # ── any process ──
     Spec("build_info", "gauge", "Always 1; the version.", lambda f: {VERSION: 1}, "version"),
+    Spec(
+        "loop_lag_seconds",
+        "seconds",
+        "How late a timer of 0.1 s was: whether one core suffices.",
+        lambda f: f.of.pulse.loop_lag_us,
+    ),
+    Spec(
+        "database_up",
+        "gauge",
+        "1 if the last look at the database was answered, at most 15 s ago.",
+        lambda f: float(f.of.observer.silent_s <= DATABASE_SILENT_S),
+    ),
+    # ── panel and API ──
+    Spec(
+        "web_requests",
+        "counter",
+        "Requests to panel and API: api, panel, receiver, stream, static or health; by the class of the status, or left by their client.",
+        lambda f: _web(f, lambda server: server.requests.counts),
+        "area status",
+    ),
+    Spec(
+        "web_request_duration_seconds",
+        "seconds",
+        "How long answers took; not of streams, files and /healthz.",
+        lambda f: _web(f, lambda server: server.requests.answer_us),
+    ),
+    Spec(
+        "web_connections",
+        "gauge",
+        "Connections to panel and API.",
+        lambda f: _web(f, lambda server: server.connections),
+    ),
+    Spec(
+        "web_connections_max",
+        "gauge",
+        "DISPATCHER_WEB_CONNECTIONS_MAX.",
+        lambda f: _web(f, lambda _: f.of.settings.web_connections_max),
+    ),
+    Spec("web_streams", "gauge", "Live streams that are open.", lambda f: _web(f, lambda server: server.streams)),
+    Spec(
+        "web_streams_max",
+        "gauge",
+        "DISPATCHER_WEB_STREAMS_MAX.",
+        lambda f: _web(f, lambda _: f.of.settings.web_streams_max),
+    ),
+)
+
+METRICS: tuple[Spec[Figures], ...] = (
+    *WEB_METRICS,
+    # ── the process ──
     Spec(
         "state",
         "gauge",
@@ -58,12 +123,6 @@ METRICS: tuple[Spec, ...] = (
         "state",
     ),
     counted("starts", "starts", "Times it became the owner; again without a new process: the server lost its memory."),
-    Spec(
-        "loop_lag_seconds",
-        "seconds",
-        "How late a timer of 0.1 s was: whether one core suffices.",
-        lambda f: f.of.pulse.loop_lag_us,
-    ),
     # ── the log ──
     Spec(
         "head_id", "gauge", "The id up to which the log has been looked at.", lambda f: _own(f, lambda i: i.reader.head)
@@ -224,12 +283,6 @@ METRICS: tuple[Spec, ...] = (
         "gauge",
         "Since the last commit; an idle dispatcher commits a checkpoint a second.",
         lambda f: f.of.pulse.recorder_quiet_s,
-    ),
-    Spec(
-        "database_up",
-        "gauge",
-        "1 if the last look at the database was answered, at most 15 s ago.",
-        lambda f: float(f.of.observer.silent_s <= DATABASE_SILENT_S),
     ),
     counted("database_away", "store_away", "Times a session of the dispatcher found the database away."),
     Spec(

@@ -4,6 +4,7 @@ the loop for long: such a count is of a moment or two, not of an instant."""
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from dispatcher.domain.breaker import BreakerState
 from dispatcher.engine.engine import Engine, Incarnation, State
@@ -11,6 +12,9 @@ from dispatcher.observe.pulse import Pulse
 from dispatcher.settings import Settings
 from dispatcher.store.observe import Observer
 from dispatcher.transport.room import Room
+
+if TYPE_CHECKING:
+    from dispatcher.web.server import WebServer
 
 SLICE_LANES = 500  # 0.8 ms
 LIVE, LAGGING, HELD = "live", "lagging", "held"  # held: paused, disabled, or without a usable URL
@@ -27,20 +31,32 @@ class LaneCounts:
     paced: int = 0
 
 
-@dataclass(slots=True)
-class Subject:
-    """Whom the figures are of: the parts of one process."""
+@dataclass(slots=True, kw_only=True)
+class Process:
+    """What every process has that is told of. `web`: panel and API, where it serves them."""
 
-    engine: Engine
-    transport: Room
     settings: Settings
     pulse: Pulse
     observer: Observer
+    web: "WebServer | None" = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Subject(Process):
+    """One that delivers, or would."""
+
+    engine: Engine
+    transport: Room
     round_trips: RoundTrips
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class ProcessFigures:
+    of: Process
+
+
+@dataclass(frozen=True, slots=True)
+class Figures(ProcessFigures):
     of: Subject
     lanes: LaneCounts
 

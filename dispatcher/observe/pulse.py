@@ -17,9 +17,9 @@ LOOK_S = 1.0
 
 
 class Pulse:
-    """`run` beats until it is cancelled; `on_look` is called once a second."""
+    """`run` beats until it is cancelled; `on_look` is called once a second. Without an engine nothing is to move but the loop."""
 
-    def __init__(self, engine: Engine, *, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engine: Engine | None, *, now: Callable[[], float] = time.monotonic) -> None:
         self.loop_lag_us = Histogram()
         self.on_look: Callable[[], None] = lambda: None
         self._engine = engine
@@ -30,12 +30,16 @@ class Pulse:
     @property
     def reader_quiet_s(self) -> float:
         """How long the reader has not looked at the log; 0 while it isn't this process's to read."""
-        return self._reader.quiet_s(self._now()) if self._engine.state is State.OWNER else 0.0
+        return self._reader.quiet_s(self._now()) if self._owns else 0.0
 
     @property
     def recorder_quiet_s(self) -> float:
         """How long no batch has been committed; an idle dispatcher commits a checkpoint a second."""
-        return self._recorder.quiet_s(self._now()) if self._engine.state is State.OWNER else 0.0
+        return self._recorder.quiet_s(self._now()) if self._owns else 0.0
+
+    @property
+    def _owns(self) -> bool:
+        return self._engine is not None and self._engine.state is State.OWNER
 
     async def run(self) -> None:
         looked_at = self._now()
@@ -49,9 +53,9 @@ class Pulse:
                 self.look(now)
 
     def look(self, now: float) -> None:
-        owns = self._engine.state is State.OWNER
-        for moving in (self._reader, self._recorder):
-            moving.look(self._engine.counters, now, owns=owns)
+        if self._engine is not None:
+            for moving in (self._reader, self._recorder):
+                moving.look(self._engine.counters, now, owns=self._owns)
         self.on_look()
 
 

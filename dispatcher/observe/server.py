@@ -11,9 +11,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from dispatcher.errors import InputError
-from dispatcher.observe.figures import Subject, take_figures
-from dispatcher.observe.health import judge
-from dispatcher.observe.metrics import render
+from dispatcher.observe.health import Health
 from dispatcher.settings import split_listen
 from dispatcher.web.listening import bounded
 
@@ -24,11 +22,12 @@ GOODBYE_S = 1.0
 
 
 class HealthServer:
-    """`run` serves until it is cancelled; `port` is known once it is `ready`."""
+    """`run` serves until it is cancelled; `port` is known once it is `ready`. `scrape` returns the metrics in the text format."""
 
-    def __init__(self, listen: str, subject: Subject) -> None:
+    def __init__(self, listen: str, health: Callable[[], Health], scrape: Callable[[], Awaitable[bytes]]) -> None:
         self._listen = listen
-        self._subject = subject
+        self._health = health
+        self._scrape = scrape
         self.ready = asyncio.Event()
         self.port = 0
 
@@ -67,9 +66,8 @@ class HealthServer:
         return web.json_response({"alive": True})
 
     async def _ready(self, _: web.Request) -> web.StreamResponse:
-        health = judge(self._subject.engine, self._subject.pulse, self._subject.observer)
+        health = self._health()
         return web.json_response(health.as_dict(), status=200 if health.is_ready else 503)
 
     async def _metrics(self, _: web.Request) -> web.StreamResponse:
-        figures = await take_figures(self._subject)
-        return web.Response(body=render(figures), headers={"content-type": CONTENT_TYPE_LATEST})
+        return web.Response(body=await self._scrape(), headers={"content-type": CONTENT_TYPE_LATEST})

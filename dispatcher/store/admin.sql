@@ -3,6 +3,10 @@
 -- name: migration_lock_timeout
 SET LOCAL lock_timeout = '3s';
 
+-- name: migration_lock
+-- What every batch of a running dispatcher's recorder locks first: who took it after others would be its deadlock.
+LOCK TABLE webhook.checkpoint IN EXCLUSIVE MODE;
+
 -- name: constraint_definition
 SELECT pg_get_constraintdef(oid) FROM pg_catalog.pg_constraint
 WHERE conrelid = 'webhook.outbox'::regclass AND conname = 'outbox_payload_size';

@@ -88,22 +88,23 @@ async def migrate(connection: Connection, settings: Settings, tell: online.Tell 
 
 
 async def _upgrade(connection: Connection, step: int, tell: online.Tell) -> None:
-    """Apply one migration: what goes beside the producers step by step, the rest at once or not at all. Safe beside a running dispatcher: what
-    it waits for longer than the lock timeout ends it."""
+    """Apply one migration: what goes beside the producers step by step, the rest at once or not at all. Safe beside a running dispatcher, whose
+    order of locks it keeps: what it waits for longer than the lock timeout ends it, and so does a deadlock with others."""
     text = (Path(__file__).parent / "migrations" / f"{step}.sql").read_text()
     try:
         await online.change(connection, step, tell)
         async with connection.transaction():
             await connection.execute(ADMIN.migration_lock_timeout)
+            await connection.execute(ADMIN.migration_lock)
             await connection.execute(text)
     except asyncpg.InsufficientPrivilegeError as exc:
         raise DatabaseRefusedError(
             f"the schema can't be brought to version {step}: {exc}. Run `dispatcher migrate` as the role that installed it"
         ) from exc
-    except asyncpg.LockNotAvailableError as exc:
+    except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError) as exc:
         raise DatabaseAwayError(
-            f"the schema can't be brought to version {step} now: another transaction holds a lock ({exc}); what was made of it so far is kept "
-            "and changes nothing yet, run it again"
+            f"the schema can't be brought to version {step} now: another transaction holds a lock ({exc.args[0]}); what was made of it so far "
+            "is kept and changes nothing yet, run it again"
         ) from exc
 
 

@@ -55,7 +55,7 @@ class Pool:
                 raise DatabaseAwayError("the database went away; try again in a moment") from exc
             raise
         finally:
-            await pool.release(lent, timeout=WAIT_S)
+            await _give_back(pool, lent)
 
     async def ask(self) -> None:
         """Ask for anything. Raises BusyError or DatabaseAwayError where nothing is answered."""
@@ -70,6 +70,16 @@ class Pool:
                     await pool.close()
             except (TimeoutError, asyncpg.InterfaceError):
                 pool.terminate()
+
+
+async def _give_back(pool: Any, lent: Connection) -> None:
+    """Give back what was lent. A server that has fallen silent doesn't answer that either: asyncpg has hung up by then, and whoever used it
+    has its answer, or knows why not."""
+    try:
+        await pool.release(lent, timeout=WAIT_S)
+    except Exception as exc:
+        if not is_away(exc):
+            raise
 
 
 def _make(dsn: str, size: int, timeout_s: float) -> Any:

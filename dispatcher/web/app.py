@@ -10,6 +10,7 @@ tests of endpoints, the transport. Whatever goes wrong here ends in an answer, n
     panel/               the pages
     pages.py             templates and static files
     streams.py           live updates
+    requests.py          what was asked, counted and timed
 
 How to add a page. Write a handler in panel/, and put its route into `ROUTES` of panel/__init__.py:
 
@@ -59,6 +60,7 @@ from dispatcher.web.jobs import Jobs
 from dispatcher.web.limits import FailedLogins
 from dispatcher.web.pages import StaticFiles, Templates
 from dispatcher.web.problems import ProblemError, problem_of, problem_of_http
+from dispatcher.web.requests import Requests, counting
 from dispatcher.web.sessions import Cookies
 from dispatcher.web.streams import Streams
 from dispatcher.web.visit import VISIT, Route, Visit, Who
@@ -83,6 +85,7 @@ class Web:
         *,
         lane_health: LaneHealth | None = None,
         vitals: Vitals = dict,
+        requests: Requests | None = None,
     ) -> None:
         public = settings.public_url or ""
         self.settings = settings
@@ -90,6 +93,7 @@ class Web:
         self.transport = transport
         self.lane_health = lane_health  # of the engine beside; None where there is none
         self.vitals = vitals
+        self.requests = requests or Requests()
         self.base = urlsplit(public).path  # before every path that a browser is told
         self.mount = (
             self.base if settings.web_base_path is None else settings.web_base_path
@@ -159,7 +163,10 @@ class Web:
 
 def make_app(shared: Web) -> web.Application:
     """Return the application with every route under the base path."""
-    app = web.Application(middlewares=[answering_errors(shared)], client_max_size=1)  # bodies are read by Visit
+    app = web.Application(
+        middlewares=[counting(shared.requests, shared.mount), answering_errors(shared)],
+        client_max_size=1,  # bodies are read by Visit
+    )
     for route in routes():
         app.router.add_route(route.method, shared.mount + route.path, partial(route.serve, shared))
     app.router.add_post(

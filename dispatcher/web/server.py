@@ -18,6 +18,7 @@ from dispatcher.store import access
 from dispatcher.store.pool import Pool
 from dispatcher.web.app import LISTEN, LaneHealth, Vitals, Web, make_app
 from dispatcher.web.listening import bounded
+from dispatcher.web.requests import Requests
 
 _log = structlog.get_logger(room="web")
 
@@ -43,6 +44,7 @@ class WebServer:
         self._transport = transport
         self._lane_health = lane_health
         self._vitals = vitals
+        self.requests = Requests()
         self.ready = asyncio.Event()
         self.port = 0
         self.web: Web | None = None
@@ -52,11 +54,22 @@ class WebServer:
     def connections(self) -> int:
         return 0 if self._protocols is None else len(self._protocols.connections)
 
+    @property
+    def streams(self) -> int:
+        return 0 if self.web is None else self.web.streams.open
+
     async def run(self) -> None:
         """Serve. Raises InputError if it can't listen there."""
         settings = self._settings
         pool = Pool(self._dsn, size=settings.web_pool_size, statement_timeout_s=settings.web_statement_timeout_s)
-        shared = self.web = Web(settings, pool, self._transport, lane_health=self._lane_health, vitals=self._vitals)
+        shared = self.web = Web(
+            settings,
+            pool,
+            self._transport,
+            lane_health=self._lane_health,
+            vitals=self._vitals,
+            requests=self.requests,
+        )
         await asyncio.to_thread(shared.templates.compile)
         runner = web.AppRunner(
             make_app(shared), access_log=None, handle_signals=False, keepalive_timeout=60, shutdown_timeout=GOODBYE_S

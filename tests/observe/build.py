@@ -9,9 +9,12 @@ import aiohttp
 
 from dispatcher.engine.engine import State
 from dispatcher.observe.figures import Subject
+from dispatcher.observe.health import judge
+from dispatcher.observe.metrics import scrape
 from dispatcher.observe.pulse import Pulse
 from dispatcher.observe.server import HealthServer
 from dispatcher.store.observe import Observer
+from dispatcher.web.server import WebServer
 from tests.rig import Rig
 
 
@@ -35,9 +38,16 @@ class Observed:
 @contextlib.asynccontextmanager
 async def observed(r: Rig, *, looking: bool = True) -> AsyncIterator[Observed]:
     pulse, observer = Pulse(r.engine), Observer(r.dsn, lambda: r.engine.state is State.OWNER, every_s=0.02)
-    server = HealthServer(
-        "127.0.0.1:0", Subject(r.engine, r.transport, r.settings, pulse, observer, r.engine._store.round_trips)
+    subject = Subject(
+        engine=r.engine,
+        transport=r.transport,
+        settings=r.settings,
+        pulse=pulse,
+        observer=observer,
+        round_trips=r.engine._store.round_trips,
+        web=WebServer(r.settings, r.dsn, r.transport),  # which doesn't run
     )
+    server = HealthServer("127.0.0.1:0", lambda: judge(r.engine, pulse, observer), lambda: scrape(subject))
     running = [pulse.run(), server.run(), *([observer.run()] if looking else [])]
     tasks = [asyncio.create_task(part) for part in running]
     try:

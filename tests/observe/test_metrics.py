@@ -141,9 +141,9 @@ def test_names_and_units_follow_the_conventions() -> None:
         assert "_ms" not in spec.name, "base units"
         if spec.kind == "seconds":
             assert spec.name.endswith("_seconds"), spec.name
-        assert spec.label in {None, "version", "state", "part", "age", "kind", "outcome", "session"}, (
-            "no label without a bound"
-        )
+        assert set(spec.labels) <= {
+            *("version", "state", "part", "age", "kind", "outcome", "session", "area", "status"),
+        }, "no label without a bound"
 
 
 def test_every_counter_of_the_engine_is_a_metric_or_has_a_reason() -> None:

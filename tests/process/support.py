@@ -40,9 +40,9 @@ AWAY = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, as
 
 
 class Dispatcher:
-    """One `dispatcher run`. `lines` are its log so far, `errors` what it wrote to stderr."""
+    """One `dispatcher run`, or another verb that serves, of the package in `root`. `lines` are its log so far, `errors` its stderr."""
 
-    def __init__(self, dsn: str, **settings: Any) -> None:
+    def __init__(self, dsn: str, *, verb: str = "run", root: Path = ROOT, **settings: Any) -> None:
         effective = {
             "database_url": dsn,
             "allowed_networks": "127.0.0.0/8",
@@ -51,6 +51,8 @@ class Dispatcher:
         } | settings
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith("DISPATCHER_")}
         self._environment |= {f"DISPATCHER_{name.upper()}": str(value) for name, value in effective.items()}
+        self._verb = verb
+        self._root = root
         self._tasks: list[asyncio.Task[None]] = []
         self.process: asyncio.subprocess.Process
         self.lines: list[dict[str, Any]] = []
@@ -58,17 +60,17 @@ class Dispatcher:
 
     async def launch(self) -> "Dispatcher":
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "dispatcher", "run",
-            cwd=ROOT, env=self._environment,
+            sys.executable, "-m", "dispatcher", self._verb,
+            cwd=self._root, env=self._environment,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         self._tasks = [asyncio.create_task(self._read_log()), asyncio.create_task(self._read_errors())]
         return self
 
     async def start(self) -> "Dispatcher":
-        """Launch, and wait until it reads the log."""
+        """Launch, and wait until it reads the log, or listens."""
         await self.launch()
-        await self.said("started")
+        await self.said("web.listening" if self._verb == "web" else "started")
         return self
 
     async def _read_log(self) -> None:
@@ -128,9 +130,9 @@ class Dispatcher:
 
 
 @contextlib.asynccontextmanager
-async def dispatching(dsn: str, **settings: Any) -> AsyncIterator[Dispatcher]:
+async def dispatching(dsn: str, *, verb: str = "run", **settings: Any) -> AsyncIterator[Dispatcher]:
     """A dispatcher that has started; killed at the end if it is still there."""
-    made = Dispatcher(dsn, **settings)
+    made = Dispatcher(dsn, verb=verb, **settings)
     try:
         yield await made.start()
     finally:

@@ -8,7 +8,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
+import orjson
 
+from bench.network import Network
+from dispatcher.observe.catalogue import METRICS, WEB_METRICS
 from dispatcher.sink import Behaviour
 from tests.process.support import SESSIONS, Dispatcher, backends, dispatching, standing_by
 from tests.rig import rig, until
@@ -102,8 +105,9 @@ async def test_a_service_answers_probes_and_scrapes_and_the_log_of_a_failing_end
     async with rig(dsn, start=False) as r:
         await r.endpoint("/bad", behaviour=Behaviour(status=400))
         async with dispatching(
-            dsn, health_listen="127.0.0.1:0", log_repeats_per_minute=3, breaker_failures=1000, retry_schedule_s=3600
-        ) as made:
+            dsn, health_listen="127.0.0.1:0", web_listen="127.0.0.1:0", log_repeats_per_minute=3, breaker_failures=1000, retry_schedule_s=3600,
+        ) as made:  # fmt: skip
+            panel = (await made.said("web.listening"))["address"]
             address = (await made.said("health.listening"))["address"]
             async with aiohttp.ClientSession() as client:
 
@@ -123,5 +127,91 @@ async def test_a_service_answers_probes_and_scrapes_and_the_log_of_a_failing_end
 
                 await until(is_ready, what="ready")
                 assert (await ask("/livez"))[0] == 200
+                async with client.get(f"http://{panel}/healthz") as answer:
+                    assert answer.status == 200
+                assert 'dispatcher_web_requests_total{area="health",status="2xx"} 1.0' in (await ask("/metrics"))[1]
             assert len(made.all("delivery.attempted")) == 3
             assert await made.stop() == 0
+
+
+async def test_panel_and_api_alone_are_a_service_too(dsn, tmp_path, monkeypatch):
+    """Readiness, life, probes, a scrape, a reload and an orderly end, by the same means as `run`."""
+    path, config = tmp_path / "notify", tmp_path / "dispatcher.toml"
+    config.write_text("")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(path))
+    monkeypatch.setenv("WATCHDOG_USEC", "600000")
+    listening = {"web_listen": "127.0.0.1:0", "health_listen": "127.0.0.1:0"}
+    async with manager(path) as heard, dispatching(dsn, verb="web", config=config, **listening) as made:
+        await heard.heard("READY=1\nSTATUS=web: port")
+        await heard.heard("WATCHDOG=1", times=3)
+        panel = (await made.said("web.listening"))["address"]
+        health = (await made.said("health.listening"))["address"]
+        async with aiohttp.ClientSession() as client:
+
+            async def ask(where: str) -> tuple[int, str]:
+                async with client.get(f"http://{where}") as answer:
+                    return answer.status, await answer.text()
+
+            assert await ask(f"{health}/livez") == (200, '{"alive": true}')
+            status, text = await ask(f"{health}/readyz")
+            assert (status, orjson.loads(text)) == (200, {"ready": True, "role": "web", "problems": []})
+            assert (await ask(f"{panel}/login"))[0] == 200
+            assert (await ask(f"{panel}/api/v1/me"))[0] == 401
+            assert (await ask(f"{panel}/metrics"))[0] == 404, "not where the public may be"
+            _, text = await ask(f"{health}/metrics")
+            assert 'dispatcher_web_requests_total{area="panel",status="2xx"} 1.0' in text
+            assert 'dispatcher_web_requests_total{area="api",status="4xx"} 1.0' in text
+            assert "dispatcher_web_request_duration_seconds_count 3.0" in text
+            assert "dispatcher_database_up 1.0" in text
+            assert "process_open_fds" in text
+            for spec in METRICS:
+                assert (f"# TYPE {spec.full_name} " in text) == (spec in WEB_METRICS), spec.name
+
+        config.write_text('log_level = "warning"\nweb_pool_size = 3\n')
+        made.signal(signal.SIGHUP)
+        line = await made.said("reloaded")
+        assert line["changed"] == {"DISPATCHER_LOG_LEVEL": "warning"}
+        assert line["need_restart"] == ["DISPATCHER_WEB_POOL_SIZE"]
+        await heard.heard("RELOADING=1")
+        await heard.heard("READY=1", times=2)
+        made.signal(signal.SIGUSR1)
+        assert (await made.said("log.level"))["now"] == "debug"
+        assert await made.stop() == 0
+        await heard.heard("STOPPING=1")
+        assert [line["name"] for line in made.all("signal")] == ["SIGTERM"]
+        assert made.errors == ""
+
+
+async def test_panel_and_api_alone_are_not_ready_without_their_database(dsn):
+    async with Network(dsn) as network:
+        listening = {"web_listen": "127.0.0.1:0", "health_listen": "127.0.0.1:0"}
+        async with dispatching(network.dsn, verb="web", **listening) as made, aiohttp.ClientSession() as client:
+            health = (await made.said("health.listening"))["address"]
+
+            async def status_of(path: str) -> int:
+                async with client.get(f"http://{health}{path}") as answer:
+                    return answer.status
+
+            async def is_ready() -> bool:
+                return await status_of("/readyz") == 200
+
+            await until(is_ready, what="ready")
+            network.cut()
+
+            async def is_away() -> bool:
+                return await status_of("/readyz") == 503
+
+            await until(is_away, what="unready")
+            assert await status_of("/livez") == 200
+            network.heal()
+            await until(is_ready, what="ready again")
+            assert await made.stop() == 0
+
+
+async def test_a_second_signal_ends_panel_and_api_at_once(dsn):
+    async with dispatching(dsn, verb="web", web_listen="127.0.0.1:0") as made:
+        made.signal(signal.SIGTERM)
+        made.signal(signal.SIGINT)  # another: two of a kind would be one
+        assert await made.ended() > 128, made
+        assert len(made.all("signal.forced")) == 1
+        assert "Traceback" not in made.errors

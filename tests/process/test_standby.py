@@ -8,11 +8,13 @@ import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from bench.network import Network
 from dispatcher.sink import Behaviour, Received
 from tests.process.support import (
+    ROOT,
     Dispatcher,
     Load,
     Watch,
@@ -93,8 +95,8 @@ async def scene(dsn: str) -> AsyncIterator[Scene]:
 
 
 @contextlib.asynccontextmanager
-async def standby(dsn: str, name: str = "second") -> AsyncIterator[Dispatcher]:
-    made = Dispatcher(dsn, user_agent=name, **RETRY)
+async def standby(dsn: str, name: str = "second", root: Path = ROOT) -> AsyncIterator[Dispatcher]:
+    made = Dispatcher(dsn, root=root, user_agent=name, **RETRY)
     try:
         await made.launch()
         yield made

@@ -43,6 +43,8 @@ SELECT 'grant', c.relname, a.grantee::regrole::text, a.privilege_type, '', '', '
 WHERE c.relnamespace = 'webhook'::regnamespace AND NOT c.relispartition
 """
 
+WAITS = "SELECT wait_event = 'relation' FROM pg_stat_activity WHERE pid = $1"  # asked from without: a snapshot of theirs would be waited for
+
 
 @pytest.fixture(params=sorted(RELEASED.glob("*.sql")), ids=lambda path: f"version {path.stem}")
 async def old(request: pytest.FixtureRequest, server: embedded.EmbeddedServer) -> AsyncIterator[str]:
@@ -106,6 +108,34 @@ async def test_an_upgrade_that_finds_a_lock_can_be_repeated(old: str, db: asyncp
         assert await connection.fetchval("SELECT count(*) FROM pg_class WHERE relname = 'run'") == 0
         await migrate.migrate(connection, SETTINGS)
         assert await structure(connection) == await structure(db)
+
+
+async def test_an_upgrade_takes_its_locks_after_the_running_dispatchers(old: str, db: asyncpg.Connection) -> None:
+    """A batch of the recorder holds the checkpoint's row and asks for more on the way: whoever took those first would be its deadlock."""
+    async with connected(old) as recorder, connected(old) as connection:
+        pid = await connection.fetchval("SELECT pg_backend_pid()")
+        async with recorder.transaction():
+            await recorder.execute("SELECT FROM webhook.checkpoint FOR UPDATE")
+            migrating = asyncio.create_task(migrate.migrate(connection, SETTINGS))
+            await until(lambda: db.fetchval(WAITS, pid), within_s=60, what="it waits for the batch")
+            await recorder.execute("DELETE FROM webhook.retry; UPDATE webhook.lane SET backlog = 0")
+            await recorder.execute("SELECT FROM webhook.endpoint")
+        await migrating
+        assert await structure(connection) == await structure(db)
+
+
+async def test_a_deadlock_with_others_is_told_as_what_it_is(old: str, db: asyncpg.Connection) -> None:
+    """Somebody's transaction that reads the one thing and then the other: PostgreSQL ends who waited first, and that is the upgrade."""
+    async with connected(old) as other, connected(old) as connection:
+        pid = await connection.fetchval("SELECT pg_backend_pid()")
+        async with other.transaction():
+            await other.execute("LOCK TABLE webhook.retry IN ROW SHARE MODE")
+            migrating = asyncio.create_task(migrate.migrate(connection, SETTINGS))
+            await until(lambda: db.fetchval(WAITS, pid), within_s=60, what="it waits for the other")
+            await other.execute("LOCK TABLE webhook.endpoint IN ROW SHARE MODE")
+            with pytest.raises(DatabaseAwayError, match="changes nothing yet, run it again"):
+                await migrating
+        assert await version_of(connection) == 1
 
 
 async def test_producers_go_on_while_the_log_is_read_through(old: str, db: asyncpg.Connection) -> None:

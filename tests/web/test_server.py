@@ -8,6 +8,7 @@ import asyncpg
 import pytest
 import structlog
 
+from bench.network import Network
 from dispatcher import settings as settings_module
 from dispatcher.errors import BusyError, DatabaseAwayError, InputError
 from dispatcher.main import make_transport
@@ -60,6 +61,44 @@ async def test_a_load_balancer_is_told_whether_pages_can_be_answered(web: Site):
     async with site("postgresql://127.0.0.1:1/none") as away:
         answer = await away.ask("GET", "/healthz")
         assert (answer.status, answer.json) == (503, {"ready": False})
+
+
+async def test_requests_are_counted_by_area_and_status_and_answers_are_timed(web: Site):
+    counts = web.server.requests.counts
+    before = dict(counts)
+    key = await web.key()
+    for method, path, expected, area, status in (
+        ("GET", "/login", 200, "panel", "2xx"),
+        ("GET", "/nothing", 404, "panel", "4xx"),
+        ("GET", "/endpoints", 303, "panel", "3xx"),
+        ("GET", "/api/v1/me", 401, "api", "4xx"),
+        ("POST", "/r/" + "x" * 43, 410, "receiver", "4xx"),
+        ("GET", "/static/0/nothing.css", 404, "static", "4xx"),
+        ("GET", "/healthz", 200, "health", "2xx"),
+    ):
+        answer = await web.ask(method, path)
+        assert answer.status == expected, (path, answer.text)
+        assert counts[area, status] == before[area, status] + 1, path
+        before = dict(counts)
+    assert sum(web.server.requests.answer_us.counts) == 5, "not those of files and probes"
+    async with web.http.get(f"{web.url}/overview/live", headers={"Authorization": f"Bearer {key}"}) as stream:
+        assert stream.headers["Content-Type"].startswith("text/event-stream")
+        await until(lambda: web.server.streams == 1)
+        assert counts == before, "it is counted when it ends"
+    await until(lambda: web.server.streams == 0, what="its client has left")
+    assert counts["stream", "2xx"] == before["stream", "2xx"] + 1
+    assert {area for area, _ in counts} == {"api", "panel", "receiver", "stream", "static", "health"}
+
+
+async def test_a_fault_of_ours_counts_as_one(web: Site, monkeypatch: pytest.MonkeyPatch):
+    async def broken(*args: Any, **more: Any) -> None:
+        raise RuntimeError("nobody expected this")
+
+    key = await web.key()
+    monkeypatch.setattr(access, "keys", broken)
+    with structlog.testing.capture_logs():
+        assert (await web.ask("GET", "/api/v1/keys", key=key)).status == 500
+    assert web.server.requests.counts["api", "5xx"] == 1
 
 
 async def test_a_database_that_is_away_is_an_answer():
@@ -121,6 +160,19 @@ async def test_a_request_waits_for_a_connection_and_then_is_told(dsn: str, monke
         async with away.connection():
             pass
     await away.close()
+
+
+async def test_a_database_that_falls_silent_is_away_and_its_connection_is_made_again(dsn: str):
+    """To give the connection back fails too then: that ended `dispatcher web`, when it was the sweep's."""
+    async with Network(dsn) as network:
+        pool = Pool(network.dsn, size=1, statement_timeout_s=0.1)
+        await pool.ask()
+        network.cut()
+        with pytest.raises(DatabaseAwayError):
+            await pool.ask()
+        network.heal()
+        await pool.ask()
+        await pool.close()
 
 
 async def test_what_is_cancelled_in_a_transaction_leaves_none_open(dsn: str):
