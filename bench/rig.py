@@ -452,6 +452,18 @@ async def dispatcher(dsn: str, connection: asyncpg.Connection, **settings: Any) 
         yield running
 
 
+@contextlib.asynccontextmanager
+async def web(dsn: str, port: int) -> AsyncIterator[None]:
+    """Run `dispatcher web`, the panel and API alone; don't wait for it."""
+    env = {
+        "DISPATCHER_DATABASE_URL": dsn,
+        "DISPATCHER_WEB_LISTEN": f"127.0.0.1:{port}",
+        "DISPATCHER_LOG_LEVEL": "error",
+    }
+    with process(sys.executable, "-m", "dispatcher", "web", env=env):
+        yield
+
+
 async def owns(connection: asyncpg.Connection, running: Running, epoch: int) -> None:
     """Wait until the process has raised the epoch above `epoch`."""
     while await connection.fetchval("SELECT epoch FROM webhook.checkpoint") == epoch:

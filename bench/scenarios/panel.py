@@ -1,8 +1,9 @@
 """Panel under load: commit → received, with and without people who look: 50 page loads a second and 200 live streams beside steady deliveries.
 
-Short phases without and with visitors in turn, A B A B …, on one dispatcher, open loop; what is compared is all A against all B. Visitors are a
-process of their own (`main`), each of their loads due at its instant, whether or not earlier ones have been answered. It says "ready" when all
-streams are open, and when its stdin ends, as JSON, what was seen.
+Short phases without visitors, with them, and with visitors of a `dispatcher web` beside it, in turn, on one dispatcher, open loop; what is
+compared is all of a kind. The third says what of the second is the machine's: the same pages and streams, but none of it in the deliveries'
+process. Visitors are a process of their own (`main`), each of their loads due at its instant, whether or not earlier ones have been answered. It
+says "ready" when all streams are open, and when its stdin ends, as JSON, what was seen.
 """
 
 import asyncio
@@ -25,7 +26,8 @@ from dispatcher.domain.principal import OPERATOR
 from dispatcher.store import access
 
 RATE = 500.0  # events a second
-WITHOUT, WITH = "without visitors", "with visitors"
+WITHOUT, WITH, APART = "without visitors", "with visitors", "with visitors of a `dispatcher web` beside it"
+JOINED_S = 1.0  # after the last stream was opened: a hundred people who come at one instant are no steady state
 READY_S, ANSWER_S = 60.0, 30.0
 ANSWERS_KEPT = 100_000
 VISITORS = "from bench.scenarios.panel import main; main()"
@@ -62,35 +64,38 @@ async def _variant(bench: Bench, result: Result, size: Size, endpoints: int) -> 
         f"{RATE:,.0f} events a second to {many}; visitors: {size.pages_per_s:g} pages a second, {size.streams} live streams"
     )
     seen = Table(f"What visitors see, {many}")
-    pooled = {WITHOUT: Histogram(), WITH: Histogram()}
+    pooled = {WITHOUT: Histogram(), WITH: Histogram(), APART: Histogram()}
     pages: dict[str, Histogram] = {}
-    port = rig.free_port()
+    ports = {WITH: rig.free_port(), APART: rig.free_port()}
     async with load.arrivals() as arrivals, bench.database() as dsn:
         connection = await rig.install(dsn, endpoints=endpoints, port=arrivals.sink.port, in_flight=100)
         _, key = await access.create_key(connection, OPERATOR, account_id=None, name="bench")
         async with (
-            rig.dispatcher(dsn, connection, web_listen=f"127.0.0.1:{port}") as running,
+            rig.dispatcher(dsn, connection, web_listen=f"127.0.0.1:{ports[WITH]}") as running,
+            rig.web(dsn, ports[APART]),
             load.producers(dsn) as producers,
         ):
-            await asyncio.to_thread(rig.await_port, port)
+            for port in ports.values():
+                await asyncio.to_thread(rig.await_port, port)
             bench.tell(f"panel: {size.history:,} events of the past to {many}")
             await rig.passed(connection, await load.bulk(connection, size.history, endpoints))
             await arrivals.all_of(await producers.open_loop(200, 1.0, range(endpoints)))  # connections, caches
-            async with _visitors(f"http://127.0.0.1:{port}", key, size, endpoints, come=True):
-                await asyncio.sleep(min(2.0, size.phase_s))  # the first visitors, of whom nothing is told
+            for port in ports.values():  # the first visitors, of whom nothing is told
+                async with _visitors(port, key, size, endpoints):
+                    await asyncio.sleep(min(2.0, size.phase_s))
             for n in range(size.rounds):
                 bench.tell(f"panel: {many}, round {n + 1} of {size.rounds}")
-                waits = {WITHOUT: Histogram(), WITH: Histogram()}
+                waits = {row: Histogram() for row in pooled}
                 used_s, failed = dict.fromkeys(waits, 0.0), 0
                 for _ in range(size.pairs):
-                    for row in (WITHOUT, WITH):
-                        async with _visitors(
-                            f"http://127.0.0.1:{port}", key, size, endpoints, come=row == WITH
-                        ) as looked:
+                    for row in waits:
+                        async with _visitors(ports.get(row), key, size, endpoints) as looked:
                             cpu_s = running.cpu_s()
                             committed = await producers.open_loop(RATE, size.phase_s, range(endpoints))
                             used_s[row] += running.cpu_s() - cpu_s
                             waits[row].merge([await arrivals.all_of(committed)])
+                        if row == APART:
+                            continue
                         failed += looked.failed
                         for page, times_us in looked.pages.items():
                             for time_us in times_us:
@@ -107,6 +112,14 @@ async def _variant(bench: Bench, result: Result, size: Size, endpoints: int) -> 
     result.tables += [table, seen]
     result.goals += [
         *table.goal(f"p99 of deliveries: with visitors ÷ without, {many}", "p99_ms", WITH, "≤", 1.2, over=WITHOUT),
+        *table.goal(
+            f"p99 of deliveries: with visitors ÷ with visitors of another process, {many}",
+            "p99_ms",
+            WITH,
+            "≤",
+            1.2,
+            over=APART,
+        ),
         *table.goal(f"pages that failed, {many}", "failed_pages", WITH, "≤", 0),
     ]
     for page in pages:
@@ -137,14 +150,15 @@ class Looked:
 
 
 @contextlib.asynccontextmanager
-async def _visitors(url: str, key: str, size: Size, endpoints: int, *, come: bool) -> AsyncIterator[Looked]:
-    """Have visitors look for as long as this is entered; `come`: or nobody."""
+async def _visitors(port: int | None, key: str, size: Size, endpoints: int) -> AsyncIterator[Looked]:
+    """Have visitors of that port look for as long as this is entered, or nobody. Wait for as long before it in either case."""
     looked = Looked()
-    if not come:
+    if port is None:
+        await asyncio.sleep(min(JOINED_S, size.phase_s))
         yield looked
         return
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", VISITORS, url, key, str(size.pages_per_s), str(size.streams), str(endpoints),
+        sys.executable, "-c", VISITORS, f"http://127.0.0.1:{port}", key, str(size.pages_per_s), str(size.streams), str(endpoints),
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 26,
     )  # fmt: skip
     assert process.stdin is not None
@@ -153,6 +167,7 @@ async def _visitors(url: str, key: str, size: Size, endpoints: int, *, come: boo
         async with asyncio.timeout(READY_S):
             ready = await process.stdout.readline()
         assert ready == b"ready\n", f"the visitors did not get in: {ready!r}"
+        await asyncio.sleep(min(JOINED_S, size.phase_s))
         yield looked
         process.stdin.close()
         async with asyncio.timeout(READY_S):

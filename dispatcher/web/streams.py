@@ -1,7 +1,8 @@
 """Server-sent events: many browsers, one question to the database a second for each topic.
 
 A *topic* is what several streams watch: an account's deliveries, an endpoint's state. One task a topic looks, once every
-`every_s`, for as long as somebody listens, and hands what it found to all of them. A stream that can't keep up loses the
+`every_s`, for as long as somebody listens, and hands what it found to all of them. Topics look one after another, spread
+over the second: a hundred that looked at once would hold up deliveries. A stream that can't keep up loses the
 oldest messages and is told so; none makes another wait, and none grows without a bound.
 
     async def look(db: Connection, seen: int | None) -> tuple[int, list[Message]]:
@@ -38,6 +39,8 @@ Look = Callable[[Connection, Any], Awaitable[tuple[Any, list[Message]]]]
 
 QUEUE_MAX = 200  # messages that wait for one stream
 KEEP_ALIVE_S = 15.0  # a comment, so that proxies keep the stream open and a dead browser is noticed
+LOOKS_AT_ONCE = 2  # one that takes long doesn't stop the others
+GOLDEN = 0.618034  # multiples of it, without their whole parts, lie far from each other however many there are
 LIFE_S = 300.0  # then the browser connects again, and is asked again who it is
 RETRY_MS = 2_000
 
@@ -47,6 +50,8 @@ class Streams:
         self._pool = pool
         self._streams_max = streams_max
         self._topics: dict[Hashable, _Topic] = {}
+        self._topics_made = 0
+        self._looking = asyncio.Semaphore(LOOKS_AT_ONCE)
         self._open = 0
         self._closing = asyncio.Event()
 
@@ -69,9 +74,7 @@ class Streams:
         self._open += 1
         stream = _Stream()
         try:
-            found = self._topics.get(topic)
-            if found is None:
-                found = self._topics[topic] = _Topic(self._pool, look, every_s, kept)
+            found = self._topic(topic, look, every_s, kept)
             found.add(stream)
             try:
                 return await self._send(visit, stream)
@@ -82,6 +85,14 @@ class Streams:
                     await found.stop()
         finally:
             self._open -= 1
+
+    def _topic(self, topic: Hashable, look: Look, every_s: float, kept: Collection[str]) -> "_Topic":
+        found = self._topics.get(topic)
+        if found is None:
+            self._topics_made += 1
+            offset_s = self._topics_made * GOLDEN % 1 * every_s
+            found = self._topics[topic] = _Topic(self._pool, look, every_s, kept, offset_s, self._looking)
+        return found
 
     async def close(self) -> None:
         """End every stream; browsers connect again in a moment."""
@@ -130,13 +141,18 @@ class _Stream:
 
 
 class _Topic:
-    """Owns the task that looks. It begins with the first stream and is stopped after the last."""
+    """Owns the task that looks. It begins with the first stream and is stopped after the last. `offset_s` lie between the first look and the
+    second."""
 
-    def __init__(self, pool: Pool, look: Look, every_s: float, kept: Collection[str] = ()) -> None:
+    def __init__(
+        self, pool: Pool, look: Look, every_s: float, kept: Collection[str], offset_s: float, looking: asyncio.Semaphore
+    ) -> None:
         self.streams: dict[_Stream, None] = {}
         self._pool = pool
         self._look = look
         self._every_s = every_s
+        self._offset_s = offset_s
+        self._looking = looking
         self._kept = kept
         self._last: dict[str, bytes] = {}
         self._task = asyncio.create_task(self._run())
@@ -155,9 +171,10 @@ class _Topic:
 
     async def _run(self) -> None:
         seen: Any = None
+        wait_s = self._offset_s
         while True:
             try:
-                async with self._pool.connection() as db:
+                async with self._looking, self._pool.connection() as db:
                     seen, messages = await self._look(db, seen)
                 for event, data in messages:
                     encoded = _encode(event, data)
@@ -169,7 +186,8 @@ class _Topic:
                 _log.info("stream.look", error=str(exc))  # busy, or away: the next look may succeed
             except Exception:  # noqa: BLE001 - logged with its trace; one topic's fault must not end the others' streams
                 _log.exception("stream.look")
-            await asyncio.sleep(self._every_s)
+            await asyncio.sleep(wait_s)
+            wait_s = self._every_s
 
 
 def _encode(event: str, data: Any) -> bytes:

@@ -1,6 +1,7 @@
 """Live streams: one look a topic however many watch, bounds, and their ends."""
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from dispatcher.store.pool import Pool
 from dispatcher.web import streams as streams_module
-from dispatcher.web.streams import QUEUE_MAX, Streams, _Stream
+from dispatcher.web.streams import LOOKS_AT_ONCE, QUEUE_MAX, Look, Message, Streams, _Stream
 from dispatcher.web.visit import Route, Visit
 from tests.rig import until
 from tests.web.conftest import Site, site
@@ -124,7 +125,7 @@ async def test_the_server_ends_streams_when_it_stops(dsn: str, monkeypatch: pyte
 async def test_a_look_that_fails_is_tried_again(dsn: str):
     pool = Pool("postgresql://127.0.0.1:1/none", size=1, statement_timeout_s=1)
     streams = Streams(pool, streams_max=1)
-    topic = streams_module._Topic(pool, look, 0.01)
+    topic = streams_module._Topic(pool, look, 0.01, (), 0.0, asyncio.Semaphore(1))
     stream = _Stream()
     topic.add(stream)
     await asyncio.sleep(0.05)
@@ -132,6 +133,36 @@ async def test_a_look_that_fails_is_tried_again(dsn: str):
     await topic.stop()
     assert (streams.open, list(stream.messages)) == (0, [])
     await pool.close()
+
+
+async def test_topics_look_one_after_another_and_spread_over_the_second(dsn: str):
+    """A hundred people who come at one instant don't look at one instant from then on."""
+    looking, most, looks = 0, 0, defaultdict[int, list[float]](list)
+    loop = asyncio.get_running_loop()
+
+    def look_of(n: int) -> Look:
+        async def look(db: Any, seen: Any) -> tuple[Any, list[Message]]:
+            nonlocal looking, most
+            looking += 1
+            most = max(most, looking)
+            looks[n].append(loop.time())
+            await asyncio.sleep(0.001)
+            looking -= 1
+            return None, []
+
+        return look
+
+    pool = Pool(dsn, size=4, statement_timeout_s=1)
+    streams = Streams(pool, streams_max=100)
+    topics = [streams._topic(n, look_of(n), 0.5, ()) for n in range(20)]
+    while min(map(len, looks.values()), default=0) < 3 or len(looks) < 20:
+        await asyncio.sleep(0.01)
+    for topic in topics:
+        await topic.stop()
+    await pool.close()
+    assert most == LOOKS_AT_ONCE
+    at = sorted(times[1] - min(times[0] for times in looks.values()) for times in looks.values())
+    assert at[-1] - at[0] > 0.3, "second looks come spread over the half second"
 
 
 def test_a_slow_stream_loses_the_oldest_and_is_told():
