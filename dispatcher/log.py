@@ -36,6 +36,9 @@ def configure(settings: "Settings", *, stream: Any = None, level: str | None = N
     level = level or settings.log_level
     # Who asks for debug wants to see everything.
     repeats.per_minute = 0 if level == "debug" else settings.log_repeats_per_minute
+    root = logging.getLogger()
+    if not any(isinstance(handler, _Forward) for handler in root.handlers):
+        root.addHandler(_Forward())
     kind = settings.log_format if settings.log_format != "auto" else _fitting(stream)
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -71,6 +74,17 @@ def configure(settings: "Settings", *, stream: Any = None, level: str | None = N
             logger_factory=structlog.BytesLoggerFactory(stream.buffer),
             cache_logger_on_first_use=False,
         )
+
+
+class _Forward(logging.Handler):
+    """What libraries say by the standard library's logging goes the same way as every other line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        method = record.levelname.lower() if record.levelname.lower() in _PRIORITIES else "warning"
+        said = {"room": record.name, "said": record.getMessage()}
+        if record.exc_info:
+            said["exc_info"] = record.exc_info  # type: ignore[assignment]
+        getattr(structlog.get_logger(), method)("library", **said)
 
 
 def _fitting(stream: Any) -> str:

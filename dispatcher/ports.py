@@ -246,6 +246,9 @@ class Store(Protocol):
         """Take the owner lock again after its session was lost. Raises FencedError if the epoch moved or the lock stays another's, and
         StoreAwayError while it is another's that has yet to raise the epoch."""
 
+    async def is_stood_by(self) -> bool:
+        """Tell whether another dispatcher waits to take over."""
+
     async def head(
         self, after: int, limit: int, bytes_max: int, young: Sequence[int], *, attempted: bool
     ) -> HeadPage: ...

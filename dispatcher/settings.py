@@ -43,6 +43,10 @@ SECRETS = ("database_url", "proxy_url", "encryption_keys", "smtp_url")  # no mes
 FROM_FILES = ("database_url", "proxy_url", "smtp_url")  # may be in a file; encryption_keys has one key a line there
 
 
+# Names that begin as ours do and are none: where the settings are, and what `dispatcher listen` reads (cli/listen.py).
+NO_SETTINGS = (f"{ENV_PREFIX}CONFIG", f"{ENV_PREFIX}API_URL", f"{ENV_PREFIX}API_KEY")
+
+
 def default_data_dir() -> Path:
     if os.geteuid() == 0:
         return Path("/var/lib/dispatcher")
@@ -218,7 +222,12 @@ class Settings(BaseSettings):
     unrecorded_max: int = Field(
         20_000, ge=100, le=1_000_000, description="Results that may wait for the database; above, no POST starts."
     )
-    grace_s: float = Field(15, ge=0, le=600, description="At SIGTERM, how long POSTs in flight may take to finish.")
+    grace_s: float = Field(
+        15,
+        ge=0,
+        le=600,
+        description="At SIGTERM, how long POSTs in flight may take to finish; a second at most while a standby waits to go on.",
+    )
 
     # ── panel and API ──
     web_listen: str | None = Field(
@@ -393,8 +402,9 @@ class Settings(BaseSettings):
                 raise ValueError(str(exc)) from exc
         return value
 
-    @property
+    @cached_property
     def keyring(self) -> Keyring:
+        """The keys, as they were when they were first asked for: what one part of a process seals, all of it can open."""
         if self.encryption_keys is not None:
             return Keyring(parse_keys(self.encryption_keys))
         if self.encryption_keys_file is not None:
@@ -625,7 +635,7 @@ def load(config: Path | None = None, **overrides: Any) -> Settings:
     if path and not Path(path).is_file():
         raise InputError(f"the settings file {path} does not exist; correct --config or DISPATCHER_CONFIG")
     unknown = sorted(
-        name for name in os.environ if name.startswith(ENV_PREFIX) and name != "DISPATCHER_CONFIG" and not _known(name)
+        name for name in os.environ if name.startswith(ENV_PREFIX) and name not in NO_SETTINGS and not _known(name)
     )
     if unknown:
         raise InputError(f"{unknown[0]} is not a setting; see `dispatcher run --help` or the table in README.md")
@@ -635,6 +645,10 @@ def load(config: Path | None = None, **overrides: Any) -> Settings:
         raise InputError("\n".join(_explain(error, path) for error in exc.errors())) from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise InputError(f"the settings file {path} is not valid TOML: {exc}") from exc
+    except OSError as exc:
+        raise InputError(
+            f"the settings file {path} can't be read: {exc.strerror}; let its group or this user read it"
+        ) from exc
 
 
 def _known(env_name: str) -> bool:

@@ -231,6 +231,8 @@ def test_kubernetes_takes_the_manifest() -> None:
     mounted = container["volumeMounts"][0]["mountPath"]
     assert all(value.startswith(mounted) for name, value in env.items() if name.endswith("_FILE"))
     assert container["securityContext"]["readOnlyRootFilesystem"]
+    # A Service named `dispatcher` would put DISPATCHER_SERVICE_HOST into the environment, which settings refuse.
+    assert documents[0]["spec"]["template"]["spec"]["enableServiceLinks"] is False
     assert documents[0]["spec"]["replicas"] == 2
 
 
@@ -243,9 +245,14 @@ def test_compose_joins_what_it_names() -> None:
     assert services["dispatcher"]["read_only"] is True
     assert services["dispatcher"]["deploy"]["replicas"] == 2
     assert int(services["dispatcher"]["stop_grace_period"].rstrip("s")) >= 2 * GRACE_S
-    for name, value in services["dispatcher"]["environment"].items():
-        if name.endswith("_FILE"):
-            assert value.removeprefix("/run/secrets/") in services["dispatcher"]["secrets"]
+    for name in ("dispatcher", "web", "migrate"):
+        for setting, value in services[name]["environment"].items():
+            if setting.endswith("_FILE"):
+                assert value.removeprefix("/run/secrets/") in services[name]["secrets"]
+    for name in ("dispatcher", "web"):
+        assert "/livez" in services[name]["healthcheck"]["test"][-1]
+    assert services["web"]["environment"]["DISPATCHER_WEB_LISTEN"].endswith(":8080")
+    assert services["web"]["ports"] == ["127.0.0.1:8080:8080"]
 
 
 def test_the_image_is_small_and_not_root_s() -> None:
@@ -253,7 +260,9 @@ def test_the_image_is_small_and_not_root_s() -> None:
     assert re.search(r"^USER (?!0|root)\d+", text, re.MULTILINE)
     last = text.rsplit("\nFROM ", 1)[1]
     assert "pip" not in last
+    taken = (ROOT / ".dockerignore").read_text().splitlines()
     for copied in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
         for source in copied.split():
             assert (ROOT / source).exists(), source
+            assert f"!{source}" in taken, f"{source} is left out of the build's context"
     assert re.search(r"HEALTHCHECK [^\n]*\\\n[^\n]*:9090/livez", text)

@@ -1,6 +1,7 @@
 """Lines: one JSON object each, with a priority for journald where it reads them, and nothing secret in them."""
 
 import io
+import logging
 import os
 
 import orjson
@@ -29,6 +30,19 @@ def test_journald_gets_a_priority_before_each_line(lines):
         getattr(log.get("tests"), level)("said", n=1)
     assert [line[:3] for line in said()] == [b"<7>", b"<6>", b"<4>", b"<3>"]
     assert orjson.loads(said()[2][3:])["level"] == "warning"
+
+
+def test_what_libraries_say_by_the_standard_librarys_logging_is_a_line_too(lines):
+    stream, said = lines
+    log.configure(Settings(log_format="json"), stream=stream)
+    log.configure(Settings(log_format="json"), stream=stream)
+    logging.getLogger("aiohttp.server").warning("can't use %s", "postgresql://u:hunter2@h/d")
+    (line,) = map(orjson.loads, said())
+    assert (line["event"], line["room"], line["level"]) == ("library", "aiohttp.server", "warning")
+    assert line["said"].startswith("can't use postgresql://")
+    assert "hunter2" not in line["said"]
+    logging.getLogger("aiohttp.access").info("GET /")
+    assert len(said()) == 1
 
 
 def test_what_a_library_says_is_redacted_in_values_and_traces(lines):

@@ -120,6 +120,25 @@ async def test_a_role_of_no_rank_installs_delivers_and_leaves_the_rest_alone(
         assert await owner.fetchval("SELECT count(*) FROM pg_roles WHERE rolname LIKE 'webhook%'") == 0, (
             "it may not make roles"
         )
+        assert "webhook_producer was not created (no CREATEROLE)" in migrated.stderr
+        # Somebody who may makes them, as the document says, and migrate, run again, grants.
+        await owner.execute("CREATE ROLE webhook_producer NOLOGIN; CREATE ROLE webhook_dispatcher NOLOGIN")
+        try:
+            again = await cli(app, "migrate")
+            assert "granted webhook_producer and webhook_dispatcher what they need" in again.stdout
+            assert "up to date" in (await cli(app, "migrate")).stdout
+            async with owner.transaction():
+                await owner.execute("SET LOCAL ROLE webhook_producer")
+                await owner.execute(
+                    "INSERT INTO webhook.outbox (account_id, type, payload) VALUES ('nobody', 'a.b', '{}')"
+                )
+            async with owner.transaction():
+                await owner.execute("SET LOCAL ROLE webhook_dispatcher")
+                assert await owner.fetchval("SELECT count(*) FROM webhook.outbox") == 1
+        finally:
+            await owner.execute(
+                "DROP OWNED BY webhook_producer, webhook_dispatcher; DROP ROLE webhook_producer, webhook_dispatcher"
+            )
     async with rig(app) as r:
         assert front[0].connections > 1, "all sessions go by TLS"
         await r.endpoint()

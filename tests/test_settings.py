@@ -531,6 +531,25 @@ def test_all_bad_settings_are_named_at_once(toml, monkeypatch):
     ]
 
 
+def test_what_listen_reads_is_no_unknown_name(monkeypatch):
+    monkeypatch.setenv("DISPATCHER_API_URL", "https://hooks.example.com")
+    monkeypatch.setenv("DISPATCHER_API_KEY", "dk_x")
+    assert load() == load()
+
+
+def test_a_file_that_may_not_be_read_is_told_as_such(toml, monkeypatch):
+    path = toml("slots = 5")
+
+    def refused(**_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(settings_module, "Settings", refused)
+    assert (
+        refusal(path)
+        == f"the settings file {path} can't be read: Permission denied; let its group or this user read it"
+    )
+
+
 @pytest.mark.parametrize("name", ["DISPATCHER_SLOT", "DISPATCHER_", "DISPATCHER_CONFIGS", "DISPATCHER_SLOTS_"])
 def test_an_unknown_name_in_the_environment_is_refused(name, monkeypatch):
     monkeypatch.setenv(name, "hunter2")

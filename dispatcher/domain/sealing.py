@@ -39,6 +39,11 @@ class Keyring:
     def __repr__(self) -> str:
         return f"Keyring({', '.join(self._ciphers)})"
 
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """What names the keys, the one that seals first."""
+        return tuple(self._ciphers)
+
     def __contains__(self, id: str) -> bool:
         return id in self._ciphers
 

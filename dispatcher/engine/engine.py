@@ -42,6 +42,9 @@ from dispatcher.settings import Settings
 _log = structlog.get_logger(room="engine")
 
 AWAY_WAIT_S, AWAY_WAIT_MAX_S = 0.1, 1.0
+HANDOVER_S = 1.0  # what POSTs in flight may take of a stop while a standby waits, which must go on within two seconds
+ASK_S = 0.5
+RECORD_S = 5.0  # what the results of a stop may take, at the least
 
 
 class State(Enum):
@@ -327,6 +330,8 @@ class Incarnation:
     ) -> None:
         """Let what was begun end; `others` go on meanwhile, so that ownership is still watched."""
         grace_s = self._settings.grace_s
+        if grace_s > HANDOVER_S and await self._is_stood_by():
+            grace_s = HANDOVER_S  # one slow receiver would keep all the others waiting
         _log.info("stopping", in_flight=self.sender.in_flight, unrecorded=self.recorder.unrecorded, grace_s=grace_s)
         self.sender.hold("stopping")
         reader.cancel()
@@ -338,7 +343,7 @@ class Incarnation:
         left = self.sender.in_flight
         self.sender.close()  # what is still in flight will be sent again by the next start
         self.recorder.stop()
-        done, _ = await asyncio.wait([recorder], timeout=max(5.0, grace_s))
+        done, _ = await asyncio.wait([recorder], timeout=max(RECORD_S, grace_s))
         if not done:
             _log.error(
                 "stopped.unrecorded",
@@ -348,6 +353,13 @@ class Incarnation:
         else:
             _raise_worst(done)
         _log.info("stopped", cut_off=left, position=self.recorder.position)
+
+    async def _is_stood_by(self) -> bool:
+        try:
+            async with asyncio.timeout(ASK_S):
+                return await self._store.is_stood_by()
+        except (StoreAwayError, TimeoutError):
+            return False  # nobody could take over now
 
     # ── tasks ──
 

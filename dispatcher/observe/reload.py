@@ -25,6 +25,8 @@ def reload(current: Settings, read: Callable[[], Settings]) -> Settings:
         _log.error("reload.refused", error=str(exc), remedy="nothing was changed; correct it and send SIGHUP again")
         return current
     changed = [name for name in Settings.model_fields if getattr(fresh, name) != getattr(current, name)]
+    if "encryption_keys_file" not in changed and fresh.keyring.ids != current.keyring.ids:
+        changed.append("encryption_keys_file")  # the same file, with other keys in it
     at_once = {name: getattr(fresh, name) for name in changed if name in AT_ONCE}
     _log.warning(  # at any level: somebody waits for the answer
         "reloaded",

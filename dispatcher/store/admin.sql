@@ -7,6 +7,16 @@ SET LOCAL lock_timeout = '3s';
 -- What every batch of a running dispatcher's recorder locks first: who took it after others would be its deadlock.
 LOCK TABLE webhook.checkpoint IN EXCLUSIVE MODE;
 
+-- name: roles_lack
+-- Whether one of the two roles is there and lacks what the end of schema.sql grants it: it was made later, or a table was.
+SELECT EXISTS (
+    SELECT FROM pg_catalog.pg_roles AS r, pg_catalog.pg_class AS c
+    WHERE r.rolname = 'webhook_dispatcher' AND c.relnamespace = 'webhook'::regnamespace AND c.relkind IN ('r', 'p')
+      AND NOT has_table_privilege(r.oid, c.oid, 'DELETE')
+) OR EXISTS (
+    SELECT FROM pg_catalog.pg_roles AS r WHERE r.rolname = 'webhook_producer' AND NOT has_column_privilege(r.oid, 'webhook.outbox', 'payload', 'INSERT')
+);
+
 -- name: constraint_definition
 SELECT pg_get_constraintdef(oid) FROM pg_catalog.pg_constraint
 WHERE conrelid = 'webhook.outbox'::regclass AND conname = 'outbox_payload_size';

@@ -493,6 +493,7 @@ class MemoryDatabase:
         self._open: dict[Transaction, None] = {}
         self._connections: dict[Connection, None] = {}
         self.owner_lock = _Lock()
+        self.standbys: dict[Connection, None] = {}
         self.doorbell_lock = _Lock()
 
     # ── producers and operators ──
@@ -985,6 +986,7 @@ class MemoryStore:
             on_standby()
             watch = Watch()
             while True:
+                database.standbys[self._connections["owner"]] = None
                 look = await self._call("owner", "look_at_owner", self._look_at_owner)
                 if watch.is_dead(look):
                     await self._call("owner", "end_owner", partial(self._end_owner, look=look))
@@ -993,6 +995,7 @@ class MemoryStore:
                 if await self._call("owner", "try_own", database.owner_lock.try_take):
                     break
         self._owner_session, self._lock_refusals = self._connections["owner"], 0
+        database.standbys.pop(self._owner_session, None)
         life = await self._as_owner("begin_life", lambda _: database.begin_life())
         epoch = await self._as_owner("raise_epoch", lambda _: self._raise_epoch(owner))
         await self._as_owner("tidy", lambda _: database.write(Tables.tidy, synchronous=True))
@@ -1054,6 +1057,9 @@ class MemoryStore:
         self._owner_lost = callback
         if self._owner_session is None or not self._owner_session.is_alive:
             callback()
+
+    async def is_stood_by(self) -> bool:
+        return await self._call("config", "is_stood_by", lambda _: any(c.is_alive for c in self._database.standbys))
 
     async def hold_ownership(self) -> None:
         database = self._database

@@ -25,6 +25,7 @@ from dispatcher.store.sql import SQL, load
 ADMIN = load(Path(__file__).with_name("admin.sql"))
 
 SCHEMA_VERSION = 2
+PRIVILEGES = "-- ─── Privileges ─"  # where they begin in schema.sql
 SERVER_VERSION_MIN = 150_000
 
 
@@ -49,6 +50,12 @@ def _nobody(_: str) -> None:
     pass
 
 
+def _privileges() -> str:
+    """Return the end of schema.sql, which grants the two roles what they need, where they are."""
+    block = schema_sql().partition(PRIVILEGES)[2].partition(";\nEND\n$$;")
+    return block[0][block[0].index("DO $$") :] + block[1]
+
+
 async def migrate(connection: Connection, settings: Settings, tell: online.Tell = _nobody) -> Migrated:
     """Bring the database to this program's schema and settings, on a connection of its own. What takes long is told to `tell`."""
     await _check_server(connection)
@@ -57,6 +64,7 @@ async def migrate(connection: Connection, settings: Settings, tell: online.Tell 
     if version > SCHEMA_VERSION:
         raise DatabaseRefusedError(_newer(version))
     if version == 0:
+        connection.add_log_listener(lambda _, said: tell(said.message) if "CREATEROLE" in said.message else None)
         try:
             await connection.execute(schema_sql())
         except asyncpg.InsufficientPrivilegeError as exc:
@@ -73,6 +81,10 @@ async def migrate(connection: Connection, settings: Settings, tell: online.Tell 
     if version < SCHEMA_VERSION and await event_types.is_empty(connection):
         count = await event_types.install(connection, event_types.DEFAULT_CATALOGUE.read_bytes())
         done.append(f"installed the default catalogue, {count} event types")
+    if version and await connection.fetchval(ADMIN.roles_lack):
+        async with online.alone(connection):
+            await _grant(connection)
+        done.append("granted webhook_producer and webhook_dispatcher what they need")
     bound = await _payload_bound(connection)
     if bound != settings.payload_bytes_max:
         await connection.execute(ADMIN.replace_payload_bound.format(bytes=int(settings.payload_bytes_max)))
@@ -85,6 +97,15 @@ async def migrate(connection: Connection, settings: Settings, tell: online.Tell 
         await connection.execute(ADMIN.create_doorbell)
         done.append("doorbell trigger created")
     return Migrated(SCHEMA_VERSION, tuple(done))
+
+
+async def _grant(connection: Connection) -> None:
+    try:
+        await connection.execute(_privileges())
+    except asyncpg.InsufficientPrivilegeError as exc:
+        raise DatabaseRefusedError(
+            f"the privileges can't be granted: {exc}. Run `dispatcher migrate` as the role that installed the schema"
+        ) from exc
 
 
 async def _upgrade(connection: Connection, step: int, tell: online.Tell) -> None:

@@ -271,6 +271,10 @@ class PgStore:
         if not self._owner.is_connected:
             callback()
 
+    async def is_stood_by(self) -> bool:
+        found: bool = await self._config.run(lambda c: c.fetchval(SQL.is_stood_by))
+        return found
+
     async def hold_ownership(self) -> None:
         async def work(connection: Connection) -> tuple[Any, int]:
             lock, epoch = await connection.fetchrow(SQL.try_own), await connection.fetchval(SQL.epoch)

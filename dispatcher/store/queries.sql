@@ -334,6 +334,11 @@ LEFT JOIN (
       AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
 ) AS h ON true;
 
+-- name: is_stood_by
+SELECT EXISTS (
+    SELECT FROM pg_catalog.pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'dispatcher standby %'
+);
+
 -- name: end_owner
 -- End the session that holds the owner lock if it is the one that was watched, and its heartbeat still the same; wait for its end.
 SELECT pg_terminate_backend(l.pid, 1000)

@@ -225,11 +225,11 @@ def answering_errors(shared: Web) -> Middleware:
         except Exception as exc:  # noqa: BLE001 - every one becomes an answer; those that nobody expected are logged
             problem = shared.problem(exc)
             if problem.status >= 500 and not isinstance(exc, DispatcherError | ProblemError):
-                _log.exception("request.failed", method=request.method, path=request.path)
+                _log.exception("request.failed", method=request.method, path=_pattern(request))
             elif problem.status >= 500:
                 _log.warning(
                     "request.refused",
-                    path=request.path,
+                    path=_pattern(request),
                     error=problem.detail,
                     seconds=round(time.monotonic() - began, 3),
                 )
@@ -242,6 +242,12 @@ def answering_errors(shared: Web) -> Middleware:
             return page
 
     return answer_errors
+
+
+def _pattern(request: web.Request) -> str:
+    """Return the path with names in place of what stands there: a login link's token must not be in a log."""
+    resource = request.match_info.route.resource
+    return "(no route)" if resource is None else resource.canonical
 
 
 # For requests that found no route.

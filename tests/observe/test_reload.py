@@ -1,5 +1,7 @@
 """A reload changes what can change, names the rest, hides secrets, and a bad file changes nothing."""
 
+import base64
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -26,6 +28,21 @@ def test_what_may_change_changes_and_the_rest_is_named() -> None:
     with structlog.testing.capture_logs() as logged:
         assert reload(after, lambda: after) == after
     assert (logged[0]["changed"], logged[0]["need_restart"]) == ({}, [])
+
+
+def test_other_keys_in_the_same_file_need_a_restart(tmp_path: Path) -> None:
+    """What is sealed meanwhile is sealed with the keys that every part of the process has."""
+    file = tmp_path / "keys"
+    old, new = (base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2))
+    file.write_text(old)
+    current = load(encryption_keys_file=file)
+    before = current.keyring.ids
+    file.write_text(f"{new}\n{old}")
+    assert current.keyring.ids == before
+    with structlog.testing.capture_logs() as logged:
+        after = reload(current, lambda: load(encryption_keys_file=file))
+    assert logged[0]["need_restart"] == ["DISPATCHER_ENCRYPTION_KEYS_FILE"]
+    assert after.keyring.ids == before
 
 
 def test_a_bad_file_changes_nothing() -> None:

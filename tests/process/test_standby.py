@@ -23,6 +23,7 @@ from tests.process.support import (
     frozen,
     settle,
     standing_by,
+    taken_up,
 )
 from tests.rig import Rig, rig, until
 
@@ -135,6 +136,24 @@ async def test_the_owner_ends_by_sigterm(dsn: str) -> None:
         await s.load.more(50)
         await s.settle(second)
         assert s.check_repeats("first", "second", ended_at) == 0, "an orderly stop leaves nothing to repeat"
+
+
+async def test_a_receiver_that_hangs_does_not_keep_the_standby_waiting(dsn: str) -> None:
+    """Its POST is cut off, and sent again by the next; the others go on within two seconds of the signal."""
+    async with two(dsn) as (s, first, second):
+        await s.r.endpoint("/hang", account="other", behaviour=Behaviour(mode="hang"))
+        await taken_up(s.r.db)
+        await s.r.emit(account="other")
+        await until(lambda: s.r.by_path()["/hang"] == 1)
+        first.signal(signal.SIGTERM)
+        signalled_at = time.time()
+        took = await s.taken_over("second", signalled_at)
+        told("SIGTERM, while a receiver hangs", took, second)
+        assert took < 2
+        assert await first.ended() == 0, first
+        assert first.all("stopped")[-1]["cut_off"] == 1
+        await s.load.more(50)
+        await until(lambda: s.r.by_path()["/hang"] == 2, what="what was cut off is sent again")
 
 
 async def test_the_owner_is_killed(dsn: str) -> None:

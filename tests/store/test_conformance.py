@@ -884,9 +884,11 @@ async def test_start_waits_while_another_owns_and_heartbeats(
     shorten_watch(monkeypatch, 0.3)
     waiting: list[bool] = []
     second = world.store()
+    assert not await store.is_stood_by()
     starting = asyncio.create_task(second.start("second", lambda: waiting.append(True)))
     loop = asyncio.get_running_loop()
     await until(lambda: waiting)
+    await until(store.is_stood_by)
     end = loop.time() + 1.0
     while loop.time() < end:
         await store.record(Batch(1, checkpoint=checkpoint(0)))
@@ -895,6 +897,7 @@ async def test_start_waits_while_another_owns_and_heartbeats(
     await store.hold_ownership()  # untouched by it
     await store.close()
     assert (await starting).epoch == 2
+    assert not await second.is_stood_by()
     assert waiting == [True]
     with pytest.raises(FencedError):
         await store.record(Batch(1))
@@ -962,6 +965,11 @@ async def test_a_start_that_is_cancelled_while_it_waits_leaves_the_owner_alone(w
     with pytest.raises(asyncio.CancelledError):
         await starting
     await second.close()
+
+    async def nobody_waits() -> bool:
+        return not await store.is_stood_by()
+
+    await until(nobody_waits)
     await store.record(Batch(1))
     await store.hold_ownership()
 

@@ -55,6 +55,16 @@ async def test_a_fault_of_ours_is_an_answer_and_a_line_in_the_log(
     assert (await web.ask("GET", "/api/v1/me", key=key)).status == 200
 
 
+async def test_a_login_links_token_is_in_no_log():
+    async with site("postgresql://127.0.0.1:1/none") as away:
+        with structlog.testing.capture_logs() as logged:
+            answer = await away.ask("GET", "/enter/a-token-that-logs-in")
+    assert answer.status == 503
+    (line,) = [line for line in logged if line["event"] == "request.refused"]
+    assert line["path"] == "/enter/{token}"
+    assert "a-token-that-logs-in" not in str(logged)
+
+
 async def test_a_load_balancer_is_told_whether_pages_can_be_answered(web: Site):
     answer = await web.ask("GET", "/healthz")
     assert (answer.status, answer.json) == (200, {"ready": True})
