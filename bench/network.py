@@ -42,6 +42,10 @@ class Network:
     def heal(self) -> None:
         self._whole.set()
 
+    def lead_to(self, dsn: str) -> None:
+        """Lead connections that are made from now on to another server, as a name or a floating address does after a failover."""
+        self._to = urlsplit(dsn)
+
     def sever(self) -> int:
         """End every connection at once, and tell both sides; return how many there were."""
         writers = tuple(self._open)

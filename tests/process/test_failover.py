@@ -12,9 +12,11 @@ import asyncpg
 import orjson
 import pytest
 
+from bench.network import Network
 from dispatcher.store import embedded
 from tests.cluster import Cluster
 from tests.conftest import SCHEMA, connected
+from tests.process.support import dispatching
 from tests.rig import Rig, rig, until
 
 INSERT = "INSERT INTO webhook.outbox (account_id, type, payload) VALUES ('acct', 'message.sent', $1::text::json) RETURNING id"
@@ -36,19 +38,23 @@ def pair(server: embedded.EmbeddedServer) -> Iterator[tuple[Cluster, Cluster]]:
 
 
 @contextlib.asynccontextmanager
-async def producing(dsn: str, acknowledged: list[str]) -> AsyncIterator[None]:
-    """Insert events one by one until the server is gone; keep what it acknowledged."""
+async def producing(dsn: str, acknowledged: list[str], *, again: bool = False) -> AsyncIterator[None]:
+    """Insert events one by one until the server is gone, or `again` once it is back; keep what it acknowledged."""
 
     async def produce(name: str) -> None:
-        try:
-            async with connected(dsn) as db:
-                for n in range(100_000):
-                    payload = f'"{name} {n}"'
-                    await db.fetchval(INSERT, payload)
-                    acknowledged.append(payload)
-                    await asyncio.sleep(0.002)  # the load's pace
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-            return  # the server went away: that insert was not acknowledged
+        numbers = iter(range(100_000))
+        while True:
+            try:
+                async with connected(dsn) as db:
+                    for n in numbers:
+                        payload = f'"{name} {n}"'
+                        await db.fetchval(INSERT, payload)
+                        acknowledged.append(payload)
+                        await asyncio.sleep(0.002)  # the load's pace
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                if not again:
+                    return  # the server went away: that insert was not acknowledged
+                await asyncio.sleep(0.05)
 
     tasks = [asyncio.create_task(produce(name)) for name in "ab"]
     try:
@@ -117,6 +123,43 @@ async def test_an_asynchronous_replica_forgets_and_goes_on(pair: tuple[Cluster, 
             await after.settled()
             assert set(forgotten) & set(again), "ids that the log forgot may come again"
             assert len({event.webhook_id for event in r.received}) == 520, "the customers' ids don't"
+
+
+@pytest.mark.parametrize("synchronous", [True, False], ids=["synchronous", "asynchronous"])
+async def test_a_live_dispatcher_notices_that_the_server_is_another_one(
+    pair: tuple[Cluster, Cluster], synchronous: bool
+) -> None:
+    """The address moves, under load; the process stays, begins anew on the replica, and sends all that is in its log."""
+    primary, replica = pair
+    async with connected(primary.dsn) as db:
+        await db.execute(SCHEMA)
+        if synchronous:
+            await db.execute("ALTER SYSTEM SET synchronous_standby_names = 'replica'")
+            await db.execute("SELECT pg_reload_conf()")
+        await until(lambda: db.fetchval(STREAMS), within_s=60, what="the replica streams")
+    acknowledged: list[str] = []
+    async with rig(primary.dsn, start=False) as r, Network(primary.dsn) as network:
+        await r.endpoint()
+        async with dispatching(network.dsn) as dispatcher:
+            async with producing(network.dsn, acknowledged, again=True):
+                await until(lambda: len(acknowledged) > 200 and len(r.received) > 100, within_s=60)
+                await asyncio.to_thread(primary.stop, "immediate")
+                before = len(acknowledged)
+                await asyncio.to_thread(replica.promote)
+                network.lead_to(replica.dsn)
+                network.sever()
+                await until(lambda: len(acknowledged) > before + 200, within_s=60, what="producers go on")
+            async with connected(replica.dsn) as db:
+                await until(lambda: _all_delivered(db, r), within_s=60, what="what the replica has is delivered")
+                kept = await payloads(db)
+            assert dispatcher.process.returncode is None, dispatcher
+    if synchronous:
+        assert set(acknowledged) <= kept, "an acknowledged event is on the replica"
+    assert set(acknowledged[before:]) <= kept
+
+
+async def _all_delivered(db: asyncpg.Connection, r: Rig) -> bool:
+    return await payloads(db) <= {orjson.dumps(orjson.loads(event.body)["data"]).decode() for event in r.received}
 
 
 async def test_a_backup_is_restored_and_goes_on_where_it_was(pair: tuple[Cluster, Cluster]) -> None:
