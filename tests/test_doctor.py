@@ -102,6 +102,7 @@ async def test_gaps_partitions_and_lanes(dsn: str, db: asyncpg.Connection, monke
         behind = (await findings(dsn))["endpoints behind"]
         assert behind.grade is Grade.WARNING
         assert f"endpoint {endpoint_id} of acct" in behind.found
+        assert "the oldest was made 0 s ago" in behind.found
         assert (await findings(dsn))["gaps"].grade is Grade.GOOD
         await db.execute("UPDATE webhook.checkpoint SET position = 3, gaps = '{[1,2),[3,4)}'")
         monkeypatch.setattr(doctor_module, "GAP_RANGES", 1)
@@ -143,6 +144,20 @@ async def test_a_retention_that_is_too_short(dsn: str) -> None:
     assert [*found] == ["schema"]
     assert found["schema"].grade is Grade.BAD
     assert "DISPATCHER_RETENTION_DAYS" in found["schema"].found
+
+
+async def test_a_log_whose_size_keeps_it_shorter_than_retries_last(dsn: str, db: asyncpg.Connection) -> None:
+    await db.execute(
+        "INSERT INTO webhook.outbox (account_id, type, payload) "
+        "SELECT 'a', 'a.b', to_json(repeat('x', 1000)) FROM generate_series(1, 20000)"
+    )
+    assert (await findings(dsn, retention_bytes_max=1 << 30))["retention"].grade is Grade.GOOD
+    found = (await findings(dsn, retention_bytes_max=1 << 24))["retention"]
+    assert found.grade is Grade.WARNING
+    assert "its oldest event is 0.0 days old" in found.found
+    assert "DISPATCHER_RETENTION_BYTES_MAX" in (found.remedy or "")
+    await db.execute("UPDATE webhook.outbox SET created_at = now() - interval '6 days' WHERE id = 1")
+    assert (await findings(dsn, retention_bytes_max=1 << 24))["retention"].grade is Grade.GOOD
 
 
 async def test_a_sequence_with_a_cache_and_a_role_without_privileges(dsn: str, db: asyncpg.Connection) -> None:

@@ -32,6 +32,7 @@ TRANSACTION_S = 3_600.0
 PREPARED_S = 300.0
 GAP_RANGES = 500  # half of what a checkpoint keeps apart
 LATE_S, TOO_LATE_S = 30.0, 600.0
+NEARLY = 0.8  # of what the log may take
 SKEW_S = 2.0
 NOTIFY_S = 5.0
 CONNECTIONS_SPARE = 10
@@ -260,10 +261,11 @@ async def _lanes(p: Patient) -> list[Finding]:
     if not behind:
         return p.good("no live endpoint is behind")
     top = behind[0]
+    behind_s = (await p.connection.fetchrow(OBSERVE.oldest))["behind_s"] or 0.0
     return p.warning(
         f"{amount(lanes['behind'], 'endpoint is', 'endpoints are')} behind with {amount(lanes['backlog'], 'event')}; "
         f"endpoint {top['endpoint_id']} of {top['account_id']} with "
-        f"{top['backlog']:,}",
+        f"{top['backlog']:,}; the oldest was made {behind_s:,.0f} s ago",
         "`dispatcher endpoint show` says whether it fails, is slow or has a rate limit; raise the limit, or pause it and skip",
     )
 
@@ -277,6 +279,16 @@ async def _retention(p: Patient) -> list[Finding]:
             found,
             "raise DISPATCHER_RETENTION_DAYS to twice the retries' time, or what waits behind a dead endpoint goes unsent",
         )
+    bytes_max = p.settings.retention_bytes_max
+    if bytes_max is not None:
+        kept = await p.connection.fetchrow(DOCTOR.kept)
+        kept_days = (kept["age_s"] or 0.0) / 86_400
+        if kept["bytes"] > NEARLY * bytes_max and kept_days < min(days, 1.5 * retry_days):
+            return p.warning(
+                f"the log is at {kept['bytes'] / bytes_max:.0%} of its {bytes_max:,} bytes, "
+                f"and its oldest event is {kept_days:.1f} days old; {found}",
+                "raise DISPATCHER_RETENTION_BYTES_MAX, or what waits behind a dead endpoint goes unsent before its retries end",
+            )
     return p.good(found)
 
 

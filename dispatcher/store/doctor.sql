@@ -28,6 +28,11 @@ FROM pg_catalog.pg_prepared_xacts WHERE database = current_database() ORDER BY p
 -- One look each: whether the DEFAULT partitions hold anything.
 SELECT EXISTS (SELECT FROM webhook.outbox_default) AS events, EXISTS (SELECT FROM webhook.attempt_default) AS attempts;
 
+-- name: kept
+-- How old the oldest event is that the log still has (NULL: it has none), and how large the log is.
+SELECT extract(epoch FROM clock_timestamp() - (SELECT created_at FROM webhook.outbox ORDER BY id LIMIT 1))::double precision AS age_s,
+       (SELECT coalesce(sum(pg_total_relation_size(leaf)), 0)::bigint FROM webhook.leaves()) AS bytes;
+
 -- name: server
 SELECT current_setting('fsync') AS fsync, current_setting('full_page_writes') AS full_page_writes,
        current_setting('max_connections')::integer AS connections_max,
