@@ -149,7 +149,7 @@ class Provisioner:
         if leaf is None or not self._attaching.is_over(self._clock.now()):
             return False
         if begun:
-            leaf = begun[0]  # the pace, and so the width, was another then
+            leaf = Span(max(_end(shape), begun[0].low), begun[0].high)  # the pace, and so the width, was another then
         had = bool(begun) or await self._partitions.attach("attempt", leaf)
         had = had and await self._partitions.attach("outbox", leaf)
         self._attaching.tried(self._clock.now(), had=had)
