@@ -87,7 +87,11 @@ def next_leaf(end: int, ahead: int, last_id: int, pace: Pace, retention_days: fl
     lead = lead_ids(pace.peak_per_s)
     if ahead >= 2 and end - 1 - last_id >= lead:
         return None
-    return Span(end, max(end + leaf_ids(pace.ids_per_day, retention_days), last_id + lead + 1))
+    high = end + leaf_ids(pace.ids_per_day, retention_days)
+    if end - 1 - last_id < lead:
+        # Half as much again: at 100,000 ids a second the lead itself moves by 10,000 each turn, and each would be a leaf.
+        high = max(high, last_id + lead + lead // 2 + 1)
+    return Span(end, high)
 
 
 def adoption_end(last_id: int, pace: Pace, retention_days: float) -> int:

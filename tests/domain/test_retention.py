@@ -86,8 +86,8 @@ def test_the_pace_remembers_a_peak_and_forgets_it():
 def test_ahead_at_20000_a_second():
     fast = pace(1_000_000, 20_000)
     assert lead_ids(20_000) == 72_000_000
-    assert next_leaf(40_000_000, 3, 50_000, fast, 7) == Span(40_000_000, 72_050_001)
-    assert next_leaf(72_050_001, 4, 50_000, fast, 7) is None
+    assert next_leaf(40_000_000, 3, 50_000, fast, 7) == Span(40_000_000, 108_050_001)
+    assert next_leaf(108_050_001, 4, 50_000, fast, 7) is None
 
 
 def test_two_leaves_are_ahead_also_where_one_would_do():

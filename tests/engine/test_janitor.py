@@ -103,6 +103,18 @@ async def test_a_log_never_outruns_its_partitions(seed: int) -> None:
         assert covered > min(1_000_000, rate * 45)
 
 
+async def test_a_load_of_millions_makes_a_handful_of_leaves() -> None:
+    """At 100,000 ids a second what an hour takes moves as fast: a leaf at each turn was dozens, and every read of the head paid for them."""
+    world = World()
+    world.grow(1)
+    before = len((await world.turn()).outbox.leaves)
+    for _ in range(50):
+        world.grow(1_000_000)
+        shape = await world.turn(10)
+    check(shape)
+    assert len(shape.outbox.leaves) < before + 20
+
+
 async def test_a_slow_log_ends_with_narrow_leaves() -> None:
     world = World()
     for _ in range(300):
