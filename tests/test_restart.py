@@ -132,21 +132,22 @@ async def test_stopped_in_an_orderly_way_again_and_again(dsn: str) -> None:
 async def test_a_loop_that_was_blocked_looks_before_it_sends(dsn: str) -> None:
     """The event loop stands still for longer than the lease; when it moves again, the pause that came meanwhile is seen first."""
     async with rig(dsn) as r:
-        endpoint_id = await r.endpoint(behaviour=Behaviour(delay_s=0.01), in_flight_max=5)
-        async with Load(dsn) as load:
-            await load.more(300)
+        endpoint_id = await r.endpoint(behaviour=Behaviour(delay_s=0.2), in_flight_max=5)
         assert r.engine.incarnation is not None
         sender, counters = r.engine.incarnation.sender, r.engine.counters
-        await until(lambda: sender.in_flight == 5)
-        pausing = threading.Thread(target=asyncio.run, args=[pause_from_elsewhere(dsn, endpoint_id)])
-        before = counters.attempts
-        pausing.start()
-        time.sleep(1.0)
-        pausing.join()
-        lane = r.engine.incarnation.lanes.get(endpoint_id)
-        assert lane is not None
-        await until(lambda: lane.held)
-        assert lane.work() == 0
-        assert counters.attempts == before
+        async with Load(dsn) as load:  # faster than the receiver, so that there is always something to send
+            await load.more(100)
+            await until(lambda: sender.in_flight == 5)
+            pausing = threading.Thread(target=asyncio.run, args=[pause_from_elsewhere(dsn, endpoint_id)])
+            before = counters.attempts
+            pausing.start()
+            time.sleep(1.0)
+            pausing.join()
+            lane = r.engine.incarnation.lanes.get(endpoint_id)
+            assert lane is not None
+            await until(lambda: lane.held)
+            assert lane.work() == 0
+            assert counters.attempts == before
+        r.sink.set_behaviour("/hook", Behaviour())
         await go_live(r)
         assert await settle(r, load, {"/hook": "acct"}) == 0

@@ -605,7 +605,10 @@ async def test_a_kill_at_any_step_loses_and_counts_nothing_twice(
         assert await lost(r) == {paused: 5}
         told = await r.db.fetchval("SELECT count(*) FROM webhook.outbox WHERE type = 'endpoint.events_expired'")
         assert told == 1
-        assert r.by_path() == {"/live": 4 + 5 + 3 + 1, "/paused": 4 + 3 + 1}
+        once = Counter(
+            path for path, _ in {(got.path, got.webhook_id) for got in r.received}
+        )  # killed, it may have sent twice
+        assert once == {"/live": 4 + 5 + 3 + 1, "/paused": 4 + 3 + 1}
         assert live
 
 

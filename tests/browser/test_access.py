@@ -181,3 +181,4 @@ async def test_a_platform_shows_it_in_its_own_page(windows: Windows, dsn: str):
             assert [row["url"] for row in await web.query("SELECT url FROM webhook.endpoint")] == [
                 "https://receiver.test/hook"
             ]
+            await window.close()  # its live stream would come back when the panel is gone
