@@ -16,9 +16,11 @@
 
 BEGIN;
 
--- An older version is not upgraded here: CREATE … IF NOT EXISTS would pass over the tables that must change.
+-- One installation at a time: who comes second waits, and finds everything there. An older version is not upgraded here: CREATE … IF NOT
+-- EXISTS would pass over the tables that must change.
 DO $$
 BEGIN
+    PERFORM pg_advisory_xact_lock(9324665, 4);
     IF to_regclass('webhook.schema_version') IS NOT NULL THEN
         IF (SELECT max(version) FROM webhook.schema_version) < 2 THEN
             RAISE EXCEPTION 'this database has an older version of the webhook schema' USING HINT = 'run `dispatcher migrate`';

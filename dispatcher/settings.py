@@ -380,6 +380,13 @@ class Settings(BaseSettings):
             raise ValueError(str(exc)) from exc
         return text
 
+    @field_validator("database_url")
+    @classmethod
+    def _check_database_url(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():  # to asyncpg that would be a server on this machine
+            raise ValueError("it is empty; give postgresql://user:password@host/db, or unset it for an embedded server")
+        return value
+
     @field_validator("encryption_keys")
     @classmethod
     def _check_keys(cls, value: str | None) -> str | None:

@@ -5,6 +5,7 @@ They run as a reader would run them: psql, a Python or a Node of their own, on t
 
 import asyncio
 import base64
+import contextlib
 import hmac
 import json
 import os
@@ -12,8 +13,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +30,18 @@ from dispatcher.settings import Settings
 from dispatcher.store import embedded, migrate
 from tests.conftest import connected, dsn_of
 from tests.rig import SECRET, rig, until
+from tests.web.conftest import site
+from tests.web.test_receiver import free_port
 
 ROOT = Path(__file__).parent.parent
-MARKED = re.compile(r"^( *)<!-- run: (\w+) -->\n *```\w+\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+DOCUMENTS = [Path("README.md"), *sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))]
+FENCED = re.compile(r"^( *)(?:<!-- run: (\w+) -->\n *)?```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+# What isn't run from the document, by how it begins: the test that does the same.
+ELSEWHERE = {
+    "make demo ": "tests/test_cli.py",
+    "python3 -m venv": "tests/test_docs_run.py",  # that of README.md, which goes on with what stands apart here
+    "export DISPATCHER_DATABASE_URL='postgresql://dispatcher:secret@db.example.com": "tests/test_managed.py",  # needs a server with TLS
+}
 NODE_MODULES = ROOT / "tests" / "standard_webhooks" / "node_modules"
 DJANGO = """
 import os
@@ -57,14 +69,18 @@ console.log(receive(headers, body), receive(headers, body + " "));
 
 @dataclass(frozen=True)
 class Block:
-    kind: str
+    kind: str | None  # None: nobody runs it
     text: str
+    language: str = ""
 
 
-def blocks(document: str) -> list[Block]:
-    return [
-        Block(found[2], textwrap.dedent(found[3])) for found in MARKED.finditer((ROOT / "docs" / document).read_text())
-    ]
+def blocks(document: str | Path) -> list[Block]:
+    text = (ROOT / document).read_text()
+    return [Block(found[2], textwrap.dedent(found[4]), found[3]) for found in FENCED.finditer(text)]
+
+
+def of_kind(document: str, *kinds: str) -> list[Block]:
+    return [block for block in blocks(document) if block.kind in kinds]
 
 
 MIGRATE = {
@@ -89,14 +105,14 @@ with connection.schema_editor(atomic=True) as editor:
 }
 
 
-async def run(block: Block, dsn: str, server: embedded.EmbeddedServer) -> str:
-    """Run one block; return what it printed. Fails with what it said."""
+async def run(block: Block, dsn: str, server: embedded.EmbeddedServer, *, cwd: Path = ROOT, **environment: str) -> str:
+    """Run one block in `cwd`; return what it printed. Fails with what it said."""
     match block.kind:
         case "sql":
             psql = embedded._binaries(server.data_dir, server.version) / "psql"
             command, text = [str(psql), "-X", "-q", "-At", "-v", "ON_ERROR_STOP=1", "-d", dsn, "-f", "-"], block.text
-        case "sh":
-            command, text = ["sh", "-e"], block.text
+        case "sh" | "bash":
+            command, text = [block.kind, "-e"], block.text
         case "python":
             command, text = [sys.executable, "-"], block.text
         case "django":
@@ -112,17 +128,18 @@ async def run(block: Block, dsn: str, server: embedded.EmbeddedServer) -> str:
     if command[0] == "node" and (shutil.which("node") is None or not (NODE_MODULES / "pg").is_dir()):
         pytest.skip("node and its packages are not installed: npm install --prefix tests/standard_webhooks")
     environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "DATABASE_URL": dsn,
         "NODE_PATH": str(NODE_MODULES),
         "DISPATCHER_DATABASE_URL": dsn,
         "DISPATCHER_ALLOWED_NETWORKS": "127.0.0.0/8",
         "WEBHOOK_SECRET": SECRET,
         "SENT": json.dumps(sent()),
-    }
+    } | environment  # fmt: skip
     done = await asyncio.to_thread(
-        subprocess.run, command, input=text, capture_output=True, text=True, timeout=120, env=environment
+        subprocess.run, command, input=text, capture_output=True, text=True, timeout=120, env=environment, cwd=cwd
     )
-    assert done.returncode == 0, f"{block.text}\n{done.stderr}"
+    assert done.returncode == 0, f"{block.text}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
@@ -140,7 +157,9 @@ async def count(db: asyncpg.Connection) -> int:
 
 
 async def test_producers_sql(dsn: str, db: asyncpg.Connection, server: embedded.EmbeddedServer) -> None:
-    insert, emit, table, move = [block for block in blocks("producers.md") if block.kind == "sql"]
+    grant, insert, emit, table, move = of_kind("docs/producers.md", "sql")
+    async with role(db, "my_app"):
+        await run(grant, dsn, server)
     assert await run(insert, dsn, server) == "1\n"
     first, again = (await run(emit, dsn, server)).split()
     assert first == again
@@ -161,7 +180,7 @@ async def test_producers_sql(dsn: str, db: asyncpg.Connection, server: embedded.
 async def test_producers_programs(
     dsn: str, db: asyncpg.Connection, server: embedded.EmbeddedServer, kind: str, events: int
 ) -> None:
-    found = [block for block in blocks("producers.md") if block.kind == kind]
+    found = of_kind("docs/producers.md", kind)
     assert found
     for block in found:
         await run(block, dsn, server)
@@ -169,7 +188,8 @@ async def test_producers_programs(
 
 
 async def test_receivers_verify_and_remember(dsn: str, db: asyncpg.Connection, server: embedded.EmbeddedServer) -> None:
-    seen, *programs = sorted(blocks("receivers.md"), key=lambda block: block.kind != "sql")
+    [seen] = of_kind("docs/receivers.md", "sql")
+    programs = of_kind("docs/receivers.md", "receiver_python", "receiver_node")
     assert await run(seen, dsn, server) == "evt_0ee4da927ccba008cff736c89e3074c0\n"
     assert await run(seen, dsn, server) == "", "the second time there is no row"
     assert len(programs) == 2
@@ -181,7 +201,7 @@ async def test_receivers_verify_and_remember(dsn: str, db: asyncpg.Connection, s
 async def test_the_schema_goes_in_by_the_platforms_own_tool(
     server: embedded.EmbeddedServer, tmp_path: Path, kind: str
 ) -> None:
-    [block] = [block for block in blocks("operations-database.md") if block.kind == kind]
+    [block] = of_kind("docs/operations-database.md", kind)
     (tmp_path / "migration.py").write_text(block.text)
     (tmp_path / "webhook_2.sql").write_text(CliRunner().invoke(cli, ["migrate", "--sql"]).output)
     async with connected(server.dsn) as db:
@@ -198,13 +218,110 @@ async def test_the_schema_goes_in_by_the_platforms_own_tool(
             await db.execute(f"DROP DATABASE of_{kind} WITH (FORCE)")
 
 
-async def test_the_first_five_minutes(
-    dsn: str, server: embedded.EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+@contextlib.asynccontextmanager
+async def role(db: asyncpg.Connection, *names: str) -> AsyncIterator[None]:
+    """Roles are the whole server's: they go when the block has run."""
+    for name in names:
+        await db.execute(f"CREATE ROLE {name}")
+    try:
+        yield
+    finally:
+        for name in names:
+            await db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+async def test_grants(dsn: str, db: asyncpg.Connection, server: embedded.EmbeddedServer) -> None:
+    [insert] = of_kind("README.md", "sql")
+    [grants] = of_kind("docs/operations-database.md", "sql")
+    async with role(db, "my_app", "dispatcher", "dispatcher_owner"):
+        name = await db.fetchval("SELECT current_database()")
+        await run(Block("sql", grants.text.replace("DATABASE platform", f"DATABASE {name}")), dsn, server)
+        assert await db.fetchval("SELECT has_database_privilege('dispatcher_owner', current_database(), 'CREATE')")
+        assert await run(insert, dsn, server) == "1\n"
+        await db.execute("SET ROLE my_app")
+        assert await run(Block("sql", insert.text[insert.text.index("INSERT") :]), dsn, server) == "2\n"
+        await db.execute("RESET ROLE")
+
+
+SHELL = [
+    ("README.md", 0, "up to date"),
+    ("README.md", 1, "whkey_"),
+    ("docs/api.md", 0, '"url":"'),
+    ("docs/api.md", 1, "/enter/"),
+    ("docs/endpoints.md", 0, "first  1"),
+    ("docs/first-five-minutes.md", 0, "message.delivered"),
+    ("docs/first-five-minutes.md", 1, "up to date"),
+    ("docs/operations-database.md", 0, ""),
+    ("docs/ordering.md", 0, "block"),
+    ("docs/receivers.md", 0, "fits"),
+    ("docs/receivers.md", 1, "signature valid"),
+    ("docs/runbooks.md", 0, "owner"),
+]
+
+
+@pytest.mark.parametrize(("document", "nth", "says"), SHELL)
+async def test_in_a_shell(
+    dsn: str, server: embedded.EmbeddedServer, tmp_path: Path, document: str, nth: int, says: str
 ) -> None:
-    [block] = blocks("first-five-minutes.md")
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    async with rig(dsn) as r:
-        said = await run(Block("sh", block.text.replace("http://127.0.0.1:9000", r.sink.url)), dsn, server)
-        assert "whsec_" in said
-        await until(lambda: "/hooks" in r.by_path())
+    """As a reader pastes it, beside a service with a panel; names and addresses that are theirs, not the reader's, are put in."""
+    block = of_kind(document, "sh")[nth]
+    headers, body = sent()
+    (tmp_path / "secret.txt").write_text(SECRET)
+    (tmp_path / "headers.txt").write_text("".join(f"{name}: {value}\n" for name, value in headers.items()))
+    (tmp_path / "body.json").write_text(body)
+    (tmp_path / "migrations" / "versions").mkdir(parents=True)
+    port = free_port()
+    async with rig(dsn, web_connect=f"127.0.0.1:{port}") as r, site(dsn, web_listen=f"127.0.0.1:{port}") as web:
+        if document != "docs/first-five-minutes.md":  # which makes its own, number 1
+            assert await r.endpoint(account="acct_42") == 1
+        key = await web.key()
+        theirs = {
+            "postgresql://user:password@host/db": f"'{dsn}'",
+            "http://127.0.0.1:9000": r.sink.url,
+            "http://localhost:3000": r.sink.url,
+            "127.0.0.1:8080 dispatcher": "127.0.0.1:0 dispatcher",
+            "http://127.0.0.1:8080": web.url,
+            "https://hooks.example.com": web.url,
+            "whkey_…": key,
+            "API_KEY=…": f"API_KEY={await web.key('acct_42')}",
+            "update 7": "update 1",
+            "dispatcher doctor": "! dispatcher doctor",  # a server that doesn't flush is bad
+            # These go on until they are told to stop.
+            "dispatcher run": "timeout --foreground --preserve-status --signal TERM 4 dispatcher run",
+            "dispatcher listen": "timeout --foreground --preserve-status --signal TERM 4 dispatcher listen",
+        }
+        text = block.text
+        for written, meant in theirs.items():
+            text = text.replace(written, meant)
+        said = await run(Block("sh", text), dsn, server, cwd=tmp_path)
+        assert says in said
+        if document == "docs/first-five-minutes.md" and nth == 0:
+            assert "whsec_" in said
+            await until(lambda: "/hooks" in r.by_path())
+        if document == "docs/operations-database.md":
+            assert "CREATE TABLE" in (tmp_path / "migrations" / "versions" / "webhook_2.sql").read_text()
+
+
+async def test_the_first_look_as_it_is_pasted(dsn: str, server: embedded.EmbeddedServer, tmp_path: Path) -> None:
+    """The README's whole block but for the installation, of which tests/test_packaging.py is."""
+    [block] = of_kind("README.md", "first_look")
+    install, rest = block.text.split("\n", 1)
+    assert install.startswith("python3 -m venv")
+    port = free_port()
+    text = f"unset DISPATCHER_DATABASE_URL; trap 'kill $(jobs -p); wait' EXIT\n{rest.replace('9000', str(port))}"
+    with tempfile.TemporaryDirectory(prefix="dispatcher-test-", dir="/tmp") as directory:
+        Path(directory).chmod(0o755)
+        said = await run(Block("bash", text), "", server, cwd=tmp_path, DISPATCHER_DATA_DIR=f"{directory}/data")
+    assert "whsec_" in said
     assert "message.delivered" in said
+
+
+def test_every_example_is_run_or_it_is_said_where() -> None:
+    run_in_a_shell = {(document, nth) for document, nth, _ in SHELL}
+    for document in DOCUMENTS:
+        for block in blocks(document):
+            if block.language and block.kind is None:
+                [test] = {test for begin, test in ELSEWHERE.items() if block.text.startswith(begin)}
+                assert (ROOT / test).is_file()
+        here = {(str(document), nth) for nth in range(len(of_kind(str(document), "sh")))}
+        assert here <= run_in_a_shell

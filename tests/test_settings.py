@@ -485,6 +485,11 @@ FILED = {
 }
 
 
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_database_url_is_no_other_database(value):
+    assert refusal(database_url=value).startswith("setting DISPATCHER_DATABASE_URL: it is empty")
+
+
 @pytest.mark.parametrize("name", settings_module.FROM_FILES)
 def test_a_secret_may_be_in_a_file(name, toml, tmp_path, monkeypatch):
     secret = tmp_path / "secret"

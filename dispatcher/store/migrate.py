@@ -59,6 +59,11 @@ def _privileges() -> str:
 async def migrate(connection: Connection, settings: Settings, tell: online.Tell = _nobody) -> Migrated:
     """Bring the database to this program's schema and settings, on a connection of its own. What takes long is told to `tell`."""
     await _check_server(connection)
+    async with online.alone(connection, tell):
+        return Migrated(SCHEMA_VERSION, tuple(await _migrate(connection, settings, tell)))
+
+
+async def _migrate(connection: Connection, settings: Settings, tell: online.Tell) -> list[str]:
     done = []
     version = await _installed_version(connection)
     if version > SCHEMA_VERSION:
@@ -74,16 +79,14 @@ async def migrate(connection: Connection, settings: Settings, tell: online.Tell 
             ) from exc
         done.append(f"installed schema version {SCHEMA_VERSION}")
     elif version < SCHEMA_VERSION:
-        async with online.alone(connection):
-            for step in range(await _installed_version(connection) + 1, SCHEMA_VERSION + 1):
-                await _upgrade(connection, step, tell)
-                done.append(f"schema version {step - 1} → {step}")
+        for step in range(version + 1, SCHEMA_VERSION + 1):
+            await _upgrade(connection, step, tell)
+            done.append(f"schema version {step - 1} → {step}")
     if version < SCHEMA_VERSION and await event_types.is_empty(connection):
         count = await event_types.install(connection, event_types.DEFAULT_CATALOGUE.read_bytes())
         done.append(f"installed the default catalogue, {count} event types")
     if version and await connection.fetchval(ADMIN.roles_lack):
-        async with online.alone(connection):
-            await _grant(connection)
+        await _grant(connection)
         done.append("granted webhook_producer and webhook_dispatcher what they need")
     bound = await _payload_bound(connection)
     if bound != settings.payload_bytes_max:
@@ -96,7 +99,7 @@ async def migrate(connection: Connection, settings: Settings, tell: online.Tell 
     elif not rings and settings.doorbell == "on":
         await connection.execute(ADMIN.create_doorbell)
         done.append("doorbell trigger created")
-    return Migrated(SCHEMA_VERSION, tuple(done))
+    return done
 
 
 async def _grant(connection: Connection) -> None:

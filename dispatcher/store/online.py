@@ -30,9 +30,16 @@ Tell = Callable[[str], None]
 
 
 @asynccontextmanager
-async def alone(connection: Connection) -> AsyncIterator[None]:
-    """Keep others from migrating meanwhile, and the role's and the database's own timeouts from ending what reads the log through."""
-    if not await connection.fetchval(ONLINE.begin):
+async def alone(connection: Connection, tell: Tell) -> AsyncIterator[None]:
+    """Keep others from migrating meanwhile, and the role's and the database's own timeouts from ending what reads the log through. Who comes
+    second waits for a minute: two that start at once each find the schema installed, once."""
+    for pause in range(PAUSES_MAX):
+        if await connection.fetchval(ONLINE.begin):
+            break
+        if pause == 0:
+            tell("another `dispatcher migrate` is at work on this database: waiting for it")
+        await asyncio.sleep(PAUSE_S)
+    else:
         raise DatabaseAwayError(
             "another `dispatcher migrate` is at work on this database; wait for it, then run it again"
         )

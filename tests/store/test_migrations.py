@@ -47,14 +47,19 @@ WHERE c.relnamespace = 'webhook'::regnamespace AND NOT c.relispartition
 WAITS = "SELECT wait_event = 'relation' FROM pg_stat_activity WHERE pid = $1"  # asked from without: a snapshot of theirs would be waited for
 
 
-@pytest.fixture(params=sorted(RELEASED.glob("*.sql")), ids=lambda path: f"version {path.stem}")
-async def old(request: pytest.FixtureRequest, server: embedded.EmbeddedServer) -> AsyncIterator[str]:
-    """A database with a released schema and something in it."""
-    name = f"old_{request.param.stem}"
+@pytest.fixture
+async def empty(server: embedded.EmbeddedServer) -> AsyncIterator[str]:
     async with connected(server.dsn) as connection:
-        await connection.execute(f"CREATE DATABASE {name}")
-    dsn = dsn_of(server.dsn, name)
-    async with connected(dsn) as connection:
+        await connection.execute("CREATE DATABASE migrations")
+    yield dsn_of(server.dsn, "migrations")
+    async with connected(server.dsn) as connection:
+        await connection.execute("DROP DATABASE migrations WITH (FORCE)")
+
+
+@pytest.fixture(params=sorted(RELEASED.glob("*.sql")), ids=lambda path: f"version {path.stem}")
+async def old(request: pytest.FixtureRequest, empty: str) -> str:
+    """A database with a released schema and something in it."""
+    async with connected(empty) as connection:
         await connection.execute(request.param.read_text())
         await connection.execute(
             "INSERT INTO webhook.endpoint (account_id, url, state) VALUES ('acct', 'https://a.example/hook', 'live');"
@@ -63,9 +68,7 @@ async def old(request: pytest.FixtureRequest, server: embedded.EmbeddedServer) -
             " (endpoint_id, event_id, run, account_id, type, payload, created_at, attempts, first_attempt_at, reason, fault)"
             " VALUES (1, 1, 0, 'acct', 'a.b', '{\"kept\": 1}', now(), 3, now(), 'the last', 'status')"
         )
-    yield dsn
-    async with connected(server.dsn) as connection:
-        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    return empty
 
 
 async def structure(connection: asyncpg.Connection) -> set[tuple[object, ...]]:
@@ -115,6 +118,38 @@ async def test_what_was_under_way_goes_on_after_the_upgrade(old: str) -> None:
             ("/first", 3, 2), ("/first", 4, 1), ("/first", 5, 1), ("/second", 2, 1), ("/second", 4, 1), ("/second", 5, 1),
         ]  # fmt: skip
         assert all(got.signature_ok for got in r.received)
+
+
+async def migrated(dsn: str) -> tuple[str, ...]:
+    async with connected(dsn) as connection:
+        return (await migrate.migrate(connection, SETTINGS)).done
+
+
+async def applied(dsn: str) -> None:
+    async with connected(dsn) as connection:
+        await connection.execute(migrate.schema_sql())
+
+
+async def test_several_at_once_install_it_once(empty: str) -> None:
+    """`dispatcher run &` and the next command, on an embedded server that is new; or two machines of one deployment."""
+    done = await asyncio.gather(*(migrated(empty) for _ in range(4)))
+    [words] = filter(None, done)
+    assert words[0] == f"installed schema version {migrate.SCHEMA_VERSION}"
+
+
+async def test_psql_beside_it_installs_nothing_twice(empty: str) -> None:
+    await asyncio.gather(applied(empty), migrated(empty), applied(empty))
+    assert await migrated(empty) == ()
+
+
+async def test_several_at_once_upgrade_it_once(old: str) -> None:
+    said: list[str] = []
+    async with connected(old) as first, connected(old) as second:
+        done = await asyncio.gather(*(migrate.migrate(one, SETTINGS, said.append) for one in (first, second)))
+    [upgraded, nothing] = sorted((one.done for one in done), key=len, reverse=True)
+    assert upgraded
+    assert nothing == ()
+    assert [text for text in said if text.startswith("another `dispatcher migrate` is at work")]
 
 
 async def test_schema_sql_refuses_to_pass_over_an_older_one(old: str) -> None:
