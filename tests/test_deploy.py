@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,18 @@ def test_every_alert_has_its_part_of_the_runbooks_and_no_part_is_left_over() -> 
     assert re.findall(r"^## (\w+)$", RUNBOOKS, re.MULTILINE) == [rule["alert"] for rule in alerts()]
     for anchor in re.findall(r"\(#(\w+)\)", RUNBOOKS):
         assert anchor in {rule["alert"].lower() for rule in alerts()}
+
+
+def test_every_alert_is_seen_to_fire_and_not_before() -> None:
+    """By tests/data/alerts_test.yaml, which promtool runs."""
+    cases = [
+        case
+        for test in yaml.safe_load((ROOT / "tests" / "data" / "alerts_test.yaml").read_text())["tests"]
+        for case in test["alert_rule_test"]
+    ]
+    names = {rule["alert"] for rule in alerts()}
+    assert {case["alertname"] for case in cases if case["exp_alerts"]} == names
+    assert {case["alertname"] for case in cases if not case["exp_alerts"]} == names
 
 
 def promtool(*args: str, cwd: Path = DEPLOY / "prometheus") -> None:
@@ -234,6 +247,13 @@ def test_kubernetes_takes_the_manifest() -> None:
     # A Service named `dispatcher` would put DISPATCHER_SERVICE_HOST into the environment, which settings refuse.
     assert documents[0]["spec"]["template"]["spec"]["enableServiceLinks"] is False
     assert documents[0]["spec"]["replicas"] == 2
+
+
+def test_compose_takes_the_file() -> None:
+    """By the Compose specification's own schema."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    found = subprocess.run([*command, str(DEPLOY / "compose.yaml")], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_compose_joins_what_it_names() -> None:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -87,6 +88,19 @@ def test_the_wheel_has_every_file_of_the_package(wheel: Path) -> None:
         assert f"dispatcher/{name}" in inside
     assert [name for name in inside if name.startswith(("tests/", "bench/"))] == []
     assert any(name.endswith("licenses/LICENSE") for name in inside)
+
+
+def test_the_source_distribution_has_what_its_tests_read(tmp_path: Path) -> None:
+    ran(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path, cwd=ROOT)
+    [built] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    kept = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split("\0")
+    left_out = {name for name in kept if name and not name.startswith(".")} - inside
+    assert left_out == set()
+    assert "deploy/dispatcher.service" in inside
 
 
 def test_what_was_installed_is_what_runs(installed: Path, tmp_path: Path) -> None:
