@@ -36,18 +36,20 @@ def check_identity(certificate: str, key: str) -> None:
     """Raise InputError if these are not a certificate chain and the key of its first one. Never quotes the key."""
     chain = read_chain(certificate)
     if len(key) > PEM_CHARS_MAX:
-        raise InputError(f"the client key is longer than {PEM_CHARS_MAX} characters")
+        raise InputError(f"the client key is longer than {PEM_CHARS_MAX} characters", field="client_key")
     try:
         private = load_pem_private_key(key.encode(), password=None)
     except TypeError as exc:
         raise InputError(
-            "the client key has a passphrase: take it off, it is encrypted here with your other secrets"
+            "the client key has a passphrase: take it off, it is encrypted here with your other secrets",
+            field="client_key",
         ) from exc
     except (ValueError, UnsupportedAlgorithm) as exc:
-        raise InputError("the client key is not a private key in PEM form") from exc
+        raise InputError("the client key is not a private key in PEM form", field="client_key") from exc
     if _public_bytes(private) != _public_bytes(chain[0]):
         raise InputError(
-            "the client key doesn't belong to the first client certificate; that one must come before its issuers"
+            "the client key doesn't belong to the first client certificate; that one must come before its issuers",
+            field="client_key",
         )
 
 

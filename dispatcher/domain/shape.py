@@ -12,7 +12,8 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -122,16 +123,33 @@ def make_shape(config: Mapping[str, Any]) -> Shape:
 def checked(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return these fields of a configuration in their one form, its `url` being in its own; raise InputError with the trouble."""
     fields = {name: config.get(name, default) for name, default in (SHAPE | CREDENTIALS).items()}
-    if fields["signing"] not in SIGNINGS:
-        raise InputError(f"signing is {fields['signing']!r}; it must be one of {', '.join(map(repr, SIGNINGS))}")
-    if fields["body_format"] not in BODY_FORMATS:
-        raise InputError(f"body_format is {fields['body_format']!r}; it must be envelope or payload")
-    fields["omit"] = list(check_pointers(fields["omit"]))
-    fields["headers"] = _check_headers(fields["headers"])
-    _check_authentication(fields)
-    _check_signature(fields)
-    _check_client(fields, str(config["url"]))
+    with _blamed("signing"):
+        if fields["signing"] not in SIGNINGS:
+            raise InputError(f"signing is {fields['signing']!r}; it must be one of {', '.join(map(repr, SIGNINGS))}")
+    with _blamed("body_format"):
+        if fields["body_format"] not in BODY_FORMATS:
+            raise InputError(f"body_format is {fields['body_format']!r}; it must be envelope or payload")
+    with _blamed("omit"):
+        fields["omit"] = list(check_pointers(fields["omit"]))
+    with _blamed("headers"):
+        fields["headers"] = _check_headers(fields["headers"])
+    with _blamed("basic" if fields["bearer"] is None else "bearer"):
+        _check_authentication(fields)
+    with _blamed("extra_signature"):
+        _check_signature(fields)
+    with _blamed("client_certificate"):
+        _check_client(fields, str(config["url"]))
     return fields
+
+
+@contextmanager
+def _blamed(name: str) -> Iterator[None]:
+    """Say which field is to blame, where the refusal doesn't say it itself."""
+    try:
+        yield
+    except InputError as exc:
+        exc.field = exc.field or name
+        raise
 
 
 def merged(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,7 +258,9 @@ def _check_authentication(fields: dict[str, Any]) -> None:
 def _check_signature(fields: dict[str, Any]) -> None:
     if fields["extra_signature"] is None:
         if fields["extra_signature_key"] is not None:
-            raise InputError("extra_signature_key means nothing without extra_signature; give both")
+            raise InputError(
+                "extra_signature_key means nothing without extra_signature; give both", field="extra_signature_key"
+            )
         return
     form, header, prefix = _read_signature(fields["extra_signature"])
     header = check_header_name(header)
@@ -249,9 +269,10 @@ def _check_signature(fields: dict[str, Any]) -> None:
     fields["extra_signature"] = f"{form}:{header}" + (f":{prefix}" if prefix else "")
     if fields["extra_signature_key"] is None:
         fields["extra_signature_key"] = secrets.token_hex(32)
-    _check_visible(fields["extra_signature_key"], "the extra signature's key")
+    with _blamed("extra_signature_key"):
+        _check_visible(fields["extra_signature_key"], "the extra signature's key")
     if not 8 <= len(fields["extra_signature_key"]) <= 256:
-        raise InputError("the extra signature's key has 8 to 256 characters")
+        raise InputError("the extra signature's key has 8 to 256 characters", field="extra_signature_key")
 
 
 _SIGNATURE = re.compile(r"(?:(hex):([^:]+)(?::([!-9;-~]{1,32}))?|(timestamped):([^:]+))")

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import trustme
 
 from dispatcher.sink import Behaviour, Sink
 from dispatcher.store import runs
@@ -174,6 +175,77 @@ async def test_from_nothing_to_live(customer: Browser, sink: Sink):
         "live", {"from": ["+14155550156", "Acme"]}, [5, 30], 2.5
     )  # fmt: skip
     assert (await customer.get(setup)).text.count("nothing to put live") == 1
+
+
+async def test_how_requests_are_shaped(customer: Browser, sink: Sink):
+    """All that an endpoint can be told is in the form; what is secret is taken, kept when left empty, taken out, and never shown."""
+    ca = trustme.CA()
+    certificate = ca.issue_cert(common_name="shop")
+    chain, key = certificate.cert_chain_pems[0].bytes().decode(), certificate.private_key_pem.bytes().decode()
+    https = ("url", "https://receiver.example/hook")
+    given = [
+        ("basic", "shop:s3cret"), ("client_certificate", chain.replace("\n", "\r\n")), ("client_key", key.replace("\n", "\r\n")),
+        ("signing", "v1,v1a"), ("body_format", "payload"), ("omit", "/message/text\n/link/ip"),
+        ("extra_signature", "hex:x-shop-signature"), ("extra_signature_key", "long-known"),
+        ("ordering", "give_up_after"), ("ordering_attempts", "3"), ("response_control", "on"),
+    ]  # fmt: skip
+    setup = await customer.ok("/endpoints/new", [https, ("all_types", "1"), *given])
+    endpoint = f"/api/v1{setup.removesuffix('/setup')}"
+
+    async def shown(*names: str) -> list[object]:
+        answer = (await customer.web.ask("GET", endpoint, cookie=customer.cookie)).json
+        return [answer[name] for name in names]
+
+    plain = ("signing", "body_format", "omit", "extra_signature", "ordering", "response_control")
+    as_given = ["v1,v1a", "payload", ["/link/ip", "/message/text"], "hex:x-shop-signature", "give_up_after 3", True]
+    assert await shown(*plain) == as_given
+    assert await shown("basic", "bearer", "client_key", "extra_signature_key") == [
+        "(hidden)",
+        None,
+        "(hidden)",
+        "(hidden)",
+    ]
+    page = await customer.get(setup)
+    for secret in ("s3cret", "long-known", "PRIVATE KEY"):
+        assert secret not in page.text
+    for said in (
+        "Take out the user and password",
+        "CN=shop",
+        '<option value="give_up_after" selected>',
+        'value="3"',
+    ):
+        assert said in page.text
+    again = [one for one in given if one[0] in (*plain, "ordering_attempts")]
+    await customer.ok(setup, [https, ("all_types", "1"), *again])
+    assert await shown(*plain, "basic", "client_key") == [*as_given, "(hidden)", "(hidden)"], "what isn't typed stays"
+    await customer.ok(setup, [https, ("all_types", "1"), ("bearer", "t0ken"), ("remove", "client_certificate")])
+    assert await shown(*plain) == ["v1", "envelope", [], None, "off", False]
+    assert await shown("basic", "bearer", "client_certificate", "client_key") == [None, "(hidden)", None, None]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("basic", "nobody", "user:password"),
+        ("bearer", "two words", "a bearer token has"),
+        ("client_certificate", "text", "belong together"),
+        ("omit", "message", "pointer"),
+        ("extra_signature", "x-shop", "is not a signature"),
+        ("extra_signature_key", "long-known", "means nothing without"),
+        ("ordering", "give_up_after", "ordering"),
+        ("signing", "v2", "signing"),
+    ],
+)  # fmt: skip
+async def test_what_shapes_them_is_refused_with_the_field(customer: Browser, field: str, value: str, said: str):
+    typed = [("url", "https://receiver.example/hook"), ("all_types", "1"), ("name", "kept"), (field, value)]
+    page = await customer.post("/endpoints/new", typed)
+    assert page.status == 400
+    assert said in page.text
+    assert 'value="kept"' in page.text
+    [invalid] = re.findall(r'name="(\w+)"[^>]*aria-invalid="true"', page.text)[:1]
+    assert invalid == field
+    opened = page.text[: page.text.index('aria-invalid="true"')]
+    assert "<details open>" in opened[opened.rindex("<details") :], "its part of the form is open"
 
 
 async def test_an_edit_waits_beside_what_is_in_force(customer: Browser, sink: Sink):

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from aiohttp.web import StreamResponse
 from pydantic import ValidationError
 
-from dispatcher.domain.shape import shown
+from dispatcher.domain.shape import CREDENTIALS, SHAPE, shown
 from dispatcher.engine.trial import TEST_TYPE
 from dispatcher.errors import ForbiddenError, InputError
 from dispatcher.store import event_types, search
@@ -41,17 +41,14 @@ FAULT_WORDS = {
 }
 _ID = "{endpoint_id:[0-9]{1,18}}"
 _OPTIONS = (*models.EndpointOptions.model_fields, "url")
+_EMPTY = DEFAULTS | SHAPE | CREDENTIALS | {"url": ""}
 
 
 async def new(visit: Visit) -> StreamResponse:
     """Show an empty form: the types that the catalogue ticks are ticked."""
     async with visit.db() as db:
         types = await event_types.find(db, limit=TYPES_MAX)
-    config = DEFAULTS | {
-        "url": "",
-        "event_types": [one.name for one in types if one.default_on] or ["*"],
-        "headers": {},
-    }
+    config = _EMPTY | {"event_types": [one.name for one in types if one.default_on] or ["*"]}
     return _page(visit, types, config, account_id=visit.query.get("account_id", ""))
 
 
@@ -65,7 +62,7 @@ async def create(visit: Visit) -> StreamResponse:
                 raise InputError("say whose endpoint it is", field="account_id")
             view = await visit.admin(db).create(account_id, _checked(config))
         except (InputError, ProblemError) as exc:
-            return _page(visit, types, config | {"headers": {}}, account_id=account_id or "", problem=exc)
+            return _page(visit, types, _typed(_EMPTY, config), account_id=account_id or "", problem=exc)
     visit.subject = f"endpoint_id={view.id} account_id={account_id}"
     return visit.redirect(f"/endpoints/{view.id}/setup#test")
 
@@ -84,8 +81,7 @@ async def save(visit: Visit) -> StreamResponse:
         try:
             await admin.update(view.id, _checked(config))
         except (InputError, ProblemError) as exc:
-            typed = config | {"headers": shown(view.to_test)["headers"]}
-            return await _edit_page(visit, db, view, typed=typed, problem=exc)
+            return await _edit_page(visit, db, view, typed=_typed(shown(view.to_test), config), problem=exc)
     return visit.redirect(f"/endpoints/{view.id}/setup#test")
 
 
@@ -195,7 +191,9 @@ def _read(visit: Visit, types: list[EventType]) -> dict[str, Any]:
         name, colon, value = line.partition(":")
         headers[name.strip()] = value.strip() if colon else ""
     schedule = _words(form.get("retry_schedule_s", ""))
+    ordering = form.get("ordering", "off")
     return {
+        **_read_credentials(visit),
         "name": form.get("name", "").strip(), "url": form.get("url", "").strip(),
         "event_types": ["*"] if "all_types" in form else list(dict.fromkeys(patterns)),
         "filters": {name: values for name, values in filters.items() if values}, "headers": headers,
@@ -203,11 +201,39 @@ def _read(visit: Visit, types: list[EventType]) -> dict[str, Any]:
         "in_flight_max": _number(form.get("in_flight_max", "")),
         "timeout_ms": _number(form.get("timeout_ms", "")) or DEFAULTS["timeout_ms"],
         "retry_schedule_s": [_number(wait) for wait in schedule] or None,
+        "signing": form.get("signing", SHAPE["signing"]), "body_format": form.get("body_format", SHAPE["body_format"]),
+        "omit": _lines(form.get("omit", "")), "extra_signature": form.get("extra_signature", "").strip() or None,
+        "ordering": f"{ordering} {form.get('ordering_attempts', '').strip()}" if ordering == "give_up_after" else ordering,
+        "response_control": "response_control" in form,
     }  # fmt: skip
+
+
+def _read_credentials(visit: Visit) -> dict[str, Any]:
+    """Return what was typed of what is never shown, and what is to be taken out; what isn't named stays as it is."""
+    form, taken_out = visit.form, visit.form_list("remove")
+    given: dict[str, Any] = {name: None for name in ("basic", "bearer", "client_certificate") if name in taken_out}
+    for name in ("basic", "bearer", "extra_signature_key"):
+        if typed := form.get(name, "").strip():
+            given[name] = typed
+    for name in ("client_certificate", "client_key"):
+        if typed := form.get(name, "").strip():
+            given[name] = typed.replace("\r\n", "\n") + "\n"
+    return given
+
+
+def _typed(before: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Return what the form shows again after an error: what was typed, but for what is never shown."""
+    return before | {name: value for name, value in config.items() if name not in CREDENTIALS}
 
 
 def _checked(config: dict[str, Any]) -> dict[str, Any]:
     """Return the options as the API would take them, or refuse them with the field's name."""
+    if (
+        config["extra_signature"] is None and "extra_signature_key" in config
+    ):  # which taking the signature out would take too
+        raise InputError(
+            "extra_signature_key means nothing without extra_signature; give both", field="extra_signature_key"
+        )
     try:
         body = models.EndpointChange.model_validate(config)
     except ValidationError as exc:
