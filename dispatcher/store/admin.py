@@ -18,7 +18,7 @@ import hashlib
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
 import asyncpg
@@ -81,6 +81,18 @@ Choice = Literal["send", "skip"]
 Interval = tuple[str, int, int, str | None]  # pattern, since_id, until_id, what its filters come to
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True, slots=True)
+class Stands:
+    """How an endpoint stands: what changes from one second to the next."""
+
+    endpoint_id: int
+    state: str
+    failing_since: datetime | None
+    backlog: int
+    retries: int
+    next_retry_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -824,14 +836,21 @@ class Admin:
             ),
         }  # fmt: skip
 
-    async def next_retry(self, endpoint_id: int) -> datetime | None:
-        """Return when the earliest retry of an endpoint is due; whose it is, was asked before."""
-        due_at: datetime | None = await self._db.fetchval(ADMIN.next_retry, endpoint_id)
-        return due_at
+    async def stands(self, endpoint_id: int) -> Stands:
+        """Return how an endpoint stands now; whose it is, was asked before. Raises NotFoundError where it was deleted since."""
+        row = await self._db.fetchrow(ADMIN.stands, endpoint_id)
+        if row is None:
+            raise NotFoundError(f"there is no endpoint {endpoint_id}", remedy=WHICH)
+        return Stands(endpoint_id, **row)
 
-    async def tail(self, since: datetime, endpoint_id: int | None, window_ids: int) -> list[dict[str, Any]]:
-        """Return attempts that began after `since`, oldest first, at most 1,000."""
-        return [dict(row) for row in await self._db.fetch(ADMIN.tail, since, endpoint_id, window_ids)]
+    async def expired_24h(self, endpoint_id: int) -> int:
+        expired: int = await self._db.fetchval(ADMIN.expired_24h, endpoint_id)
+        return expired
+
+    async def tail(self, since: datetime | timedelta, endpoint_id: int | None, window_ids: int) -> list[dict[str, Any]]:
+        """Return attempts that began after `since`, or less than so long ago; oldest first, at most 1,000."""
+        at, back = (None, since) if isinstance(since, timedelta) else (since, None)
+        return [dict(row) for row in await self._db.fetch(ADMIN.tail, at, endpoint_id, window_ids, back)]
 
     async def account_for(self) -> list[dict[str, Any]]:
         """Count, for each endpoint, the deliveries owed by committed events and how they ended. Reads the whole log: for demos and tests."""

@@ -187,9 +187,18 @@ FROM (
 -- name: retries
 SELECT count(*) AS deliveries, min(event_id) AS first_id FROM webhook.retry WHERE endpoint_id = $1;
 
--- name: next_retry
--- When the earliest retry of an endpoint is due, whatever holds it.
-SELECT due_at FROM webhook.retry WHERE endpoint_id = $1 ORDER BY due_at LIMIT 1;
+-- name: stands
+-- How an endpoint stands: asked every two seconds for each page that is looked at, so without what is summed over a day. The earliest retry is
+-- told whatever holds it.
+SELECT e.state, e.failing_since, coalesce(l.backlog, 0) AS backlog,
+       (SELECT count(*) FROM webhook.retry AS r WHERE r.endpoint_id = e.id) AS retries,
+       (SELECT r.due_at FROM webhook.retry AS r WHERE r.endpoint_id = e.id ORDER BY r.due_at LIMIT 1) AS next_retry_at
+FROM webhook.endpoint AS e
+LEFT JOIN webhook.lane AS l ON l.endpoint_id = e.id
+WHERE e.id = $1 AND e.state <> 'deleted';
+
+-- name: expired_24h
+SELECT coalesce(sum(expired), 0)::bigint FROM webhook.endpoint_stat WHERE endpoint_id = $1 AND minute > clock_timestamp() - interval '1 day';
 
 -- name: insert_discard
 INSERT INTO webhook.discard (endpoint_id, reason, after_id, upto_id, deliveries) VALUES ($1, $2, $3, $4, $5);
@@ -342,12 +351,12 @@ SELECT endpoint_id, run, number, started_at, duration_us, status, fault, respons
 FROM webhook.attempt WHERE event_id = $1 AND endpoint_id > $2 AND ($3::bigint IS NULL OR endpoint_id <= $3) ORDER BY endpoint_id, run, number;
 
 -- name: tail
--- Attempts since $1, among the last $3 events of the log. The bound is a subquery, so that it is asked for once, descended to, and prunes: as a
+-- Attempts since $1, or of the last $4, among the last $3 events of the log. The bound is a subquery, so that it is asked for once, descended to, and prunes: as a
 -- mere function it was called for every row, of all that the endpoint ever got.
 SELECT a.event_id, a.endpoint_id, a.run, a.number, a.started_at, a.duration_us, a.status, a.fault, o.account_id, o.type, o.created_at
 FROM webhook.attempt AS a
 JOIN webhook.outbox AS o ON o.id = a.event_id
-WHERE a.started_at > $1 AND a.event_id > (SELECT webhook.last_id() - $3::bigint) AND ($2::bigint IS NULL OR a.endpoint_id = $2)
+WHERE a.started_at > coalesce($1, clock_timestamp() - $4::interval) AND a.event_id > (SELECT webhook.last_id() - $3::bigint) AND ($2::bigint IS NULL OR a.endpoint_id = $2)
 ORDER BY a.started_at
 LIMIT 1000;
 

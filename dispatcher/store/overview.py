@@ -4,7 +4,6 @@ It is what the tables tell. What only the delivering process's memory knows (POS
 """
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ async def read_minutes(db: Connection) -> dict[str, Any]:
     found = await stats.lately(db, MINUTES)
     return {
         "minutes": MINUTES, "delivered_per_s": found.delivered / MINUTES / 60, "failed_per_s": found.failed / MINUTES / 60,
-        "success_rate": found.success_rate, **asdict(found),
+        **found.as_dict(),
     }  # fmt: skip
 
 

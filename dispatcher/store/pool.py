@@ -94,6 +94,7 @@ def _make(dsn: str, size: int, timeout_s: float) -> Any:
         # A page wants few rows, of one account most often. At the default of 4 the log's own order looks cheaper than the account's index as
         # soon as an account has a tenth of the events, and is not, once it has been quiet for a million of them.
         "random_page_cost": "1.1",
+        "max_parallel_workers_per_gather": "0",  # a page isn't worth two cores: one is wanted for deliveries
     }
 
     async def begin(connection: Connection) -> None:

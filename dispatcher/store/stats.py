@@ -4,8 +4,11 @@ Durations are kept as counts in powers of two, so a percentile is the upper end 
 two, and never better than it was.
 """
 
+import asyncio
+from bisect import bisect_left
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +19,7 @@ from dispatcher.store.sql import load
 
 BUCKETS = 20  # as the dispatcher writes them (engine/stats.py)
 POINTS_MAX = 300  # a day by five minutes; what is made of more would hold the loop for longer than 5 ms
+POINTS_A_TURN = 50  # of the event loop: half a millisecond
 SPAN_MAX = timedelta(days=31)
 STEPS_MIN = (1, 5, 15, 60, 180)
 
@@ -46,6 +50,9 @@ class Stats:
         attempts = self.delivered + self.failed
         return self.delivered / attempts if attempts else None
 
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*self.__slots__, "success_rate")}
+
 
 @dataclass(frozen=True, slots=True)
 class Point:
@@ -74,8 +81,12 @@ async def series(
         step_min = next(step for step in STEPS_MIN if span_min / step <= POINTS_MAX)
     elif span_min / step_min > POINTS_MAX:
         raise InputError(f"these would be more than {POINTS_MAX} points; give a larger step", field="step_min")
-    rows = await db.fetch(STATS.series, endpoint_id, since, until, step_min)
-    return [Point(row["at"], _stats(row), row["backlog"]) for row in rows]
+    points = []
+    for n, row in enumerate(await db.fetch(STATS.series, endpoint_id, since, until, step_min), start=1):
+        points.append(Point(row["at"], _stats(row), row["backlog"]))
+        if n % POINTS_A_TURN == 0:
+            await asyncio.sleep(0)
+    return points
 
 
 async def summaries(db: Connection, endpoint_ids: list[int], span: timedelta = timedelta(days=1)) -> dict[int, Stats]:
@@ -95,10 +106,8 @@ async def by_hour(db: Connection, endpoint_ids: list[int], hours: int = 24) -> d
     now: datetime = await db.fetchval(STATS.now)
     first = now.replace(minute=0, second=0, microsecond=0) - timedelta(hours=hours - 1)
     made: dict[int, list[tuple[int, int]]] = {}
-    for row in await db.fetch(STATS.by_hour, endpoint_ids, first):
-        hour = (row["at"] - first) // timedelta(hours=1)
-        if hour < hours:
-            made.setdefault(row["endpoint_id"], [(0, 0)] * hours)[hour] = (row["delivered"], row["failed"])
+    for endpoint_id, hour, delivered, failed in await db.fetch(STATS.by_hour, endpoint_ids, first, hours):
+        made.setdefault(endpoint_id, [(0, 0)] * hours)[hour] = (delivered, failed)
     return made
 
 
@@ -107,23 +116,15 @@ async def last_failures(db: Connection, endpoint_ids: list[int]) -> dict[int, di
     return {row["endpoint_id"]: dict(row) for row in await db.fetch(STATS.last_failures, endpoint_ids)}
 
 
-def percentile(durations: list[int], share: float) -> int | None:
-    """Return the upper end, in ms, of the bucket in which the share of attempts is reached."""
-    total = sum(durations)
-    if not total:
-        return None
-    reached = 0
-    for power, count in enumerate(durations):
-        reached += count
-        if reached >= share * total:
-            return 1 << power
-    raise AssertionError("the buckets hold the total")
+def percentile(reached: list[int], share: float) -> int | None:
+    """Return the upper end, in ms, of the bucket in which the share of attempts is reached. `reached`: attempts up to each bucket's end."""
+    return 1 << bisect_left(reached, share * reached[-1]) if reached[-1] else None
 
 
 def _stats(row: Any) -> Stats:
-    attempts = row["delivered"] + row["failed"]
-    durations = [count or 0 for count in row["durations"]]
+    delivered, failed, duration_ms = row["delivered"], row["failed"], row["duration_ms"]
+    reached = list(accumulate(count or 0 for count in row["durations"]))
     return Stats(
-        row["delivered"], row["failed"], row["dead"], row["duration_ms"] / attempts if attempts else None,
-        percentile(durations, 0.5), percentile(durations, 0.95), percentile(durations, 0.99),
+        delivered, failed, row["dead"], duration_ms / (delivered + failed) if delivered + failed else None,
+        percentile(reached, 0.5), percentile(reached, 0.95), percentile(reached, 0.99),
     )  # fmt: skip

@@ -29,10 +29,11 @@ WHERE minute >= date_trunc('minute', statement_timestamp()) - $1::integer * inte
 SELECT clock_timestamp();
 
 -- name: by_hour
--- Of a page of endpoints since $2, for the little chart of a list.
-SELECT endpoint_id, date_trunc('hour', minute, 'UTC') AS at, sum(delivered)::bigint AS delivered, sum(failed)::bigint AS failed
+-- Of a page of endpoints in the $3 hours from $2 on, for the little chart of a list.
+SELECT endpoint_id, floor(extract(epoch FROM minute - $2::timestamptz) / 3600)::integer AS hour,
+       sum(delivered)::bigint AS delivered, sum(failed)::bigint AS failed
 FROM webhook.endpoint_stat
-WHERE endpoint_id = ANY ($1::bigint[]) AND minute >= $2
+WHERE endpoint_id = ANY ($1::bigint[]) AND minute >= $2 AND minute < $2::timestamptz + $3::integer * interval '1 hour'
 GROUP BY 1, 2;
 
 -- name: last_failures

@@ -12,7 +12,8 @@ oldest messages and is told so; none makes another wait, and none grows without 
         return await visit.web.streams.follow(visit, ("deliveries", visit.principal.account_id), look)
 
 The topic must say everything that `look` depends on, whose account it is first of all. Messages named in `kept` say how something stands:
-who joins later gets the last of each at once, so that nothing is missed between a page and its stream.
+who joins later gets the last of each at once. Those named in `repeated` say what happened: who joins gets what was said of the last
+REPEATED_S. So nothing is missed between a page and its stream, and the page leaves out what it has.
 """
 
 import asyncio
@@ -38,6 +39,7 @@ Message = tuple[str, Any]  # the event's name, and its data: anything that orjso
 Look = Callable[[Connection, Any], Awaitable[tuple[Any, list[Message]]]]
 
 QUEUE_MAX = 200  # messages that wait for one stream
+REPEATED_S = 10.0  # longer than a page takes to come and to open its stream
 KEEP_ALIVE_S = 15.0  # a comment, so that proxies keep the stream open and a dead browser is noticed
 LOOKS_AT_ONCE = 2  # one that takes long doesn't stop the others
 GOLDEN = 0.618034  # multiples of it, without their whole parts, lie far from each other however many there are
@@ -64,8 +66,8 @@ class Streams:
         return len(self._topics)
 
     async def follow(
-        self, visit: "Visit", topic: Hashable, look: Look, *, every_s: float = 1.0, kept: Collection[str] = ()
-    ) -> web.StreamResponse:
+        self, visit: "Visit", topic: Hashable, look: Look, *, every_s: float = 1.0, kept: Collection[str] = (), repeated: Collection[str] = (),
+    ) -> web.StreamResponse:  # fmt: skip
         """Answer with a stream of what `look` finds, until the browser leaves or LIFE_S is over."""
         if self._open >= self._streams_max or self._closing.is_set():
             raise ProblemError(
@@ -74,7 +76,7 @@ class Streams:
         self._open += 1
         stream = _Stream()
         try:
-            found = self._topic(topic, look, every_s, kept)
+            found = self._topic(topic, look, every_s, kept, repeated)
             found.add(stream)
             try:
                 return await self._send(visit, stream)
@@ -86,12 +88,14 @@ class Streams:
         finally:
             self._open -= 1
 
-    def _topic(self, topic: Hashable, look: Look, every_s: float, kept: Collection[str]) -> "_Topic":
+    def _topic(
+        self, topic: Hashable, look: Look, every_s: float, kept: Collection[str], repeated: Collection[str]
+    ) -> "_Topic":
         found = self._topics.get(topic)
         if found is None:
             self._topics_made += 1
             offset_s = self._topics_made * GOLDEN % 1 * every_s
-            found = self._topics[topic] = _Topic(self._pool, look, every_s, kept, offset_s, self._looking)
+            found = self._topics[topic] = _Topic(self._pool, look, every_s, kept, repeated, offset_s, self._looking)
         return found
 
     async def close(self) -> None:
@@ -145,8 +149,9 @@ class _Topic:
     second."""
 
     def __init__(
-        self, pool: Pool, look: Look, every_s: float, kept: Collection[str], offset_s: float, looking: asyncio.Semaphore
-    ) -> None:
+        self, pool: Pool, look: Look, every_s: float, kept: Collection[str], repeated: Collection[str], offset_s: float,
+        looking: asyncio.Semaphore,
+    ) -> None:  # fmt: skip
         self.streams: dict[_Stream, None] = {}
         self._pool = pool
         self._look = look
@@ -154,13 +159,19 @@ class _Topic:
         self._offset_s = offset_s
         self._looking = looking
         self._kept = kept
+        self._repeated = repeated
         self._last: dict[str, bytes] = {}
+        self._lately: deque[tuple[float, bytes]] = deque(maxlen=QUEUE_MAX // 2)
         self._task = asyncio.create_task(self._run())
 
     def add(self, stream: _Stream) -> None:
         self.streams[stream] = None
         for message in self._last.values():
             stream.put(message)
+        since = asyncio.get_running_loop().time() - REPEATED_S
+        for at, message in self._lately:
+            if at > since:
+                stream.put(message)
 
     def remove(self, stream: _Stream) -> None:
         del self.streams[stream]
@@ -180,6 +191,8 @@ class _Topic:
                     encoded = _encode(event, data)
                     if event in self._kept:
                         self._last[event] = encoded
+                    elif event in self._repeated:
+                        self._lately.append((asyncio.get_running_loop().time(), encoded))
                     for stream in self.streams:
                         stream.put(encoded)
             except DispatcherError as exc:

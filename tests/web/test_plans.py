@@ -8,7 +8,7 @@ from dispatcher.store.stats import STATS
 from tests.conftest import connected
 
 ASKED = {  # parameter types, arguments, what bounds the descent
-    "tail": (ADMIN.tail, "timestamptz, bigint, bigint", "now(), 7, 2000", "(event_id > (InitPlan"),
+    "tail": (ADMIN.tail, "timestamptz, bigint, bigint, interval", "NULL, 7, 2000, '15 s'", "(event_id > (InitPlan"),
     "first_posts": (OVERVIEW.first_posts, "bigint, integer", "1000, 500", "(event_id > "),
     "lately": (STATS.lately, "integer", "5", "(minute >= "),
 }

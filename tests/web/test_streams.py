@@ -125,13 +125,37 @@ async def test_the_server_ends_streams_when_it_stops(dsn: str, monkeypatch: pyte
 async def test_a_look_that_fails_is_tried_again(dsn: str):
     pool = Pool("postgresql://127.0.0.1:1/none", size=1, statement_timeout_s=1)
     streams = Streams(pool, streams_max=1)
-    topic = streams_module._Topic(pool, look, 0.01, (), 0.0, asyncio.Semaphore(1))
+    topic = streams_module._Topic(pool, look, 0.01, (), (), 0.0, asyncio.Semaphore(1))
     stream = _Stream()
     topic.add(stream)
     await asyncio.sleep(0.05)
     assert not topic._task.done()
     await topic.stop()
     assert (streams.open, list(stream.messages)) == (0, [])
+    await pool.close()
+
+
+async def test_who_joins_gets_what_was_said_lately(dsn: str, monkeypatch: pytest.MonkeyPatch):
+    """What happened while the page was on its way, of what happens; and the last of what says how something stands."""
+
+    async def look(db: Any, seen: int | None) -> tuple[int, list[Message]]:
+        n = (seen or 0) + 1
+        return n, [("attempt", n), ("standing", n), ("other", n)] if n <= 3 else []
+
+    pool = Pool(dsn, size=1, statement_timeout_s=1)
+    streams = Streams(pool, streams_max=1)
+    topic = streams._topic("one", look, 0.01, ("standing",), ("attempt",))
+    first, second, late = _Stream(), _Stream(), _Stream()
+    topic.add(first)
+    await until(lambda: len(first.messages) == 9)
+    topic.add(second)
+    assert [text.split()[1::2] for text in second.messages] == [
+        [b"standing", b"3"], [b"attempt", b"1"], [b"attempt", b"2"], [b"attempt", b"3"],
+    ]  # fmt: skip
+    monkeypatch.setattr(streams_module, "REPEATED_S", 0.0)
+    topic.add(late)
+    assert [text.split()[1::2] for text in late.messages] == [[b"standing", b"3"]]
+    await topic.stop()
     await pool.close()
 
 
@@ -154,7 +178,7 @@ async def test_topics_look_one_after_another_and_spread_over_the_second(dsn: str
 
     pool = Pool(dsn, size=4, statement_timeout_s=1)
     streams = Streams(pool, streams_max=100)
-    topics = [streams._topic(n, look_of(n), 0.5, ()) for n in range(20)]
+    topics = [streams._topic(n, look_of(n), 0.5, (), ()) for n in range(20)]
     while min(map(len, looks.values()), default=0) < 3 or len(looks) < 20:
         await asyncio.sleep(0.01)
     for topic in topics:

@@ -1,6 +1,5 @@
 """Endpoints: create, test, go live, and look after them."""
 
-from dataclasses import asdict
 from typing import Any
 
 from dispatcher.errors import ForbiddenError
@@ -29,7 +28,7 @@ async def list_endpoints(call: Call) -> Any:
             found = await stats.summaries(db, [row["id"] for row in rows])
             for row in rows:
                 made = found.get(row["id"])
-                row["stats_24h"] = None if made is None else asdict(made) | {"success_rate": made.success_rate}
+                row["stats_24h"] = None if made is None else made.as_dict()
     return page(rows, query.limit, "id")
 
 
@@ -197,12 +196,7 @@ async def show_stats(call: Call) -> Any:
     async with call.visit.db() as db:
         await call.visit.admin(db).get(call.endpoint_id)
         points = await stats.series(db, call.endpoint_id, query.since, query.until, query.step_min)
-    return {
-        "data": [
-            asdict(point.stats) | {"at": point.at, "success_rate": point.stats.success_rate, "backlog": point.backlog}
-            for point in points
-        ]
-    }
+    return {"data": [point.stats.as_dict() | {"at": point.at, "backlog": point.backlog} for point in points]}
 
 
 async def _go_on(call: Call, verb: Any) -> Any:

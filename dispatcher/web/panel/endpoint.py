@@ -1,10 +1,10 @@
 """One endpoint: how it stands and why, what can be done about it, its secrets, and what it has got lately, live."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiohttp.web import StreamResponse
 
@@ -30,6 +30,7 @@ RECENT = 20
 LIVE_EVERY_S = 2.0
 TAIL_IDS = 2_000  # of the log's newest, where a live list looks for new attempts
 TAIL_BACK = timedelta(seconds=15)  # an attempt is known when it has ended, not when it began
+EXPIRED_EVERY = 30  # looks: what is summed over a day doesn't change by the second
 OVERLAPS = ((0.0, "none: the old one ends now"), (3_600.0, "an hour"), (OVERLAP_S, "a day"), (7 * 86_400.0, "a week"))
 SNIPPETS = {
     title: Path(__file__).with_name("snippets").joinpath(f"{title.lower()}.txt").read_text()
@@ -108,25 +109,37 @@ async def rotate(visit: Visit) -> StreamResponse:
     return visit.redirect(f"/endpoints/{_id(visit)}#secrets")
 
 
+class _Seen(NamedTuple):
+    attempts: Collection[Any]
+    stands: dict[str, Any]
+    expired_24h: int
+    looks: int
+
+
 async def live(visit: Visit) -> StreamResponse:
     """Stream the endpoint's attempts as they are recorded, and how it stands when that changes."""
     endpoint_id = _id(visit)
     async with visit.db() as db:
         view = await visit.admin(db).get(endpoint_id)
 
-    async def look(db: Connection, seen: tuple[set[Any], Any] | None) -> tuple[Any, list[Message]]:
+    async def look(db: Connection, seen: _Seen | None) -> tuple[_Seen, list[Message]]:
         admin = Admin(db, visit.web.settings, visit.principal)
-        rows = await admin.tail(await admin.now() - TAIL_BACK, endpoint_id, TAIL_IDS)
-        keys = {(row["event_id"], row["run"], row["number"]) for row in rows}
-        stands = standing(visit.web.lane_health, await admin.get(endpoint_id), await admin.next_retry(endpoint_id))
-        if seen is None:
-            return (keys, stands), [("standing", stands)]
-        fresh = [row for row in rows if (row["event_id"], row["run"], row["number"]) not in seen[0]]
-        messages: list[Message] = [("attempt", row) for row in fresh]
-        return (keys, stands), messages if stands == seen[1] else [*messages, ("standing", stands)]
+        rows = await admin.tail(TAIL_BACK, endpoint_id, TAIL_IDS)
+        looks = 0 if seen is None else seen.looks + 1
+        expired = (
+            await admin.expired_24h(endpoint_id) if seen is None or looks % EXPIRED_EVERY == 0 else seen.expired_24h
+        )
+        stands = standing(visit.web.lane_health, await admin.stands(endpoint_id), expired)
+        keys = {(row["event_id"], row["run"], row["number"]): row for row in rows}
+        fresh = keys if seen is None else {key: row for key, row in keys.items() if key not in seen.attempts}
+        messages: list[Message] = [("attempt", row) for row in fresh.values()]
+        if seen is None or stands != seen.stands:
+            messages.append(("standing", stands))
+        return _Seen(frozenset(keys), stands, expired, looks), messages
 
+    topic = ("endpoint", view.account_id, endpoint_id)
     return await visit.web.streams.follow(
-        visit, ("endpoint", view.account_id, endpoint_id), look, every_s=LIVE_EVERY_S, kept=("standing",)
+        visit, topic, look, every_s=LIVE_EVERY_S, kept=("standing",), repeated=("attempt",)
     )
 
 
@@ -142,17 +155,17 @@ async def _page(
     since = until - timedelta(minutes=minutes - 1)
     points = await stats.series(db, view.id, since, until, step_min)
     recent = await search.deliveries(db, visit.principal, endpoint_id=view.id, limit=RECENT)
-    stands = standing(visit.web.lane_health, view, await visit.admin(db).next_retry(view.id))
+    stands = standing(visit.web.lane_health, await visit.admin(db).stands(view.id), view.expired)
     settings = visit.web.settings
     data: dict[str, Any] = {
         "endpoint": view.as_dict() | details.as_dict(), "span": span, "standing": stands,
-        "points": [{"at": point.at, "backlog": point.backlog, **asdict(point.stats)} for point in points],
         "recent": recent.rows, "searched": asdict(recent.searched), "secrets": secrets,
         "retry_schedule_s": view.config["retry_schedule_s"] or list(settings.retry_schedule_s),
         "source_addresses": [one.strip() for one in settings.source_addresses.split(",") if one.strip()],
     }  # fmt: skip
     if visit.wants_json:
-        return visit.json(data)
+        shown = [point.stats.as_dict() | {"at": point.at, "backlog": point.backlog} for point in points]
+        return visit.json(data | {"points": shown})
     signing = [
         {
             "scheme": known.scheme,
@@ -163,10 +176,11 @@ async def _page(
         for known in view.signing
     ]
     steps = _steps(points, since, minutes, step_min)
+    # The template calls for its charts one by one: a millisecond each, between which deliveries go on.
     return visit.html(
-        "endpoint.html", **data, chart=_chart(steps, since, words) if points else None, latency=_latency(steps, words),
-        backlog=_backlog(steps, words), step_min=step_min, since=since, until=until, spans=SPANS,
-        signing=signing, overlaps=OVERLAPS, snippets=_snippets(view), hidden=HIDDEN,
+        "endpoint.html", **data, has_points=bool(points), attempts_chart=lambda: _chart(steps, since, words),
+        latency_chart=lambda: _latency(steps, words), backlog_chart=lambda: _backlog(steps, words), step_min=step_min,
+        since=since, until=until, spans=SPANS, signing=signing, overlaps=OVERLAPS, snippets=_snippets(view), hidden=HIDDEN,
     )  # fmt: skip
 
 

@@ -5,10 +5,9 @@ Breaker and pace are in the memory of the process that delivers, and nowhere els
 """
 
 from collections.abc import Callable
-from datetime import datetime
 from typing import Any
 
-from dispatcher.store.admin import EndpointView
+from dispatcher.store.admin import Stands
 
 LaneHealth = Callable[[int | None], list[dict[str, Any]]]
 
@@ -16,16 +15,16 @@ SHOWN = ("breaker", "pace_per_s", "in_flight", "in_flight_limit", "queued", "con
 UNKNOWN = "Only the process that delivers knows its breaker and its pace, and another one serves this page."
 
 
-def standing(lane_health: LaneHealth | None, view: EndpointView, next_retry_at: datetime | None) -> dict[str, Any]:
+def standing(lane_health: LaneHealth | None, stands: Stands, expired_24h: int) -> dict[str, Any]:
     """Return what page and stream show. `lane`: as the engine tells it, None where it isn't known or nothing is sent anyway."""
-    health = [] if lane_health is None else lane_health(view.id)
+    health = [] if lane_health is None else lane_health(stands.endpoint_id)
     lane = health[0] if health else None
-    failing = view.state == "live" and view.failing_since is not None
+    failing = stands.state == "live" and stands.failing_since is not None
     return {
-        "state": view.state, "failing": failing, "backlog": max(view.backlog, 0 if lane is None else lane["queued"]),
-        "retries": view.retries, "expired_24h": view.expired, "next_retry_at": next_retry_at,
+        "state": stands.state, "failing": failing, "backlog": max(stands.backlog, 0 if lane is None else lane["queued"]),
+        "retries": stands.retries, "expired_24h": expired_24h, "next_retry_at": stands.next_retry_at,
         "lane": None if lane is None else {name: lane[name] for name in SHOWN},
-        "words": said(lane) if view.state == "live" else "", "wait_s": None if lane is None else _wait_s(lane),
+        "words": said(lane) if stands.state == "live" else "", "wait_s": None if lane is None else _wait_s(lane),
     }  # fmt: skip
 
 

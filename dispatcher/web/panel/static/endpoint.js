@@ -28,8 +28,13 @@ function eventCell(one) {
 source.addEventListener("open", () => { live.textContent = "Live: attempts show up here as they are made."; });
 source.addEventListener("error", () => { live.textContent = "Not live at the moment; trying again."; });
 source.addEventListener("missed", () => { live.textContent = "Live, but too many to show them all: load the page again."; });
+// Of each event, when its last attempt that is shown began: the stream begins with what happened while the page was on its way.
+const shown = new Map([...attempts.rows].map((row) => [row.dataset.event, Date.parse(row.querySelector("time")?.dateTime)]));
 source.addEventListener("attempt", (event) => {
   const one = JSON.parse(event.data);
+  const began = Date.parse(one.started_at);
+  if (shown.get(String(one.event_id)) >= began) return;
+  shown.set(String(one.event_id), began);
   const row = document.createElement("tr");
   row.append(
     cell("Last attempt", format.format(new Date(one.started_at))),
