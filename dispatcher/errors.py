@@ -74,10 +74,8 @@ class ForcedStopError(DispatcherError):
 
     code = "forced_stop"
 
-    def __init__(self, number: int, name: str) -> None:
-        super().__init__(
-            f"stopped at once by a second signal ({name}); what was in flight will be sent again by the next start"
-        )
+    def __init__(self, number: int, name: str, left: str) -> None:
+        super().__init__(f"stopped at once by a second signal ({name}); {left}")
         self.exit_code = 128 + number
 
 

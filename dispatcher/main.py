@@ -110,7 +110,7 @@ async def serve(settings: Settings, dsn: str) -> None:
     try:
         await engine.run()
     except asyncio.CancelledError:
-        signals.raise_if_forced()
+        signals.raise_if_forced("what was in flight will be sent again by the next start")
         raise
     finally:
         for other in beside:
@@ -135,9 +135,9 @@ class _Signals:
         loop.add_signal_handler(signal.SIGUSR1, live.toggle_debug)
         loop.set_exception_handler(log_unhandled)
 
-    def raise_if_forced(self) -> None:
+    def raise_if_forced(self, left: str) -> None:
         if len(self._came) >= 2:
-            raise ForcedStopError(self._came[1], self._came[1].name) from None
+            raise ForcedStopError(self._came[1], self._came[1].name, left) from None
 
     def _end(self, number: signal.Signals) -> None:
         self._came.append(number)
@@ -223,7 +223,9 @@ async def serve_web(settings: Settings, dsn: str) -> None:
     try:
         await server
     except asyncio.CancelledError:
-        signals.raise_if_forced()
+        signals.raise_if_forced(
+            "requests under way were cut off, and changes that were not answered may be made or not"
+        )
         if not server.cancelled():
             raise
         _log.info("stopped")

@@ -236,7 +236,7 @@ async def test_an_event_says_that_a_filter_left_it_out(r: Rig) -> None:
     red = await create(r, "/red", reference=["red"])
     [green] = await emit(r, "green")
     await r.settled()
-    [delivery] = (await admin(r).show(str(green)))["deliveries"]
+    [delivery] = (await admin(r).events.show(str(green)))["deliveries"]
     assert (delivery["endpoint_id"], delivery["fate"]) == (red, "not sent: its filters leave this event out")
 
 

@@ -146,7 +146,7 @@ async def test_what_has_expired_is_settled_unsent_and_shown(dsn: str) -> None:
         assert r.engine.counters.expired == 2
         assert await r.db.fetch(INVARIANT) == []
         admin = Admin(r.db, r.settings)
-        fates = [(await admin.show(str(stale[0] + n)))["deliveries"][0]["fate"] for n in range(3)]
+        fates = [(await admin.events.show(str(stale[0] + n)))["deliveries"][0]["fate"] for n in range(3)]
         assert fates == ["expired, unsent", "expired after 1 failed", "delivered"]
         await r.stop()  # the minute under way is written
         assert (await admin.get(endpoint_id)).expired == 2

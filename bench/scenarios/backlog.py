@@ -121,9 +121,10 @@ async def set_state(connection: asyncpg.Connection, state: str) -> None:
 
 
 async def _read(connection: asyncpg.Connection) -> None:
-    """Wait until the head has passed everything: what waits then is one lane's."""
+    """Wait until the head has passed everything, and what was committed behind it is read too: what waits then is one lane's."""
+    read = "SELECT position >= webhook.last_id() AND isempty(gaps) FROM webhook.checkpoint"
     async with asyncio.timeout(rig.PASSED_S):
-        while not await connection.fetchval("SELECT position >= webhook.last_id() FROM webhook.checkpoint"):
+        while not await connection.fetchval(read):
             await asyncio.sleep(0.05)
 
 

@@ -53,7 +53,7 @@ async def run(bench: Bench, size: Size) -> Result:
             bench.tell(f"producers: round {n + 1} of {size.rounds}, {name}")
             async with bench.database() as dsn:
                 rings = "on" if name in ("the doorbell", "NOTIFY always") else "off"
-                connection = await rig.install(dsn, endpoints=1, port=1, in_flight=1, doorbell=rings)
+                connection = await rig.install(dsn, endpoints=1, port=1_024, in_flight=1, doorbell=rings)
                 await _set_trigger(connection, name)
                 async with rig.dispatcher(dsn, connection, doorbell=rings) as running:
                     for count, table in tables.items():

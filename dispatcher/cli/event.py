@@ -53,7 +53,7 @@ def send(
         except UnicodeDecodeError as exc:
             raise InputError(f"the payload on standard input is not valid UTF-8: {exc}") from exc
     event_id, public_id = with_admin(
-        context.settings(), lambda a: a.send(account_id, event_type, payload, occurred_at, **options)
+        context.settings(), lambda a: a.events.send(account_id, event_type, payload, occurred_at, **options)
     )
     if len(payload.encode()) > PAYLOAD_BYTES_ADVISED:
         say(
@@ -79,7 +79,7 @@ def show(context: Context, reference: str, json_out: bool) -> None:
     \b
     dispatcher event show evt_0ee4da927ccba008cff736c89e3074c0
     """
-    shown = with_admin(context.settings(), lambda a: a.show(reference))
+    shown = with_admin(context.settings(), lambda a: a.events.show(reference))
     payload = shown["payload"]
     if json_out:
         print_json(shown | {"payload": None if payload is None else orjson.Fragment(payload.encode())})
@@ -149,7 +149,7 @@ async def _tail(
         since = await opened.now()
         shown: dict[tuple[Any, ...], None] = {}
         while loop.time() < deadline:
-            for attempt in await opened.tail(since - timedelta(seconds=15), endpoint_id, TAIL_WINDOW_IDS):
+            for attempt in await opened.events.tail(since - timedelta(seconds=15), endpoint_id, TAIL_WINDOW_IDS):
                 key = (attempt["event_id"], attempt["endpoint_id"], attempt["run"], attempt["number"])
                 if key in shown or attempt["started_at"] < since - timedelta(seconds=15):
                     continue

@@ -29,6 +29,7 @@ from rich.text import Text
 
 from dispatcher.demo.events import SmsPlatform
 from dispatcher.domain.principal import OPERATOR
+from dispatcher.domain.text import amount
 from dispatcher.engine.engine import Engine
 from dispatcher.engine.lane import Lane
 from dispatcher.main import make_engine, make_transport, make_web, tune_gc
@@ -200,7 +201,9 @@ async def _produce(admin: Admin, tally: Tally, rate: float, enough: asyncio.Even
         due = min(500, int((time.monotonic() - began) * rate) - produced)
         if due > 0:
             events = [platform.next(datetime.now(UTC)) for _ in range(due)]
-            ids = await admin.emit_many([(e.account_id, e.type, e.payload.decode(), e.occurred_at) for e in events])
+            ids = await admin.events.emit_many(
+                [(e.account_id, e.type, e.payload.decode(), e.occurred_at) for e in events]
+            )
             tally.commit(ids, time.time())
             produced += due
         await asyncio.sleep(max(0.002, min(0.05, 1 / rate)))
@@ -219,7 +222,7 @@ async def _settle(engine: Engine, admin: Admin, stop: asyncio.Event, *, say: Any
     say("no new events; letting everything settle (Ctrl-C gives up) …")
     deadline = time.monotonic() + SETTLE_MAX_S
     while True:
-        accounts = await admin.account_for()
+        accounts = await admin.events.account_for()
         open_ = sum(account["open"] for account in accounts)
         if not open_ or time.monotonic() > deadline or stop.is_set():
             return accounts
@@ -327,11 +330,19 @@ def _summary(accounts: list[dict[str, Any]], tally: Tally, sink: Sink, engine: E
             f"{a['name']:10}{a['owed']:9}{a['delivered']:11}{a['dead_letters']:14}{a['open']:6}{a['attempts']:10}"
         )
     click.echo(
-        f"\n{tally.committed} events committed, {owed} deliveries owed: {delivered} delivered, {dead} in dead letters, {still_open} open.\n"
-        f"The receivers got {sink.received} POSTs, {sink.duplicates} of them again (their own failures, retried).\n"
+        f"\n{amount(tally.committed, 'event')} committed, {amount(owed, 'delivery', 'deliveries')} owed: {delivered:,} delivered, "
+        f"{dead:,} in dead letters, {still_open:,} open.\n"
+        f"The receivers got {amount(sink.received, 'POST')}, {sink.duplicates:,} of them again (their own failures, retried).\n"
         f"Commit → received at the fast endpoint: p50 {_ms(tally.percentile(0.5))}, p99 {_ms(tally.percentile(0.99))}."
     )
-    click.echo("Every committed event is accounted for." if good else "NOT every committed event is accounted for.")
+    if good:
+        click.echo("Every committed event is accounted for.")
+    elif owed == delivered + dead + still_open:
+        click.echo(
+            f"It ended with {amount(still_open, 'delivery', 'deliveries')} still open: none is lost, and not all are made."
+        )
+    else:
+        click.echo("NOT every committed event is accounted for.")
     return good
 
 

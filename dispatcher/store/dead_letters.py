@@ -16,11 +16,11 @@ from typing import Any
 
 from dispatcher.domain.endpoint import check_patterns
 from dispatcher.domain.event import PublicIds
+from dispatcher.domain.moment import to_us
 from dispatcher.domain.principal import OPERATOR, Principal
 from dispatcher.domain.run import RunSource
 from dispatcher.errors import InputError, NotFoundError, StateError
 from dispatcher.store import runs
-from dispatcher.store.reference import us
 from dispatcher.store.runs import RUNS, RunView, Step
 from dispatcher.store.search import Found, Searched
 from dispatcher.store.session import Connection
@@ -248,6 +248,6 @@ async def _check_ids(connection: Connection, ids: Sequence[int], account_id: str
 async def _described(connection: Connection, rows: Sequence[Any]) -> list[dict[str, Any]]:
     """Add the public ids."""
     public = PublicIds(await connection.fetchval(SQL.id_key)).encode(
-        [(us(row["created_at"]), row["event_id"]) for row in rows]
+        [(to_us(row["created_at"]), row["event_id"]) for row in rows]
     )
     return [dict(row) | {"public_id": text.decode()} for row, text in zip(rows, public, strict=True)]

@@ -29,10 +29,11 @@ from dispatcher.ports import (
     SweptRetries,
     TableShape,
 )
-from dispatcher.store.memory import EndpointRow, LogRow, MemoryDatabase, MemoryStore, SubscriptionRow, Tables
+from dispatcher.store.memory import MemoryStore
+from dispatcher.store.memory_database import MemoryDatabase
+from dispatcher.store.memory_tables import EndpointRow, LogRow, RetryKey, SubscriptionRow, Tables
 
 T = TypeVar("T")
-RetryKey = tuple[int, int, int]  # endpoint, event, run
 
 
 class MemoryPartitions:

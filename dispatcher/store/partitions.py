@@ -8,13 +8,14 @@ it for nothing.
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import asyncpg
 
 from dispatcher.domain.endpoint import FOREVER
+from dispatcher.domain.moment import from_us, to_us
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.domain.retention import MARGIN_IDS, Span, is_settled
 from dispatcher.ports import (
@@ -74,7 +75,7 @@ class PgPartitions:
         async def work(connection: Connection) -> tuple[int | None, int | None]:
             event = await connection.fetchval(STATEMENTS.newest_event, leaf.low, leaf.high)
             attempt = await connection.fetchval(STATEMENTS.newest_attempt, leaf.low, leaf.high)
-            return None if event is None else _us(event), None if attempt is None else _us(attempt)
+            return None if event is None else to_us(event), None if attempt is None else to_us(attempt)
 
         return await self._session.run(work)
 
@@ -90,8 +91,8 @@ class PgPartitions:
                 row = await connection.fetchrow(STATEMENTS.first_from, middle)
                 if row is None or row["id"] > upto:
                     high = middle
-                elif _us(row["created_at"]) >= since_us:
-                    high, found = middle, (row["id"], _us(row["created_at"]))
+                elif to_us(row["created_at"]) >= since_us:
+                    high, found = middle, (row["id"], to_us(row["created_at"]))
                 else:
                     low = row["id"] + 1
             return found
@@ -151,12 +152,14 @@ class PgPartitions:
         return SweptRetries(row["deliveries"], (row["endpoint_id"], row["event_id"], row["run"]))
 
     async def sweep_attempts(self, below: int, before_us: int, limit: int) -> int:
-        before = _at(before_us)
+        before = from_us(before_us)
         deleted: int = await self._session.run(lambda c: c.fetchval(STATEMENTS.sweep_attempts, below, before, limit))
         return deleted
 
     async def sweep_dead_letters(self, after: int, before_us: int, limit: int) -> SweptDeadLetters:
-        row = await self._session.run(lambda c: c.fetchrow(STATEMENTS.sweep_dead_letters, after, _at(before_us), limit))
+        row = await self._session.run(
+            lambda c: c.fetchrow(STATEMENTS.sweep_dead_letters, after, from_us(before_us), limit)
+        )
         if row is None:
             return SweptDeadLetters(0, 0, None)
         return SweptDeadLetters(row["deleted"], row["open"], row["passed"] if row["is_old"] else None)
@@ -168,7 +171,7 @@ class PgPartitions:
             "runs": STATEMENTS.sweep_runs,
             "event_keys": STATEMENTS.sweep_event_keys,
         }[what]
-        deleted: int = await self._session.run(lambda c: c.fetchval(statement, _at(before_us), limit))
+        deleted: int = await self._session.run(lambda c: c.fetchval(statement, from_us(before_us), limit))
         return deleted
 
 
@@ -220,7 +223,7 @@ async def _shape(connection: Connection) -> LogShape:
         tables[parent] = TableShape(leaves[parent], outside, fences.get(parent))
     row = await connection.fetchrow(STATEMENTS.progress)
     gaps = IdRanges((r.lower, r.upper - 1) for r in row["gaps"])
-    return LogShape(tables["outbox"], tables["attempt"], row["position"], gaps, row["last_id"], _us(row["wall"]))
+    return LogShape(tables["outbox"], tables["attempt"], row["position"], gaps, row["last_id"], to_us(row["wall"]))
 
 
 def _between(leaves: Sequence[Span]) -> list[Span]:
@@ -234,12 +237,12 @@ async def _expire(connection: Connection, epoch: int, leaf: Span) -> Expired:
     """Count what is lost, end its retries, keep and tell the counts, and empty the leaf: in the caller's transaction."""
     found: dict[int, Loss] = {}
     for row in await connection.fetch(STATEMENTS.unsent, leaf.low, leaf.high):
-        first, last = _us(row["first_at"]), _us(row["last_at"])
+        first, last = to_us(row["first_at"]), to_us(row["last_at"])
         found[row["endpoint_id"]] = Loss(row["endpoint_id"], row["deliveries"], 0, first, last)
     for row in await connection.fetch(STATEMENTS.end_retries, leaf.low, leaf.high):
         known = found.get(row["endpoint_id"])
         unsent = 0 if known is None else known.unsent
-        times = [_us(at) for at in (row["first_at"], row["last_at"]) if at is not None]
+        times = [to_us(at) for at in (row["first_at"], row["last_at"]) if at is not None]
         times += [] if known is None else [known.first_us, known.last_us]
         first, last = min(times, default=0), max(times, default=0)
         found[row["endpoint_id"]] = Loss(row["endpoint_id"], unsent, row["deliveries"], first, last)
@@ -248,7 +251,7 @@ async def _expire(connection: Connection, epoch: int, leaf: Span) -> Expired:
     if losses:
         ids, deliveries = [loss.endpoint_id for loss in losses], [loss.deliveries for loss in losses]
         await connection.execute(STATEMENTS.discard, leaf.low, leaf.high, ids, deliveries)
-        first_at, last_at = [_at(loss.first_us) for loss in losses], [_at(loss.last_us) for loss in losses]
+        first_at, last_at = [from_us(loss.first_us) for loss in losses], [from_us(loss.last_us) for loss in losses]
         await connection.execute(STATEMENTS.tell, ids, deliveries, first_at, last_at)
     freed = await connection.fetchval(STATEMENTS.expire, leaf.low, leaf.high, epoch)
     if freed is None:
@@ -288,16 +291,6 @@ async def _transaction(connection: Connection) -> AsyncIterator[None]:
         await transaction.rollback()
         raise
     await transaction.commit()
-
-
-def _us(at: datetime) -> int:
-    delta = at - datetime(1970, 1, 1, tzinfo=UTC)
-    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
-
-
-def _at(us: int) -> datetime:
-    seconds, rest = divmod(us, 1_000_000)
-    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest)
 
 
 __all__ = ["PgPartitions"]

@@ -11,7 +11,6 @@ import contextlib
 import struct
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ import structlog
 from dispatcher.domain.endpoint import FOREVER, Endpoint, EndpointId, EndpointState, Subscription, like_pattern
 from dispatcher.domain.event import Event, PublicIds, traceparent_of
 from dispatcher.domain.filters import Rule
+from dispatcher.domain.moment import from_us, to_us
 from dispatcher.domain.ordering import parse_ordering
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.domain.run import Run, RunSource, RunState
@@ -161,7 +161,7 @@ class PgStore:
 
     async def _end_owner(self, look: Look) -> None:
         _log.warning("standby.ends_owner", owner=look.owner, heartbeat_age_s=look.heartbeat_age_s, pid=look.holder)
-        heartbeat_at = None if look.heartbeat_us is None else _at(look.heartbeat_us)
+        heartbeat_at = None if look.heartbeat_us is None else from_us(look.heartbeat_us)
         await self._owner.run(lambda c: c.fetch(SQL.end_owner, look.holder, heartbeat_at))
 
     async def _begin_if_free(
@@ -237,7 +237,7 @@ class PgStore:
                     await asyncio.sleep(0)  # it is asked for; uvloop writes at the end of a turn
                 endpoints += self._endpoints(rows, runs)
                 rows = await following
-            due = {row["id"]: _us(row["due_at"]) for row in await connection.fetch(SQL.read_retries_due)}
+            due = {row["id"]: to_us(row["due_at"]) for row in await connection.fetch(SQL.read_retries_due)}
         last_id = await connection.fetchval(SQL.last_id)
         return Started(
             epoch=epoch,
@@ -249,7 +249,7 @@ class PgStore:
             last_id=last_id,
             retries_due=due,
             # Asked last: reading many endpoints takes seconds, by which the dispatcher's clock would be slow for as long as it lives.
-            wall_us=_us(await connection.fetchval(SQL.wall)),
+            wall_us=to_us(await connection.fetchval(SQL.wall)),
         )
 
     async def close(self) -> None:
@@ -478,8 +478,8 @@ class PgStore:
                     [x.event_id for x in r],
                     [x.run for x in r],
                     [x.number for x in r],
-                    [_at(x.first_attempt_us) for x in r],
-                    [_at(x.due_us) for x in r],
+                    [from_us(x.first_attempt_us) for x in r],
+                    [from_us(x.due_us) for x in r],
                     [_text(x.reason) for x in r],
                     [x.ordering_key for x in r],
                 )
@@ -491,7 +491,7 @@ class PgStore:
                     [x.event_id for x in d],
                     [x.run for x in d],
                     [x.attempts for x in d],
-                    [_at(x.first_attempt_us) for x in d],
+                    [from_us(x.first_attempt_us) for x in d],
                     [_text(x.reason) for x in d],
                     [x.status for x in d],
                     [x.fault.value for x in d],
@@ -541,21 +541,25 @@ class PgStore:
         )
 
     async def note_failing(self, failing_since_us: dict[int, int | None]) -> None:
-        values = [None if us is None else _at(us) for us in failing_since_us.values()]
+        values = [None if us is None else from_us(us) for us in failing_since_us.values()]
         await self._config.run(lambda c: c.execute(SQL.note_failing, list(failing_since_us), values, self._epoch))
 
     async def tell_failing(self, endpoint_id: int, failing_since_us: int) -> None:
-        await self._config.run(lambda c: c.execute(SQL.tell_failing, endpoint_id, _at(failing_since_us), self._epoch))
+        await self._config.run(
+            lambda c: c.execute(SQL.tell_failing, endpoint_id, from_us(failing_since_us), self._epoch)
+        )
 
     async def tell_recovered(self, endpoint_id: int, failing_since_us: int) -> None:
-        await self._config.run(lambda c: c.execute(SQL.tell_recovered, endpoint_id, _at(failing_since_us), self._epoch))
+        await self._config.run(
+            lambda c: c.execute(SQL.tell_recovered, endpoint_id, from_us(failing_since_us), self._epoch)
+        )
 
     async def disable_endpoint(self, endpoint_id: int, reason: str, failing_since_us: int | None) -> None:
-        since = None if failing_since_us is None else _at(failing_since_us)
+        since = None if failing_since_us is None else from_us(failing_since_us)
         await self._config.run(lambda c: c.execute(SQL.disable_endpoint, endpoint_id, reason, since, self._epoch))
 
     async def wall_us(self) -> int:
-        return _us(await self._config.run(lambda c: c.fetchval(SQL.wall)))
+        return to_us(await self._config.run(lambda c: c.fetchval(SQL.wall)))
 
     def _endpoints(self, rows: Sequence[Any], run_rows: Sequence[Any]) -> list[Endpoint]:
         runs: defaultdict[int, list[Run]] = defaultdict(list)
@@ -650,7 +654,7 @@ async def _transaction(connection: Connection) -> AsyncIterator[None]:
 
 async def _insert_attempt(connection: Connection, row: AttemptRow) -> None:
     """Insert one row under a savepoint; one that is still refused goes in without its free text."""
-    values = [row.event_id, row.endpoint_id, row.run, row.number, _at(row.started_us), row.duration_us, row.status]
+    values = [row.event_id, row.endpoint_id, row.run, row.number, from_us(row.started_us), row.duration_us, row.status]
     fault = None if row.fault is None else row.fault.value
     try:
         async with _transaction(connection):
@@ -709,9 +713,9 @@ async def _look_at_owner(connection: Connection) -> Look:
         holder=row["pid"],
         owner=row["owner"],
         epoch=row["epoch"],
-        heartbeat_us=None if heartbeat_at is None else _us(heartbeat_at),
+        heartbeat_us=None if heartbeat_at is None else to_us(heartbeat_at),
         held_up=row["held_up"],
-        now_us=_us(row["now"]),
+        now_us=to_us(row["now"]),
     )
 
 
@@ -786,25 +790,15 @@ def _endpoint(row: Any, runs: tuple[Run, ...], settings: Settings, keyring: Keyr
         rate_burst=row["rate_burst"],
         in_flight_max=row["in_flight_max"],
         retry_schedule_s=None if schedule is None else tuple(schedule),
-        failing_since_us=None if row["failing_since"] is None else _us(row["failing_since"]),
+        failing_since_us=None if row["failing_since"] is None else to_us(row["failing_since"]),
         failing_told=row["failing_told"],
         state_reason=row["state_reason"],
         response_control=row["response_control"],
-        reload_at_us=None if row["reload_at"] is None else _us(row["reload_at"]),
+        reload_at_us=None if row["reload_at"] is None else to_us(row["reload_at"]),
         runs=runs,
         shape=shape,
         ordering=parse_ordering(row["ordering"]),
     )
-
-
-def _us(at: datetime) -> int:
-    delta = at - datetime(1970, 1, 1, tzinfo=UTC)
-    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
-
-
-def _at(us: int) -> datetime:
-    seconds, rest = divmod(us, 1_000_000)
-    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest)
 
 
 def _ranges(multirange: Any) -> IdRanges:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from dispatcher.domain.event import PublicIds
+from dispatcher.domain.moment import to_us
 from dispatcher.store.session import Connection
 from dispatcher.store.sql import SQL
 
@@ -20,7 +21,7 @@ class EventReference:
 
     def fits(self, created_at: datetime) -> bool:
         """Tell whether the row with this id, made at `created_at`, is the one that was meant."""
-        return self.created_us is None or self.created_us == us(created_at)
+        return self.created_us is None or self.created_us == to_us(created_at)
 
 
 async def event_reference(connection: Connection, text: str) -> EventReference:
@@ -29,8 +30,3 @@ async def event_reference(connection: Connection, text: str) -> EventReference:
         return EventReference(text, int(text), None)
     created_us, event_id = PublicIds(await connection.fetchval(SQL.id_key)).decode(text)
     return EventReference(text, event_id if event_id <= ID_MAX else -1, created_us)
-
-
-def us(at: datetime) -> int:
-    """Return µs since 1970."""
-    return round(at.timestamp() * 1_000_000)

@@ -13,10 +13,11 @@ from typing import Any
 
 from dispatcher.domain.endpoint import check_patterns
 from dispatcher.domain.event import PublicIds
+from dispatcher.domain.moment import to_us
 from dispatcher.domain.principal import Principal
 from dispatcher.errors import InputError, NotFoundError
 from dispatcher.store import runs
-from dispatcher.store.reference import event_reference, us
+from dispatcher.store.reference import event_reference
 from dispatcher.store.session import Connection
 from dispatcher.store.sql import SQL, load
 
@@ -208,7 +209,7 @@ async def _range(
 
 
 async def _with_public_ids(db: Connection, rows: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:
-    public = PublicIds(await db.fetchval(SQL.id_key)).encode([(us(row["created_at"]), row[field]) for row in rows])
+    public = PublicIds(await db.fetchval(SQL.id_key)).encode([(to_us(row["created_at"]), row[field]) for row in rows])
     return [row | {"public_id": text.decode()} for row, text in zip(rows, public, strict=True)]
 
 

@@ -128,4 +128,6 @@ async def _sweep(shared: Web) -> None:
                 done = await access.sweep(db)
         except DispatcherError as exc:
             _log.info("web.sweep", error=str(exc))  # the database is away or busy: next time
+        except Exception:  # noqa: BLE001 - logged with its trace; the pages go on without it
+            _log.exception("web.sweep")
         await asyncio.sleep(SWEEP_S if done < access.SWEPT else 1.0)

@@ -102,7 +102,7 @@ async def _furnish(made: Rig, web: Site) -> dict[str, Any]:
     await until(lambda: all(made.has_taken_up(ids[name]) for name in ("Shop", "CRM", "Till", "Busy")), within_s=60)
     platform = SmsPlatform(Random(7), [ACCOUNT, OTHER])
     events = [platform.next(datetime.now(UTC)) for _ in range(120)]
-    await admin.emit_many([(e.account_id, e.type, e.payload.decode(), e.occurred_at) for e in events])
+    await admin.events.emit_many([(e.account_id, e.type, e.payload.decode(), e.occurred_at) for e in events])
     await until(lambda: _has_failed(made, ids["CRM"]), within_s=60, what="the breaker of the one that fails")
     await until(lambda: _is_through(made, [ids["Shop"], ids["Till"]]), within_s=60, what="the others have got theirs")
     for name, bad in (("Shop", 1), ("CRM", 30), ("Till", 3)):

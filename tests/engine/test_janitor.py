@@ -18,7 +18,8 @@ from dispatcher.engine.provision import Patience, Provisioner
 from dispatcher.engine.runs import LaneRun
 from dispatcher.ports import LogShape, Parent, SweptDeadLetters
 from dispatcher.settings import Settings
-from dispatcher.store.memory import MemoryDatabase, MemoryStore
+from dispatcher.store.memory import MemoryStore
+from dispatcher.store.memory_database import MemoryDatabase
 from dispatcher.store.memory_partitions import MemoryPartitions
 from tests.engine.build import LIMITS, check_bounds, make_endpoint, make_event, make_lane, make_retry
 

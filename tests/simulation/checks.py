@@ -18,7 +18,7 @@ from dispatcher.engine import catchup, gaps, keys, lane, reader, recorder
 from dispatcher.engine.config import LEASE_S
 from dispatcher.engine.delivery import Delivery
 from dispatcher.ports import Batch
-from dispatcher.store.memory import EndpointRow, LogRow, SubscriptionRow, Tables
+from dispatcher.store.memory_tables import EndpointRow, LogRow, SubscriptionRow, Tables
 
 if TYPE_CHECKING:
     from tests.simulation.process import Process, WatchedSender

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dispatcher.domain.endpoint import EndpointState
 from dispatcher.domain.filters import Rule
 from dispatcher.domain.run import RunState
-from dispatcher.store.memory import CannotPrepareError, Transaction, TransactionOverError, WouldBlockError
+from dispatcher.store.memory_database import CannotPrepareError, Transaction, TransactionOverError, WouldBlockError
 
 if TYPE_CHECKING:
     from tests.simulation.world import World

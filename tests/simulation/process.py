@@ -22,8 +22,8 @@ from dispatcher.engine.engine import Engine
 from dispatcher.engine.gaps import Gap, Gaps
 from dispatcher.engine.sender import Sender
 from dispatcher.ports import Connection, FencedError
-from dispatcher.store.memory import Connection as Session
 from dispatcher.store.memory import Fate, MemoryStore
+from dispatcher.store.memory_database import Connection as Session
 from dispatcher.store.memory_partitions import MemoryPartitions
 from dispatcher.transport.memory import MemoryTransport
 from tests.simulation.loop import PROCESS, Halting

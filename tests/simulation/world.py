@@ -14,7 +14,8 @@ from unittest import mock
 import structlog
 
 from dispatcher.engine import catchup, gaps, janitor, keys, lane, reader, recorder, sender
-from dispatcher.store.memory import LogRow, MemoryDatabase, Operation
+from dispatcher.store.memory_database import MemoryDatabase
+from dispatcher.store.memory_tables import LogRow, Operation
 from tests.simulation.checks import Checker
 from tests.simulation.disasters import Disasters
 from tests.simulation.loop import Stuck, VirtualLoop

@@ -94,7 +94,7 @@ def test_each_event_type_has_an_example() -> None:
 async def test_payloads_are_bounded(r: Rig) -> None:
     """256 kB unless the operator says otherwise; `dispatcher event send` advises to stay below 20 kB."""
     with pytest.raises(InputError, match="larger than the outbox accepts"):
-        await admin(r).send("acct", "a.b", '"' + "x" * 262_144 + '"')
+        await admin(r).events.send("acct", "a.b", '"' + "x" * 262_144 + '"')
 
 
 # ── metadata ──
@@ -470,7 +470,7 @@ async def test_failures_are_shown_with_their_reason(r: Rig) -> None:
     endpoint = await r.endpoint(behaviour=Behaviour(status=500, body=b"out of order"))
     [event] = await r.emit()
     await until(r.attempts)
-    shown = await admin(r).show(str(event))
+    shown = await admin(r).events.show(str(event))
     [delivery] = shown["deliveries"]
     assert delivery["endpoint_id"] == endpoint
     assert delivery["attempts"][0]["status"] == 500

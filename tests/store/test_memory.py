@@ -10,14 +10,8 @@ import pytest
 from dispatcher.domain.outcome import Fault
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.ports import AttemptRow, Batch, CheckpointWrite, FencedError, LifeLostError, RetryRow, StoreAwayError
-from dispatcher.store.memory import (
-    CannotPrepareError,
-    Fate,
-    MemoryDatabase,
-    MemoryStore,
-    TransactionOverError,
-    WouldBlockError,
-)
+from dispatcher.store.memory import Fate, MemoryStore
+from dispatcher.store.memory_database import CannotPrepareError, MemoryDatabase, TransactionOverError, WouldBlockError
 
 NOW = 1_700_000_000_000_000
 

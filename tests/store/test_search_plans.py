@@ -71,7 +71,7 @@ ASKED: dict[str, tuple[str, list[Any], int]] = {
         SEARCH.deliveries, ["a0", [30_000, 30_010, 30_020, 30_030, 30_040], None, None, None, None, None, 1 << 62, 0, 50, 0], 20_000,
     ),
     "retries of a delivery": (SEARCH.retries_of, [10, 777], 1),
-    "next retry": (ADMIN.next_retry, [10], 1),
+    "how one stands": (ADMIN.stands, [11, 10_001], 2),
     "letters": (LETTERS.walk, ["a1", 39_000, LOOKED_AT, None, "open", None, []], 2_000),
     "letters of all": (LETTERS.walk, [None, 39_000, LOOKED_AT, 7, "open", ["no.such"], []], 2_000),
     "letters open": (LETTERS.walk_open, [10, 39_000, LOOKED_AT, None, []], 2_000),

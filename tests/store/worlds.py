@@ -16,7 +16,8 @@ from dispatcher.domain.outcome import Fault
 from dispatcher.domain.run import RunState
 from dispatcher.ports import AttemptRow, Store, StoreAwayError
 from dispatcher.store import standby
-from dispatcher.store.memory import MemoryDatabase, MemoryStore, Transaction
+from dispatcher.store.memory import MemoryStore
+from dispatcher.store.memory_database import MemoryDatabase, Transaction
 from dispatcher.store.postgres import PgStore
 
 SETTINGS = settings_module.Settings(allowed_networks="127.0.0.0/8")

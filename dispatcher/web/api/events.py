@@ -8,7 +8,8 @@ from dispatcher.domain.endpoint import pattern_matches
 from dispatcher.domain.event import TOLD_TO_OTHERS
 from dispatcher.errors import NotFoundError
 from dispatcher.store import runs, search
-from dispatcher.store.admin import Admin, NewEvent
+from dispatcher.store.admin import Admin
+from dispatcher.store.events import NewEvent
 from dispatcher.store.search import Found
 from dispatcher.web.api import models
 from dispatcher.web.api.operation import BATCH_BYTES_MAX, Call, Operation
@@ -58,10 +59,10 @@ async def _send(call: Call, given: list[models.NewEvent], text: bytes, *, within
         admin = call.visit.admin(db)
 
         async def act() -> dict[str, Any]:
-            sent = await admin.send_many(events, text.decode(), within=within)
+            sent = await admin.events.send_many(events, text.decode(), within=within)
             return {"sent": [{"id": event_id, "event_id": public_id} for event_id, public_id in sent]}
 
-        answer, _ = await admin.once(call.idempotency_key, call.visit.request.path.encode() + b"\n" + text, act)
+        answer, _ = await admin.events.once(call.idempotency_key, call.visit.request.path.encode() + b"\n" + text, act)
     sent: list[Any] = answer["sent"]
     call.visit.subject = f"events={len(sent)} first={sent[0]['id']}"
     return sent
@@ -99,7 +100,7 @@ async def show_event(call: Call) -> Any:
 async def told_of(admin: Admin, reference: str, *, after: int = 0, limit: int = ENDPOINTS_MAX) -> dict[str, Any]:
     """Return an event, each endpoint that was to have it, and as `not_for` each of its account that was not, with why. Of the account's
     endpoints `limit` are looked at, from `after` on."""
-    shown = await admin.show(reference, after=after, limit=limit)
+    shown = await admin.events.show(reference, after=after, limit=limit)
     upto = shown["next"]
     endpoints = await admin.endpoints(shown["account_id"], None, after=after, limit=limit)
     endpoints = [row for row in endpoints if upto is None or row["id"] <= upto]
@@ -149,7 +150,7 @@ def statuses(status: int | None) -> tuple[int, int] | None:
 async def show_delivery(call: Call) -> Any:
     """Show a delivery with its attempts"""
     async with call.visit.db() as db:
-        shown = await call.visit.admin(db).show(call.path["event"], call.endpoint_id)
+        shown = await call.visit.admin(db).events.show(call.path["event"], call.endpoint_id)
     for delivery in shown["deliveries"]:
         if delivery["endpoint_id"] == call.endpoint_id:
             return delivery

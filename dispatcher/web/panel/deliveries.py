@@ -88,7 +88,7 @@ async def live(visit: Visit) -> StreamResponse:
     event_id, endpoint_id = str(shown["id"]), found["endpoint_id"]
 
     async def look(db: Connection, seen: dict[str, Any] | None) -> tuple[dict[str, Any], list[Message]]:
-        told = await Admin(db, visit.web.settings, visit.principal).show(event_id, endpoint_id)
+        told = await Admin(db, visit.web.settings, visit.principal).events.show(event_id, endpoint_id)
         now = next((one for one in told["deliveries"] if one["endpoint_id"] == endpoint_id), found)
         stands = {
             "fate": now["fate"], "tone": tone(now["fate"]), "runs": [one | {"tone": tone(one["fate"])} for one in now["runs"]],
@@ -116,7 +116,7 @@ async def _find(visit: Visit, db: Connection, given: Any) -> Found:
 async def _delivery(visit: Visit, admin: Admin) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the event and its delivery to the endpoint, each attempt with a verdict in words."""
     endpoint_id = int(visit.path["endpoint_id"])
-    shown = await admin.show(visit.path["event"], endpoint_id)
+    shown = await admin.events.show(visit.path["event"], endpoint_id)
     found = next((one for one in shown["deliveries"] if one["endpoint_id"] == endpoint_id), None)
     if found is None:
         raise NotFoundError(f"endpoint {endpoint_id} was not to have event {visit.path['event']}")

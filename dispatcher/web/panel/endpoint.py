@@ -124,7 +124,7 @@ async def live(visit: Visit) -> StreamResponse:
 
     async def look(db: Connection, seen: _Seen | None) -> tuple[_Seen, list[Message]]:
         admin = Admin(db, visit.web.settings, visit.principal)
-        rows = await admin.tail(TAIL_BACK, endpoint_id, TAIL_IDS)
+        rows = await admin.events.tail(TAIL_BACK, endpoint_id, TAIL_IDS)
         looks = 0 if seen is None else seen.looks + 1
         expired = (
             await admin.expired_24h(endpoint_id) if seen is None or looks % EXPIRED_EVERY == 0 else seen.expired_24h

@@ -28,7 +28,7 @@ async def events(visit: Visit) -> StreamResponse:
     async with visit.db() as db:
         try:
             if event is not None:
-                shown = await visit.admin(db).show(event, 0)  # of no endpoint: whether it is there
+                shown = await visit.admin(db).events.show(event, 0)  # of no endpoint: whether it is there
                 return visit.redirect(f"/events/{shown['id']}")
             found = await _find(visit, db, given)
         except (DispatcherError, ProblemError) as exc:

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from dispatcher.domain.event import Event, traceparent_of
+from dispatcher.domain.moment import to_us
 from dispatcher.domain.shape import HIDDEN, make_shape, redacted
 from dispatcher.domain.signing import signing_in
 from dispatcher.domain.url import parse_url
@@ -17,7 +18,6 @@ from dispatcher.engine.request import make_requests
 from dispatcher.errors import DispatcherError
 from dispatcher.settings import Settings
 from dispatcher.store.admin import EndpointView
-from dispatcher.store.reference import us
 
 SHOWN_BYTES_MAX = 16_384  # of a body
 _BY_CURL = ("host", "content-length", "user-agent")
@@ -48,9 +48,9 @@ def rerender(
         requests = make_requests(target, settings.user_agent, signing_in(view.secrets, shape.signing), shape)
     except DispatcherError as exc:
         return Rerendered(why_not=exc.message)
-    happened_us = None if event["occurred_at"] is None else us(event["occurred_at"])
+    happened_us = None if event["occurred_at"] is None else to_us(event["occurred_at"])
     made = Event(
-        event["id"], event["account_id"], event["type"], event["payload"].encode(), us(event["created_at"]), happened_us,
+        event["id"], event["account_id"], event["type"], event["payload"].encode(), to_us(event["created_at"]), happened_us,
         event["event_id"].encode(), traceparent=traceparent_of(event["traceparent"] or ""),
     )  # fmt: skip
     raw = redacted(requests.render(made, b"%d" % int(at.timestamp()), number), shape)
