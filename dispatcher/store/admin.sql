@@ -191,7 +191,7 @@ SELECT count(*) AS deliveries, min(event_id) AS first_id FROM webhook.retry WHER
 -- How an endpoint stands: asked every two seconds for each page that is looked at, so without what is summed over a day. The earliest retry is
 -- told whatever holds it; of more than $2 retries no more are counted.
 SELECT e.state, e.failing_since, coalesce(l.backlog, 0) AS backlog,
-       (SELECT count(*) FROM (SELECT FROM webhook.retry AS r WHERE r.endpoint_id = e.id LIMIT $2) AS some) AS retries,
+       (SELECT count(*) FROM (SELECT FROM webhook.retry AS r WHERE r.endpoint_id = e.id LIMIT $2) AS counted) AS retries,
        (SELECT r.due_at FROM webhook.retry AS r WHERE r.endpoint_id = e.id ORDER BY r.due_at LIMIT 1) AS next_retry_at
 FROM webhook.endpoint AS e
 LEFT JOIN webhook.lane AS l ON l.endpoint_id = e.id
