@@ -28,6 +28,7 @@ SELECT n, 'a' || n % 10, 't.x', '{{}}' FROM generate_series(1, {EVENTS}) AS n;
 INSERT INTO webhook.attempt SELECT n, 10, now(), 0, 1, 1, NULL, 'timeout' FROM generate_series(1, {EVENTS}) AS n;
 INSERT INTO webhook.attempt SELECT n, 20, now(), 0, 1, 1, 200 FROM generate_series(1, {EVENTS}) AS n;
 INSERT INTO webhook.retry SELECT 10, n, 0, 2, now(), now() + n * interval '1 s', 'x' FROM generate_series(1, 20000) AS n;
+INSERT INTO webhook.retry SELECT 12 + n % 200, n, 0, 2, now(), now() + n * interval '1 s', 'x' FROM generate_series(1, 20000) AS n;
 INSERT INTO webhook.dead_letter
     (endpoint_id, event_id, run, account_id, type, payload, created_at, attempts, first_attempt_at, reason, fault, state, resent_run)
 SELECT n % 40 + 1, n, 0, 'a' || (n % 40 + 1) % 10, 't.x', '{{}}', now(), 1, now(), 'last', 'timeout',
