@@ -287,8 +287,8 @@ async def test_in_a_shell(
             "update 7": "update 1",
             "dispatcher doctor": "! dispatcher doctor",  # a server that doesn't flush is bad
             # These go on until they are told to stop.
-            "dispatcher run": "timeout --foreground --preserve-status --signal TERM 4 dispatcher run",
-            "dispatcher listen": "timeout --foreground --preserve-status --signal TERM 4 dispatcher listen",
+            "dispatcher run": "timeout --foreground --preserve-status --signal TERM 12 dispatcher run",
+            "dispatcher listen": "timeout --foreground --preserve-status --signal TERM 12 dispatcher listen",
         }
         text = block.text
         for written, meant in theirs.items():

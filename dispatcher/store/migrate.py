@@ -73,7 +73,6 @@ async def _migrate(connection: Connection, settings: Settings, tell: online.Tell
         try:
             await connection.execute(schema_sql())
         except asyncpg.InsufficientPrivilegeError as exc:
-            await connection.execute("ROLLBACK")
             raise DatabaseRefusedError(
                 f"the schema can't be installed: {exc}. Grant CREATE on the database to this role, or let its owner run schema.sql"
             ) from exc

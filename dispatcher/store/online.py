@@ -47,6 +47,10 @@ async def alone(connection: Connection, tell: Tell) -> AsyncIterator[None]:
         yield
     finally:
         if not connection.is_closed():
+            if (
+                connection.is_in_transaction()
+            ):  # schema.sql has its own, and what ended it in the middle is to be told, not this
+                await connection.execute("ROLLBACK")
             await connection.execute(ONLINE.end)
 
 

@@ -70,6 +70,20 @@ async def test_create_test_go_live_fail_and_recover(windows: Windows, window: Pa
     await expect(page.locator("h1 .state")).to_have_text("live")
 
 
+async def test_a_live_list_shows_each_delivery_once(window: Page, product: Product):
+    """The stream begins with what happened while the page was on its way: what the page has already isn't shown again."""
+    endpoint = await product.rig.endpoint("/shop")
+    await product.rig.emit(3)
+    await product.rig.settled()
+    await enter(window, product.web)
+    await window.goto(f"{product.web.url}/endpoints/{endpoint}")
+    await expect(window.locator("#attempts tr")).to_have_count(3)
+    await expect(window.locator("#live")).to_contain_text("Live")
+    await product.rig.emit(1)
+    await expect(window.locator("#attempts tr")).to_have_count(4)  # after the stream's beginning
+    await expect(window.locator("#attempts tr").first).to_contain_text("delivered")
+
+
 async def test_what_was_given_up_is_sent_again(window: Page, product: Product):
     page, rig = window, product.rig
     endpoint = await rig.endpoint("/shop", name="Shop", retry_schedule_s=[1], behaviour=Behaviour(status=500))

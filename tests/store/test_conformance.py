@@ -387,8 +387,9 @@ class Bells:
 
     @contextlib.asynccontextmanager
     async def listening(self, store: Store) -> AsyncIterator["asyncio.Task[None]"]:
+        before = self.config
         task = asyncio.create_task(store.listen(self.ring_doorbell, self.ring_config))
-        await until(lambda: self.config or task.done())
+        await until(lambda: self.config > before or task.done())
         try:
             yield task
         finally:

@@ -137,6 +137,20 @@ async def test_several_at_once_install_it_once(empty: str) -> None:
     assert words[0] == f"installed schema version {migrate.SCHEMA_VERSION}"
 
 
+async def test_what_ends_an_installation_is_what_is_told(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = migrate.schema_sql()
+    broken = whole.replace(
+        "CREATE TABLE IF NOT EXISTS webhook.outbox", "SELECT 1 / 0; CREATE TABLE IF NOT EXISTS webhook.outbox", 1
+    )
+    monkeypatch.setattr(migrate, "schema_sql", lambda: broken)
+    async with connected(empty) as connection:
+        with pytest.raises(asyncpg.DivisionByZeroError):
+            await migrate.migrate(connection, SETTINGS)
+        assert await connection.fetchval("SELECT to_regnamespace('webhook') IS NULL"), "nothing of it is left"
+        monkeypatch.setattr(migrate, "schema_sql", lambda: whole)
+        assert (await migrate.migrate(connection, SETTINGS)).done, "nobody holds the lock any more"
+
+
 async def test_psql_beside_it_installs_nothing_twice(empty: str) -> None:
     await asyncio.gather(applied(empty), migrated(empty), applied(empty))
     assert await migrated(empty) == ()
