@@ -45,17 +45,21 @@ def lines(
     most = max((value for values in series.values() for value in values if value is not None), default=0)
     top, floor = height - 3, height - 1
 
-    def at(value: float) -> float:
+    heights: dict[float, str] = {}  # of a day's steps few are different, and a logarithm for each took most of the time
+
+    def at(value: float) -> str:
         share = log2(max(1.0, value)) / max(1.0, log2(max(1.0, most))) if log else value / (most or 1)
-        return round(floor - share * top, 2)
+        return heights.setdefault(value, str(round(floor - share * top, 2)))
 
     made = []
     for name, values in series.items():
         step = width / max(1, len(values))
+        edges = [f"{n * step:.2f}" for n in range(len(values) + 1)]
         parts: list[list[str]] = [[]]
         for n, value in enumerate(values):
             if value is not None:
-                parts[-1] += [f"{n * step:.2f},{at(value)}", f"{(n + 1) * step:.2f},{at(value)}"]
+                y = heights.get(value) or at(value)
+                parts[-1] += [f"{edges[n]},{y}", f"{edges[n + 1]},{y}"]
             elif parts[-1]:
                 parts.append([])
         made.append(Line(name, tuple(" ".join(part) for part in parts if part)))
