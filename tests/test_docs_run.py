@@ -316,6 +316,14 @@ async def test_the_first_look_as_it_is_pasted(dsn: str, server: embedded.Embedde
     assert "message.delivered" in said
 
 
+ASKED_FOR = {
+    ("README.md", "first_look"), ("README.md", "sql"), ("docs/operations-database.md", "sql"),
+    ("docs/operations-database.md", "alembic"), ("docs/operations-database.md", "django_migration"),
+    *(("docs/producers.md", kind) for kind in ("sql", "python", "django", "node")),
+    *(("docs/receivers.md", kind) for kind in ("sql", "receiver_python", "receiver_node")),
+}  # fmt: skip
+
+
 def test_every_example_is_run_or_it_is_said_where() -> None:
     run_in_a_shell = {(document, nth) for document, nth, _ in SHELL}
     for document in DOCUMENTS:
@@ -323,5 +331,7 @@ def test_every_example_is_run_or_it_is_said_where() -> None:
             if block.language and block.kind is None:
                 [test] = {test for begin, test in ELSEWHERE.items() if block.text.startswith(begin)}
                 assert (ROOT / test).is_file()
+            elif block.kind not in (None, "sh"):
+                assert (str(document), block.kind) in ASKED_FOR, f"no test runs it: {block.text[:60]}"
         here = {(str(document), nth) for nth in range(len(of_kind(str(document), "sh")))}
         assert here <= run_in_a_shell

@@ -12,9 +12,9 @@ from playwright.async_api import Browser, BrowserContext, Page
 from dispatcher.main import make_web
 from tests.browser.chromium import WAIT_MS, chromium, executable
 from tests.rig import Rig, rig
-from tests.web.conftest import Site, plain_logs, site, web
+from tests.web.conftest import Site, plain_logs, site
 
-__all__ = ["plain_logs", "web"]  # fixtures
+__all__ = ["plain_logs"]  # a fixture
 
 
 @pytest.fixture(scope="session")
@@ -51,14 +51,18 @@ class Windows:
         page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
         return page
 
+    async def close(self) -> None:
+        """Close them all: before what they look at ends, or their live streams come back to nobody, and complain."""
+        while self.contexts:
+            await self.contexts.pop().close()
+
 
 @pytest.fixture
 async def windows(browser: Browser) -> AsyncIterator[Windows]:
     """Fails the test at its end if a script failed, the policy refused something, or a file was missing."""
     made = Windows(browser)
     yield made
-    for context in made.contexts:
-        await context.close()
+    await made.close()
     said = [one for one in made.complaints if not (made.may_be_refused and REFUSED.search(one))]
     assert said == []
 
@@ -94,7 +98,14 @@ class Product(NamedTuple):
 
 
 @pytest.fixture
-async def product(dsn: str) -> AsyncIterator[Product]:
+async def web(dsn: str, windows: Windows) -> AsyncIterator[Site]:
+    async with site(dsn) as made:
+        yield made
+        await windows.close()
+
+
+@pytest.fixture
+async def product(dsn: str, windows: Windows) -> AsyncIterator[Product]:
     async with AsyncExitStack() as stack:
         settings = {
             "retry_schedule_s": (1,) * 50,
@@ -107,3 +118,4 @@ async def product(dsn: str) -> AsyncIterator[Product]:
             site(dsn, make=lambda given, dsn, transport: make_web(given, dsn, transport, made.engine))
         )
         yield Product(made, web)
+        await windows.close()

@@ -10,7 +10,7 @@ import pytest
 from dispatcher import settings as settings_module
 from dispatcher.domain.event import PublicIds
 from dispatcher.errors import DatabaseAwayError, DatabaseRefusedError
-from dispatcher.store import embedded, migrate
+from dispatcher.store import embedded, migrate, online
 from tests.conftest import connected, dsn_of
 from tests.rig import SECRET, rig, until
 
@@ -135,6 +135,14 @@ async def test_several_at_once_install_it_once(empty: str) -> None:
     done = await asyncio.gather(*(migrated(empty) for _ in range(4)))
     [words] = filter(None, done)
     assert words[0] == f"installed schema version {migrate.SCHEMA_VERSION}"
+
+
+async def test_who_waits_for_another_gives_up_in_the_end(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online, "PAUSE_S", 0.01)
+    async with connected(empty) as other, connected(empty) as connection:
+        await other.execute("SELECT pg_advisory_lock(9324665, 4)")
+        with pytest.raises(DatabaseAwayError, match="another `dispatcher migrate` is at work"):
+            await migrate.migrate(connection, SETTINGS)
 
 
 async def test_what_ends_an_installation_is_what_is_told(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:

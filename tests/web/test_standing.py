@@ -8,6 +8,7 @@ import pytest
 from dispatcher import settings as settings_module
 from dispatcher.main import make_engine, make_transport, make_web
 from dispatcher.sink import Behaviour
+from dispatcher.store.admin import RETRIES_SHOWN_MAX
 from dispatcher.web.panel.charts import lines
 from dispatcher.web.panel.standing import UNKNOWN, said
 from tests.conftest import connected
@@ -55,6 +56,24 @@ async def test_a_process_that_does_not_deliver_says_so(customer: Browser):
     standing = (await data(customer, f"/endpoints/{live}"))["standing"]
     assert (standing["lane"], standing["retries"]) == (None, 1)
     assert standing["next_retry_at"] is not None
+
+
+async def test_of_very_many_retries_no_more_are_counted(customer: Browser):
+    """A page that is looked at asks every two seconds."""
+    async with connected(customer.web.dsn) as db:
+        endpoint = await people.endpoint(db)
+        for most, said in (
+            (RETRIES_SHOWN_MAX, "; 10,000 deliveries wait"),
+            (RETRIES_SHOWN_MAX + 5, "; over 10,000 deliveries wait"),
+        ):
+            await db.execute(
+                "INSERT INTO webhook.retry SELECT $1, n, 0, 2, now(), now(), 'x' FROM generate_series(1, $2::integer) AS n "
+                "ON CONFLICT DO NOTHING",
+                endpoint, most,
+            )  # fmt: skip
+            assert said in (await customer.get(f"/endpoints/{endpoint}")).text
+        standing = (await data(customer, f"/endpoints/{endpoint}"))["standing"]
+        assert (standing["retries"], standing["more_retries"]) == (RETRIES_SHOWN_MAX, True)
 
 
 async def test_the_process_that_delivers_shows_breaker_and_when_it_tries_again(customer: Browser):

@@ -3,6 +3,7 @@ says in words what it shows, for who can't see it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import log2
 
 from dispatcher.domain.text import amount
@@ -45,11 +46,10 @@ def lines(
     most = max((value for values in series.values() for value in values if value is not None), default=0)
     top, floor = height - 3, height - 1
 
-    heights: dict[float, str] = {}  # of a day's steps few are different, and a logarithm for each took most of the time
-
-    def at(value: float) -> str:
+    @cache  # of a day's steps few are different, and a logarithm for each took most of the time
+    def at(value: float) -> float:
         share = log2(max(1.0, value)) / max(1.0, log2(max(1.0, most))) if log else value / (most or 1)
-        return heights.setdefault(value, str(round(floor - share * top, 2)))
+        return round(floor - share * top, 2)
 
     made = []
     for name, values in series.items():
@@ -58,8 +58,7 @@ def lines(
         parts: list[list[str]] = [[]]
         for n, value in enumerate(values):
             if value is not None:
-                y = heights.get(value) or at(value)
-                parts[-1] += [f"{edges[n]},{y}", f"{edges[n + 1]},{y}"]
+                parts[-1] += [f"{edges[n]},{at(value)}", f"{edges[n + 1]},{at(value)}"]
             elif parts[-1]:
                 parts.append([])
         made.append(Line(name, tuple(" ".join(part) for part in parts if part)))

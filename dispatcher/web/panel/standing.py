@@ -7,7 +7,7 @@ Breaker and pace are in the memory of the process that delivers, and nowhere els
 from collections.abc import Callable
 from typing import Any
 
-from dispatcher.store.admin import Stands
+from dispatcher.store.admin import RETRIES_SHOWN_MAX, Stands
 
 LaneHealth = Callable[[int | None], list[dict[str, Any]]]
 
@@ -22,7 +22,8 @@ def standing(lane_health: LaneHealth | None, stands: Stands, expired_24h: int) -
     failing = stands.state == "live" and stands.failing_since is not None
     return {
         "state": stands.state, "failing": failing, "backlog": max(stands.backlog, 0 if lane is None else lane["queued"]),
-        "retries": stands.retries, "expired_24h": expired_24h, "next_retry_at": stands.next_retry_at,
+        "retries": min(stands.retries, RETRIES_SHOWN_MAX), "more_retries": stands.retries > RETRIES_SHOWN_MAX,
+        "expired_24h": expired_24h, "next_retry_at": stands.next_retry_at,
         "lane": None if lane is None else {name: lane[name] for name in SHOWN},
         "words": said(lane) if stands.state == "live" else "", "wait_s": None if lane is None else _wait_s(lane),
     }  # fmt: skip

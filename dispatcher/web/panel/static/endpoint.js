@@ -59,7 +59,7 @@ source.addEventListener("standing", (event) => {
     document.getElementById("changed").hidden = false;
   }
   if (words.textContent !== now.words) words.textContent = now.words;
-  const said = [amount(now.backlog, "event waits", "events wait"), `${now.retries > 10000 ? "over 10,000 deliveries wait" : amount(now.retries, "delivery waits", "deliveries wait")} for a retry`];
+  const said = [amount(now.backlog, "event waits", "events wait"), `${now.more_retries ? "over " : ""}${amount(now.retries, "delivery waits", "deliveries wait")} for a retry`];
   if (now.next_retry_at !== null) {
     const due = new Date(now.next_retry_at);
     said[1] += `, the first ${due <= new Date() ? "since" : "at"} ${format.format(due)}`;
