@@ -91,8 +91,7 @@ async def series(
 
 async def summaries(db: Connection, endpoint_ids: list[int], span: timedelta = timedelta(days=1)) -> dict[int, Stats]:
     """Return the sums of a page of endpoints; one without attempts isn't in it."""
-    now: datetime = await db.fetchval(STATS.now)
-    rows = await db.fetch(STATS.summaries, endpoint_ids, now - span)
+    rows = await db.fetch(STATS.summaries, endpoint_ids, span)
     return {row["endpoint_id"]: _stats(row) for row in rows}
 
 
@@ -103,10 +102,8 @@ async def lately(db: Connection, minutes: int) -> Stats:
 
 async def by_hour(db: Connection, endpoint_ids: list[int], hours: int = 24) -> dict[int, list[tuple[int, int]]]:
     """Return (delivered, failed) of each of the last hours, oldest first, for each of a page of endpoints that has any."""
-    now: datetime = await db.fetchval(STATS.now)
-    first = now.replace(minute=0, second=0, microsecond=0) - timedelta(hours=hours - 1)
     made: dict[int, list[tuple[int, int]]] = {}
-    for endpoint_id, hour, delivered, failed in await db.fetch(STATS.by_hour, endpoint_ids, first, hours):
+    for endpoint_id, hour, delivered, failed in await db.fetch(STATS.by_hour, endpoint_ids, hours):
         made.setdefault(endpoint_id, [(0, 0)] * hours)[hour] = (delivered, failed)
     return made
 

@@ -11,11 +11,11 @@ GROUP BY 1
 ORDER BY 1;
 
 -- name: summaries
--- Of a page of endpoints since $2. A sum for each bucket: unnesting arrays of 70,000 rows takes ten times as long.
+-- Of a page of endpoints in the time $2 until now. A sum for each bucket: unnesting arrays of 70,000 rows takes ten times as long.
 SELECT endpoint_id, sum(delivered)::bigint AS delivered, sum(failed)::bigint AS failed, sum(dead)::bigint AS dead, sum(duration_ms)::bigint AS duration_ms,
        ARRAY[{buckets}] AS durations
 FROM webhook.endpoint_stat
-WHERE endpoint_id = ANY ($1::bigint[]) AND minute >= $2
+WHERE endpoint_id = ANY ($1::bigint[]) AND minute >= statement_timestamp() - $2::interval
 GROUP BY endpoint_id;
 
 -- name: lately
@@ -29,11 +29,12 @@ WHERE minute >= date_trunc('minute', statement_timestamp()) - $1::integer * inte
 SELECT clock_timestamp();
 
 -- name: by_hour
--- Of a page of endpoints in the $3 hours from $2 on, for the little chart of a list.
-SELECT endpoint_id, floor(extract(epoch FROM minute - $2::timestamptz) / 3600)::integer AS hour,
+-- Of a page of endpoints in the last $2 hours by the clock, this one among them, for the little chart of a list.
+SELECT endpoint_id, $2::integer - 1 - (extract(epoch FROM date_trunc('hour', statement_timestamp()) - date_trunc('hour', minute)) / 3600)::integer AS hour,
        sum(delivered)::bigint AS delivered, sum(failed)::bigint AS failed
 FROM webhook.endpoint_stat
-WHERE endpoint_id = ANY ($1::bigint[]) AND minute >= $2 AND minute < $2::timestamptz + $3::integer * interval '1 hour'
+WHERE endpoint_id = ANY ($1::bigint[]) AND minute >= date_trunc('hour', statement_timestamp()) - ($2::integer - 1) * interval '1 hour'
+      AND minute < date_trunc('hour', statement_timestamp()) + interval '1 hour'
 GROUP BY 1, 2;
 
 -- name: last_failures

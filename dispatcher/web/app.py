@@ -53,10 +53,12 @@ from dispatcher.errors import DispatcherError
 from dispatcher.ports import Transport
 from dispatcher.settings import Settings
 from dispatcher.store import access
+from dispatcher.store.overview import read_minutes, read_overview
 from dispatcher.store.pool import Pool
 from dispatcher.store.session import Connection
 from dispatcher.web import api, login, panel, receiver
 from dispatcher.web.jobs import Jobs
+from dispatcher.web.kept import Kept
 from dispatcher.web.limits import FailedLogins
 from dispatcher.web.pages import StaticFiles, Templates
 from dispatcher.web.problems import ProblemError, problem_of, problem_of_http
@@ -68,6 +70,11 @@ from dispatcher.web.visit import VISIT, Route, Visit, Who
 _log = structlog.get_logger(room="web")
 
 LISTEN = "127.0.0.1:8080"  # unless a setting says otherwise
+
+OVERVIEW_S, MINUTES_S = (
+    1.0,
+    30.0,
+)  # for how long what all operators see is kept: 16 statements, and a sum over the last whole minutes
 
 LaneHealth = Callable[[int | None], list[dict[str, Any]]]  # of one endpoint, or all; empty unless this process delivers
 Handler = Callable[[web.Request], Awaitable[StreamResponse]]
@@ -102,6 +109,8 @@ class Web:
         self.files = StaticFiles(settings)
         self.templates = Templates(settings, self.files, self.base)
         self.published = api.publish(self.templates, title=settings.product_name, server=self.base)
+        self.overview = Kept(self._read_overview, for_s=OVERVIEW_S)
+        self.minutes = Kept(read_minutes, for_s=MINUTES_S)
         self.streams = Streams(pool, streams_max=settings.web_streams_max)
         self.failed_logins = FailedLogins()
         self.jobs = Jobs()
@@ -121,6 +130,9 @@ class Web:
     async def know_key(self, db: Connection) -> None:
         if self._key is None:
             self._key = await access.web_key(db)
+
+    async def _read_overview(self, db: Connection) -> dict[str, Any]:
+        return await read_overview(db) | {"vitals": self.vitals()}
 
     def trusts(self, address: str) -> bool:
         if not self._trusted:

@@ -85,6 +85,7 @@ def beside(made: Rig):
 
 async def test_figures_come_live(web: Site, monkeypatch):
     monkeypatch.setattr(overview_page, "LIVE_EVERY_S", 0.05)
+    web.web.overview.for_s = 0.0
     key = await web.key()
     response = await web.http.get(web.url + "/overview/live", headers={"Authorization": f"Bearer {key}"})
     looks = []

@@ -76,6 +76,8 @@ def bars(steps: Sequence[tuple[int, int]], *, width: float, height: float, span:
     wide = round(max(0.5, step * 0.8), 2)
     good, bad = [], []
     for n, (delivered, failed) in enumerate(steps):
+        if not delivered and not failed:
+            continue
         at, floor, top = (
             round(n * step, 2),
             round(height - high(failed), 2),

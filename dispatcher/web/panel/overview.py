@@ -5,7 +5,6 @@ unwritten results are in the delivering process's memory, so they are known only
 Figures go to the page and to its stream as the same words, by name.
 """
 
-import time
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -13,26 +12,23 @@ from typing import Any
 from aiohttp.web import StreamResponse
 
 from dispatcher.domain.text import amount
-from dispatcher.store.overview import read_minutes, read_overview
 from dispatcher.store.session import Connection
 from dispatcher.web.streams import Message
 from dispatcher.web.visit import Route, Visit, Who
 
 LIVE_EVERY_S = 2.0
 WINDOW = 6  # looks that a rate is of
-MINUTES_EVERY_S = 60.0
 UNKNOWN = "not known here"
 
 
 async def overview(visit: Visit) -> StreamResponse:
     async with visit.db() as db:
-        known = await read_overview(db)
-        minutes = await read_minutes(db)
-    vitals = dict(visit.web.vitals())
-    data = known | {"minutes": minutes, "vitals": vitals or None}
+        known = await visit.web.overview.get(db)
+        minutes = await visit.web.minutes.get(db)
+    data = known | {"minutes": minutes, "vitals": known["vitals"] or None}
     if visit.wants_json:
         return visit.json(data)
-    return visit.html("overview.html", **data, groups=GROUPS, figures=figures(known, minutes, vitals, {}))
+    return visit.html("overview.html", **data, groups=GROUPS, figures=figures(known, minutes, {}))
 
 
 class _Seen:
@@ -40,8 +36,6 @@ class _Seen:
 
     def __init__(self) -> None:
         self.points: deque[tuple[float, dict[str, float]]] = deque(maxlen=WINDOW)
-        self.minutes: dict[str, Any] = {}
-        self.minutes_until = 0.0
 
 
 async def live(visit: Visit) -> StreamResponse:
@@ -49,16 +43,14 @@ async def live(visit: Visit) -> StreamResponse:
 
     async def look(db: Connection, seen: _Seen | None) -> tuple[_Seen, list[Message]]:
         seen = seen or _Seen()
-        now = time.monotonic()
-        if now >= seen.minutes_until:
-            seen.minutes, seen.minutes_until = await read_minutes(db), now + MINUTES_EVERY_S
-        known = await read_overview(db)
-        vitals = visit.web.vitals()
-        log = known["service"]["log"]
-        seen.points.append((now, {"events": log["last_id"], "settled": log["position"], **vitals}))
+        minutes = await visit.web.minutes.get(db)
+        known = await visit.web.overview.get(db)
+        service = known["service"]
+        counts = {"events": service["log"]["last_id"], "settled": service["log"]["position"], **known["vitals"]}
+        seen.points.append((service["now"].timestamp(), counts))
         rates = _rates(seen.points)
         told = {
-            "figures": figures(known, seen.minutes, vitals, rates),
+            "figures": figures(known, minutes, rates),
             "rate": rates.get("delivered", rates.get("settled")),
             "accounts": known["backlog_by_account"],
             "failing": known["failing"],
@@ -99,10 +91,9 @@ GROUPS = (
 )  # fmt: skip
 
 
-def figures(
-    known: Mapping[str, Any], minutes: Mapping[str, Any], vitals: Mapping[str, float], rates: Mapping[str, float]
-) -> dict[str, str]:
+def figures(known: Mapping[str, Any], minutes: Mapping[str, Any], rates: Mapping[str, float]) -> dict[str, str]:
     """Return every figure of GROUPS in words. `rates`: of the stream's window; a page just loaded has none yet."""
+    vitals = known["vitals"]
     service, database, endpoints, posts = known["service"], known["database"], known["endpoints"], known["first_posts"]
     owner, log, lanes = service["owner"], service["log"], service["lanes"]
 
