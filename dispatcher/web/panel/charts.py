@@ -68,25 +68,17 @@ def lines(
 def bars(steps: Sequence[tuple[int, int]], *, width: float, height: float, span: str) -> Chart:
     """Return a chart of (delivered, failed) a step. The highest bar is as high as the chart; one that is not empty can be seen."""
     most = max((delivered + failed for delivered, failed in steps), default=0)
-    step = width / max(1, len(steps))
-
-    def high(count: int) -> float:
-        return 0 if not count else round(max(1.0, count / most * height), 2)
-
-    wide = round(max(0.5, step * 0.8), 2)
+    step, scale = width / max(1, len(steps)), height / max(1, most)
+    wide = f"{max(0.5, step * 0.8):.2f}"
     good, bad = [], []
-    for n, (delivered, failed) in enumerate(steps):
-        if not delivered and not failed:
-            continue
-        at, floor, top = (
-            round(n * step, 2),
-            round(height - high(failed), 2),
-            round(max(0, height - high(failed) - high(delivered)), 2),
-        )
+    for n, (delivered, failed) in enumerate(steps):  # a day has 288, in one turn of the loop
+        floor = height - max(1.0, failed * scale) if failed else height
         if failed:
-            bad.append(f"M{at} {height}V{floor}h{wide}V{height}z")
+            bad.append(f"M{n * step:.2f} {height:g}V{floor:.2f}h{wide}V{height:g}z")
         if delivered:
-            good.append(f"M{at} {floor}V{top}h{wide}V{floor}z")
+            good.append(
+                f"M{n * step:.2f} {floor:.2f}V{max(0.0, floor - max(1.0, delivered * scale)):.2f}h{wide}V{floor:.2f}z"
+            )
     delivered, failed = sum(step[0] for step in steps), sum(step[1] for step in steps)
     words = f"{delivered:,} delivered and {amount(failed, 'failed attempt')} {span}"
     return Chart(width, height, most, "".join(good), "".join(bad), words)
