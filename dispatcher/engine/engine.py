@@ -68,6 +68,7 @@ class Engine:
         rng: random.Random | None = None,
         make_gaps: Callable[[], Gaps] = Gaps,
         partitions: Partitions | None = None,
+        on_ready: Callable[[int], object] = lambda starts: None,
     ) -> None:
         self.counters = Counters()
         self.histograms = Histograms()
@@ -82,6 +83,7 @@ class Engine:
         self._rng = rng or random.Random()  # noqa: S311 - jitter  # nosec B311
         self._make_gaps = make_gaps
         self._partitions = partitions  # None: nobody keeps them, as in most tests
+        self._on_ready = on_ready  # called at the end of each start, with how many there were
         self._stop = asyncio.Event()
 
     def stop(self) -> None:
@@ -280,7 +282,7 @@ class Incarnation:
                 lane = self.lanes.add(endpoint, now, live=False, cursor=min(row.settled, started.position))
                 lane.holes = row.holes.copy()
                 lane.holes.clip(lane.cursor)
-                lane.has_row = True
+                lane.row = row
                 lane.backlog = row.backlog
                 self.lanes.unsettled[lane] = None
             self.lanes.take_up(lane, started.position)
@@ -315,6 +317,7 @@ class Incarnation:
         stop = asyncio.create_task(self._engine._stop.wait())
         tasks = [reader, recorder, *others, stop]
         self._engine.ready.set()
+        self._engine._on_ready(self._engine.counters.starts)
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if stop not in done:

@@ -43,7 +43,7 @@ from dispatcher.engine.keys import Keys
 from dispatcher.engine.request import Requests, make_requests
 from dispatcher.engine.runs import LaneRun
 from dispatcher.engine.stats import Stat
-from dispatcher.ports import DueRetry
+from dispatcher.ports import DueRetry, LaneRow
 from dispatcher.settings import Settings
 
 HOLES_MAX = 1_000
@@ -86,10 +86,10 @@ class LaneLimits:
 class Lane:
     __slots__ = (
         "backlog", "blocked_until", "breaker", "bucket", "connecting", "cursor", "endpoint", "failing_since_us", "failing_told",
-        "gone", "hands", "has_row", "held", "holes", "id", "in_flight", "in_flight_limit",
+        "gone", "hands", "held", "holes", "id", "in_flight", "in_flight_limit",
         "in_flight_max", "in_ready", "key_policy", "keys", "last_success", "late", "latency_s", "limits", "live",
         "look_at", "low_in_flight", "may_expire", "moved", "next_retry_us", "pace", "paced_successes", "payloads", "queue",
-        "requests", "retries", "retry_hands", "retry_policy", "runs", "runs_done", "stalled", "stat", "timer_at",
+        "requests", "retries", "retry_hands", "retry_policy", "row", "runs", "runs_done", "stalled", "stat", "timer_at",
         "turn", "untried", "urgent", "urgent_after", "urgent_turns",
     )  # fmt: skip
 
@@ -132,7 +132,7 @@ class Lane:
         self.holes = IdRanges()
         self.keys = None if endpoint.ordering is None else Keys()
         self.moved = 0
-        self.has_row = False
+        self.row: LaneRow | None = None  # as the database has it; the recorder's
         self.gone = False
         self.stalled = False  # the janitor's: takes nothing that is read again, while a leaf of the log is expired
         self.backlog = 0
@@ -404,7 +404,7 @@ class Lane:
     @property
     def is_plain(self) -> bool:
         """It has no holes and no row: its mark says it all."""
-        return self.live and not self.has_row and not self.late and not self.holes and self.keys is None
+        return self.live and self.row is None and not self.late and not self.holes and self.keys is None
 
     @property
     def is_settled(self) -> bool:
@@ -412,7 +412,7 @@ class Lane:
         return (
             self.live
             and not self.hands
-            and not self.has_row
+            and self.row is None
             and not self.holes
             and (self.keys is None or not self.keys.held_back)
         )

@@ -310,13 +310,19 @@ class Recorder:
         for r in results:
             if r.is_first:
                 done[r.lane].add(r.event.id)
-        self._let_slow_ones_be_late()
         position = head
+        before = self._clock.now() - UNSETTLED_MAX_S
         marks: dict[Lane, int] = {}
-        for lane in self._lanes.unsettled:
+        for lane in (
+            self._lanes.unsettled
+        ):  # with thousands that fail or wait all of them, once a second, in one turn of the loop
+            for event_id, taken_at in lane.hands.items():  # in the order in which they were taken
+                if taken_at > before:
+                    break
+                lane.late.add(event_id)  # becomes a hole, so that one slow POST never holds the checkpoint
             lane.trim_keys()
             mark = lane.mark(head, done.get(lane, NOTHING))
-            if lane.live and (lane.has_row or mark >= written):
+            if lane.live and (lane.row is not None or mark >= written):
                 position = min(position, max(mark, written))
             if (
                 mark < written or not lane.is_plain
@@ -326,28 +332,21 @@ class Recorder:
         late = {lane: lane.open_late(done.get(lane, NOTHING)) for lane in marks}
         gaps = self.gaps.ranges()
         for lane in marks:
-            if lane.live and not lane.has_row and lane.keys is None:
+            if lane.live and lane.row is None and lane.keys is None:
                 gaps.update(late[lane])
         gaps.shrink(CHECKPOINT_GAPS_MAX)
         write = CheckpointWrite(position, gaps, [], sorted(self._lanes.rows_gone), sorted(self._lanes.taking_up))
         for lane, mark in marks.items():
             # One that orders by key speaks for itself: after a start it must meet its holes before what is new, and gaps are looked at later.
             speaks = mark < position or (late[lane] if lane.keys is not None else not gaps.covers_all(late[lane]))
+            row = lane.row
             if speaks:
-                write.lanes.append(LaneRow(lane.id, mark, late[lane].copy(), lane.backlog))
-            elif lane.has_row:
+                if row is None or row.settled != mark or row.backlog != lane.backlog or row.holes != late[lane]:
+                    write.lanes.append(LaneRow(lane.id, mark, late[lane].copy(), lane.backlog))
+            elif row is not None:
                 write.lanes_gone.append(lane.id)
         self.position_under_way = max(self.position_under_way, position)
         return write
-
-    def _let_slow_ones_be_late(self) -> None:
-        """Ids of live lanes that have been in hand for long become holes, so that one slow POST never holds the checkpoint."""
-        before = self._clock.now() - UNSETTLED_MAX_S
-        for lane in self._lanes.unsettled:
-            for event_id, taken_at in lane.hands.items():  # in the order in which they were taken
-                if taken_at > before:
-                    break
-                lane.late.add(event_id)
 
     # ── after the commit ──
 
@@ -375,13 +374,13 @@ class Recorder:
             for lane_row in write.lanes:
                 lane = self._lanes.get(lane_row.endpoint_id)
                 if lane is not None:
-                    lane.has_row = True
+                    lane.row = lane_row
                 else:
                     self._lanes.rows_gone.add(lane_row.endpoint_id)  # deleted while this batch was written
             for endpoint_id in write.lanes_gone:
                 lane = self._lanes.get(endpoint_id)
                 if lane is not None:
-                    lane.has_row = False
+                    lane.row = None
             self._lanes.rows_gone.difference_update(set(write.lanes_gone) - {row.endpoint_id for row in write.lanes})
             self._lanes.taking_up.difference_update(recorded.taken_up)
             for lane in [lane for lane in self._lanes.unsettled if lane.is_settled]:

@@ -55,7 +55,7 @@ class HttpConnection(asyncio.Protocol):
         self._limits = limits
         self._loop = loop
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: Any = httptools.HttpResponseParser(self)
         self._on_done: Callable[[Outcome], None] | None = None  # set while BUSY
         self._total_deadline = 0.0
         self._commands = False
@@ -146,6 +146,9 @@ class HttpConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._ended(f"reset before a whole answer ({exc})" if exc else "closed before a whole answer")
         self._drop()
+        self._transport = self._parser = (
+            None  # they know us too: a cycle for each connection would wait for the collector
+        )
 
     # ── httptools callbacks ──
 
@@ -305,11 +308,12 @@ class Head:
         self._ended = False
         self.retry_after: str | None = None
         self.command: Command | None = None
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: Any = httptools.HttpResponseParser(self)
         try:
             self._parser.feed_data(raw)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.exact = False  # but what follows the head doesn't matter otherwise
+        self._parser = None  # which knows us too
 
     def on_message_begin(self) -> None:
         self.exact = False

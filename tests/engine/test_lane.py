@@ -15,6 +15,7 @@ from dispatcher.domain.endpoint import EndpointState, Subscription
 from dispatcher.domain.outcome import RetryPolicy
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.engine.lane import HOLES_MAX, RECENT_S, RETRIES_MAX, SLOW_S, Lane, LaneLimits
+from dispatcher.ports import LaneRow
 from dispatcher.settings import Settings
 from tests.engine.build import LIMITS, make_endpoint, make_event, make_lane, make_retry
 
@@ -110,7 +111,7 @@ def test_a_lane_with_nothing_to_say_is_settled(what):
     if what == "hand":
         take(lane, 1)
     elif what == "row":
-        lane.has_row = True
+        lane.row = LaneRow(lane.id, 0, IdRanges(), 0)
     elif what == "hole":
         lane.add_hole(1)
     assert lane.is_settled == (what == "nothing")

@@ -301,7 +301,7 @@ class Checker:
                 found.append(f"{a_lane}: hands {a_lane.hands}, late {a_lane.late}, {a_lane.retry_hands}")
             if a_lane.keys is not None and (len(a_lane.keys) or a_lane.keys.held_back or not a_lane.keys.are_known):
                 found.append(f"{a_lane}: {a_lane.keys}")
-            if a_lane.backlog or a_lane.runs or a_lane.low_in_flight or a_lane.has_row:
+            if a_lane.backlog or a_lane.runs or a_lane.low_in_flight or a_lane.row is not None:
                 found.append(
                     f"{a_lane}: backlog {a_lane.backlog}, runs {a_lane.runs}, {a_lane.low_in_flight} low in flight"
                 )
