@@ -391,10 +391,16 @@ class Lane:
         ranges = self.holes.copy()
         if held_back is not None:
             ranges.update(held_back)
-        for event_id in sorted(self.late & self.hands.keys()):
-            if event_id not in done:
-                ranges.add(event_id, event_id)
+        for event_id in sorted(self._late_ids(done)):
+            ranges.add(event_id, event_id)
         return ranges
+
+    def late_ranges(self, done: AbstractSet[int]) -> list[tuple[int, int]]:
+        """Return the same, in no order, of a lane that doesn't order by key."""
+        return [*self.holes, *((event_id, event_id) for event_id in self._late_ids(done))]
+
+    def _late_ids(self, done: AbstractSet[int]) -> AbstractSet[int]:
+        return (self.late & self.hands.keys()) - done
 
     def settle(self, event_id: int) -> None:
         """Its result is committed, and no read that began before that is still to be processed."""
@@ -405,6 +411,11 @@ class Lane:
     def is_plain(self) -> bool:
         """It has no holes and no row: its mark says it all."""
         return self.live and self.row is None and not self.late and not self.holes and self.keys is None
+
+    @property
+    def rests_on_gaps(self) -> bool:
+        """What is open below its mark stands among the checkpoint's gaps; it has no row of its own."""
+        return self.live and self.row is None and self.keys is None
 
     @property
     def is_settled(self) -> bool:

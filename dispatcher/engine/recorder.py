@@ -313,38 +313,39 @@ class Recorder:
         position = head
         before = self._clock.now() - UNSETTLED_MAX_S
         marks: dict[Lane, int] = {}
-        for lane in (
-            self._lanes.unsettled
-        ):  # with thousands that fail or wait all of them, once a second, in one turn of the loop
+        # In one turn of the loop: with thousands of endpoints that fail or wait it is the longest there is.
+        for lane in self._lanes.unsettled:
+            lane.trim_keys()
+            if lane.is_settled:
+                continue  # since the last checkpoint: its mark is the head
             for event_id, taken_at in lane.hands.items():  # in the order in which they were taken
                 if taken_at > before:
                     break
                 lane.late.add(event_id)  # becomes a hole, so that one slow POST never holds the checkpoint
-            lane.trim_keys()
             mark = lane.mark(head, done.get(lane, NOTHING))
             if lane.live and (lane.row is not None or mark >= written):
                 position = min(position, max(mark, written))
-            if (
-                mark < written or not lane.is_plain
-            ):  # of the others there is nothing to say: `position` will be at or below their marks
+            # Of the others there is nothing to say: `position` will be at or below their marks.
+            if mark < written or not lane.is_plain:
                 marks[lane] = mark
         position = max(position, written)
-        late = {lane: lane.open_late(done.get(lane, NOTHING)) for lane in marks}
         gaps = self.gaps.ranges()
-        for lane in marks:
-            if lane.live and lane.row is None and lane.keys is None:
-                gaps.update(late[lane])
+        gaps.update(
+            sorted(hole for lane in marks if lane.rests_on_gaps for hole in lane.late_ranges(done.get(lane, NOTHING)))
+        )
         gaps.shrink(CHECKPOINT_GAPS_MAX)
         write = CheckpointWrite(position, gaps, [], sorted(self._lanes.rows_gone), sorted(self._lanes.taking_up))
         for lane, mark in marks.items():
+            if mark >= position and lane.rests_on_gaps:
+                continue
+            late, row = lane.open_late(done.get(lane, NOTHING)), lane.row
             # One that orders by key speaks for itself: after a start it must meet its holes before what is new, and gaps are looked at later.
-            speaks = mark < position or (late[lane] if lane.keys is not None else not gaps.covers_all(late[lane]))
-            row = lane.row
-            if speaks:
-                if row is None or row.settled != mark or row.backlog != lane.backlog or row.holes != late[lane]:
-                    write.lanes.append(LaneRow(lane.id, mark, late[lane].copy(), lane.backlog))
-            elif row is not None:
-                write.lanes_gone.append(lane.id)
+            speaks = mark < position or (late if lane.keys is not None else not gaps.covers_all(late))
+            if not speaks:
+                if row is not None:
+                    write.lanes_gone.append(lane.id)
+            elif row is None or row.settled != mark or row.backlog != lane.backlog or row.holes != late:
+                write.lanes.append(LaneRow(lane.id, mark, late.copy(), lane.backlog))
         self.position_under_way = max(self.position_under_way, position)
         return write
 
