@@ -5,6 +5,9 @@ import resource
 import time
 from pathlib import Path
 
+import pytest
+
+from dispatcher.engine import recorder
 from dispatcher.sink import Behaviour
 from tests.rig import SECRET, Rig, rig, until
 
@@ -74,6 +77,26 @@ async def test_two_million_events_held_by_a_paused_endpoint(dsn: str) -> None:
         in_log_order = [row["event_id"] for row in await r.attempts(endpoint_id=big.id)]
         assert in_log_order[:50_000] == list(range(in_log_order[0], in_log_order[0] + 50_000)), "none is left out"
         assert r.engine.counters.crowded_out == 0
+
+
+async def test_a_lanes_row_is_written_when_there_is_news(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten thousand endpoints that wait would else be ten thousand rows to update each second, for nothing."""
+    monkeypatch.setattr(recorder, "CHECKPOINT_S", 0.02)
+    row = "SELECT xmin::text::bigint FROM webhook.lane WHERE backlog = $1"
+    async with rig(dsn) as r:
+        await r.endpoint()
+        await set_state(r, "paused", "acct")
+        await until(lambda: next(iter(r.engine.incarnation.lanes)).held)
+        await r.emit(3)
+        written = await until(lambda: r.db.fetchval(row, 3))
+        checkpoints = r.engine.counters.checkpoints
+        await until(lambda: r.engine.counters.checkpoints > checkpoints + 5)
+        assert await r.db.fetchval(row, 3) == written, "nobody touched it"
+        await r.emit(1)
+        assert await until(lambda: r.db.fetchval(row, 4)) > written
+        await r.db.execute("UPDATE webhook.endpoint SET state = 'live'")
+        await r.settled()
+        await until(lambda: r.db.fetchval("SELECT count(*) = 0 FROM webhook.lane"), what="it speaks for itself no more")
 
 
 async def test_a_thousand_endpoints_of_one_account_lag_at_once(dsn: str) -> None:

@@ -2,13 +2,14 @@
 
 import asyncio
 import gc
+import weakref
 
 import pytest
 from structlog.testing import capture_logs
 
 from dispatcher.cli.common import connection_to
 from dispatcher.errors import DatabaseAwayError
-from dispatcher.main import log_unhandled
+from dispatcher.main import keep_what_is_there, log_unhandled
 from tests.conftest import connected
 
 
@@ -43,3 +44,22 @@ async def test_a_connection_that_the_server_ends_during_the_first_look_is_a_sent
     with pytest.raises(DatabaseAwayError, match="went away on the way") as raised:
         await look()
     assert raised.value.exit_code == 6
+
+
+def test_what_a_start_has_made_is_left_alone_until_the_next() -> None:
+    """Else the collector walks ten thousand endpoints, for 80 ms; and what a lost life had made must not stay for ever."""
+
+    class Made:
+        def __init__(self) -> None:
+            self.itself = self
+
+    try:
+        earlier = weakref.ref(Made())
+        keep_what_is_there(1)
+        gc.collect()
+        assert earlier() is not None, "the collector leaves it alone"
+        keep_what_is_there(2)
+        assert earlier() is None
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()

@@ -11,6 +11,7 @@ each page for good.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dispatcher.domain.run import RunSource
 from dispatcher.errors import InputError, NotFoundError, StateError
 from dispatcher.store import runs
 from dispatcher.store.runs import RUNS, RunView, Step
-from dispatcher.store.search import Found, Searched
+from dispatcher.store.search import Found, fill, searched
 from dispatcher.store.session import Connection
 from dispatcher.store.sql import SQL, load
 
@@ -109,26 +110,14 @@ async def newest(
         by,
     )
     types = runs.split(chosen.patterns or ("*",))
+    walk = partial(connection.fetch, LETTERS.walk, chosen.account_id, before)
+    values: tuple[Any, ...] = (endpoint_id, state, *types)
     if endpoint_id is not None and state == "open":
-        seen = await connection.fetch(LETTERS.walk_open, endpoint_id, before, LOOKED_AT, *types)
-    else:
-        seen = await connection.fetch(LETTERS.walk, chosen.account_id, before, LOOKED_AT, endpoint_id, state, *types)
-    ids: list[int] = []
-    met = 0
-    for row in seen:
-        met += 1
-        if row["matches"]:
-            ids.append(row["id"])
-            if len(ids) == limit:
-                break
-    complete = len(seen) < LOOKED_AT and met == len(seen)
-    rows = await find(connection, Filter(ids=tuple(ids), state=None), limit=limit, by=by) if ids else []
-    last = seen[met - 1] if met else None
-    return Found(
-        rows[::-1],
-        Searched(met, None if last is None else last["died_at"], complete),
-        None if complete or last is None else str(last["id"]),
-    )
+        walk, values = partial(connection.fetch, LETTERS.walk_open, endpoint_id, before), types
+    matching, met, complete = await fill(lambda looked_at: walk(looked_at, *values), limit, LOOKED_AT)
+    ids = tuple(row["id"] for row in matching)
+    rows = await find(connection, Filter(ids=ids, state=None), limit=limit, by=by) if ids else []
+    return Found(rows[::-1], *searched(met, "died_at", complete))
 
 
 async def show(connection: Connection, letter_id: int, *, by: Principal = OPERATOR) -> dict[str, Any]:

@@ -5,7 +5,7 @@ and the next page goes on there. So a search for something rare answers as fast 
 make progress. Times are bounds on the walk, found by halving; the other filters decide about what it meets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -69,26 +69,14 @@ async def events(
     before, _ = _parse(cursor)
     low, high = await _range(db, account_id, since, until)
     exact, prefixes = runs.split(check_patterns(types) if types else ("*",))
-    for looked_at in _looks(limit, text):
-        seen = await db.fetch(SEARCH.events, account_id, min(before, high), low, looked_at, exact, prefixes, text)
-        rows: list[Any] = []
-        met = 0
-        for row in seen:
-            met += 1
-            if row["matches"]:
-                rows.append(row)
-                if len(rows) == limit:
-                    break
-        if len(rows) == limit or len(seen) < looked_at:
-            break
-    complete = len(seen) < looked_at and met == len(seen)
-    found = await _with_public_ids(db, [{k: v for k, v in dict(row).items() if k != "matches"} for row in rows], "id")
-    last = seen[met - 1] if met else None
-    return Found(
-        found,
-        Searched(met, None if last is None else last["created_at"], complete),
-        None if complete or last is None else str(last["id"]),
+    walk = partial(db.fetch, SEARCH.events, account_id, min(before, high), low)
+    rows, met, complete = await fill(
+        lambda looked_at: walk(looked_at, exact, prefixes, text),
+        limit,
+        LOOKED_AT if text is None else LOOKED_AT_TEXT,
     )
+    found = await _with_public_ids(db, [{k: v for k, v in dict(row).items() if k != "matches"} for row in rows], "id")
+    return Found(found, *searched(met, "created_at", complete))
 
 
 async def deliveries(
@@ -132,7 +120,7 @@ async def deliveries(
     if endpoint_id is not None and is_failing:
         walk = partial(db.fetch, SEARCH.failed_candidates, endpoint_id, top, low)
     lowest, highest = status or (None, None)
-    for looked_at in _looks(limit, text):
+    for looked_at in looks(limit, LOOKED_AT if text is None else LOOKED_AT_TEXT):
         seen = await walk(looked_at, *matching)
         if reference is not None:
             seen = [row for row in seen if row["created_at"] is not None and reference.fits(row["created_at"])]
@@ -163,10 +151,37 @@ async def deliveries(
     return Found(found_rows, Searched(met, back_to, complete), position)
 
 
-def _looks(limit: int, text: str | None) -> tuple[int, int]:
-    """Return at how many events a page looks, and at how many if those don't fill it."""
-    most = LOOKED_AT if text is None else LOOKED_AT_TEXT
+def looks(limit: int, most: int) -> tuple[int, int]:
+    """Return at how many a page of `limit` rows looks, and at how many if those don't fill it."""
     return min(LOOKED_AT_FIRST * limit, most), most
+
+
+async def fill(
+    look: Callable[[int], Awaitable[Sequence[Any]]], limit: int, most: int
+) -> tuple[list[Any], Sequence[Any], bool]:
+    """Look until `limit` rows match, or at `most`. Return those that match, all that were met on the way, and whether there are no others."""
+    for looked_at in looks(limit, most):
+        seen = await look(looked_at)
+        rows: list[Any] = []
+        met = 0
+        for row in seen:
+            met += 1
+            if row["matches"]:
+                rows.append(row)
+                if len(rows) == limit:
+                    break
+        if len(rows) == limit or len(seen) < looked_at:
+            break
+    return rows, seen[:met], len(seen) < looked_at and met == len(seen)
+
+
+def searched(met: Sequence[Any], at: str, complete: bool) -> tuple[Searched, str | None]:
+    """Say how far a walk came that met these, and where the next one begins."""
+    last = met[-1] if met else None
+    return (
+        Searched(len(met), None if last is None else last[at], complete),
+        None if complete or last is None else str(last["id"]),
+    )
 
 
 async def _affordable(db: Connection, seen: Sequence[Any], endpoint_id: int | None) -> Sequence[Any]:

@@ -146,9 +146,7 @@ class HttpConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._ended(f"reset before a whole answer ({exc})" if exc else "closed before a whole answer")
         self._drop()
-        self._transport = self._parser = (
-            None  # they know us too: a cycle for each connection would wait for the collector
-        )
+        self._transport = self._parser = None  # they know us: the collector would have each to find
 
     # ── httptools callbacks ──
 

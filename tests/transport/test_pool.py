@@ -1,6 +1,7 @@
 """How connections come to be on real sockets, and what is left when that fails half-way. The port's promises are in test_conformance."""
 
 import asyncio
+import gc
 import random
 import ssl
 import time
@@ -13,6 +14,7 @@ from dispatcher.domain.outcome import Fault, Outcome
 from dispatcher.domain.url import Origin
 from dispatcher.ports import Limits
 from dispatcher.transport import tcp
+from dispatcher.transport.connection import Head, HttpConnection
 from dispatcher.transport.memory import MemoryTransport, Scripted
 from dispatcher.transport.room import Kept
 from tests.transport import peers
@@ -44,6 +46,28 @@ async def test_a_refused_connection_says_so() -> None:
         with refusing() as origin:
             outcome = await connected(pool, origin)
     assert (outcome.fault, outcome.detail) == (Fault.CONNECT, "Connection refused")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+async def test_a_connection_that_is_closed_is_gone_without_the_collector(kept: bool) -> None:
+    """It knows its parser and its transport, and they know it: hundreds that fail a second would be the collector's work, in pauses."""
+    answer = OK if kept else b"HTTP/1.1 500 Oh\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+    def alive() -> int:
+        return sum(isinstance(one, HttpConnection | Head) for one in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        async with make_peer(answer) as peer, make_pool() as pool:
+            connection = await connected(pool, peer.origin)
+            await start(connection)
+            assert alive() == 1
+            connection.close()
+            del connection
+            await until(lambda: alive() == 0)
+    finally:
+        gc.enable()
 
 
 @both

@@ -95,6 +95,22 @@ async def test_a_walk_over_deliveries_ends_at_its_bound_whatever_matches(
     assert "Looked at 7 events, back to" in text
 
 
+async def test_a_page_that_a_first_look_does_not_fill_looks_on(customer: Browser):
+    """It looks at twice as many events as it has rows, most often enough, and only then at all that it may."""
+    async with connected(customer.web.dsn) as db:
+        endpoint = await people.endpoint(db)
+        wanted = await people.emit(db, 3, type="link.clicked")
+        newest = await people.emit(db, 150)
+    for path, rows in (("/deliveries", 30), (f"/deliveries?endpoint_id={endpoint}", 30), ("/events", 50)):
+        page = await data(customer, path)
+        ids = [row.get("event_id") or row["id"] for row in page["data"]]
+        assert ids == newest[::-1][:rows]
+        assert page["searched"]["events"] == rows
+        rare = await data(customer, f"{path}{'&' if '?' in path else '?'}type=link.*")
+        assert [row.get("event_id") or row["id"] for row in rare["data"]] == wanted[::-1]
+        assert (rare["searched"]["events"], rare["searched"]["complete"], rare["next"]) == (153, True, None)
+
+
 async def test_a_page_looks_at_a_bounded_number_of_pairs(customer: Browser, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(search, "PAIRS_MAX", 10)
     async with connected(customer.web.dsn) as db:
