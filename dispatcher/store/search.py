@@ -151,9 +151,10 @@ async def deliveries(
     return Found(found_rows, Searched(met, back_to, complete), position)
 
 
-def looks(limit: int, most: int) -> tuple[int, int]:
+def looks(limit: int, most: int) -> tuple[int, ...]:
     """Return at how many a page of `limit` rows looks, and at how many if those don't fill it."""
-    return min(LOOKED_AT_FIRST * limit, most), most
+    first = LOOKED_AT_FIRST * limit
+    return (first, most) if first < most else (most,)
 
 
 async def fill(

@@ -71,10 +71,8 @@ _log = structlog.get_logger(room="web")
 
 LISTEN = "127.0.0.1:8080"  # unless a setting says otherwise
 
-OVERVIEW_S, MINUTES_S = (
-    1.0,
-    30.0,
-)  # for how long what all operators see is kept: 16 statements, and a sum over the last whole minutes
+# For how long what all operators see is kept: 15 statements, and a sum over the last whole minutes.
+OVERVIEW_S, MINUTES_S = 1.0, 30.0
 
 LaneHealth = Callable[[int | None], list[dict[str, Any]]]  # of one endpoint, or all; empty unless this process delivers
 Handler = Callable[[web.Request], Awaitable[StreamResponse]]

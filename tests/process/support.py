@@ -427,12 +427,7 @@ async def settle(
 
 
 async def unrecorded(r: Rig) -> set[tuple[str, int, int]]:
-    """Return what has arrived and has no attempt row: the only deliveries that the next start may send again. What a killed process had
-    written may still be on its way to the receiver: waits until nothing has come for a third of a second."""
-    came = -1
-    while came != len(r.received):
-        came = len(r.received)
-        await asyncio.sleep(0.3)
+    """Return what has arrived and has no attempt row: the only deliveries that the next start may send again."""
     return arrivals(r.received).keys() - (await recorded(r.db)).keys()
 
 

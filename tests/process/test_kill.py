@@ -51,6 +51,7 @@ async def test_kill_9_under_load(dsn: str) -> None:
                     await load.more(200)
                     await d.kill()
                     await no_backends(r.db)
+                    await until(lambda: r.sink.connections == 0, what="all that it had written has come")
                     left = await unrecorded(r)
                     may_repeat |= left
                     repeats += len(left)

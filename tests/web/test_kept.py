@@ -8,7 +8,7 @@ from dispatcher.web.kept import Kept
 
 
 class Read:
-    """Counts how often it is asked; waits while `held`, fails while `broken`."""
+    """Counts how often it is asked; waits for `go`, fails while it `is_broken`."""
 
     def __init__(self) -> None:
         self.asked = 0
