@@ -264,7 +264,8 @@ async def test_it_answers_as_it_is_told(customer: Browser, answer: str, status: 
     got = await send(customer.web, url)
     assert got.status == status
     assert ("Retry-After" in got.headers) == (answer == "throttle")
-    assert (loop.time() - began >= 0.05) or answer != "slow"
+    # A timer may fire early by what the loop's clock can't tell.
+    assert (loop.time() - began >= 0.04) or answer != "slow"
     assert (await customer.post(at, [("answer", "explode")])).status == 400
 
 
