@@ -148,8 +148,9 @@ async def _tail(
         # A batch is recorded some time after its attempts began, so each look goes back a little and skips what was shown.
         since = await opened.now()
         shown: dict[tuple[Any, ...], None] = {}
+        endpoint_ids = None if endpoint_id is None else [endpoint_id]
         while loop.time() < deadline:
-            for attempt in await opened.events.tail(since - timedelta(seconds=15), endpoint_id, TAIL_WINDOW_IDS):
+            for attempt in await opened.events.tail(since - timedelta(seconds=15), endpoint_ids, TAIL_WINDOW_IDS):
                 key = (attempt["event_id"], attempt["endpoint_id"], attempt["run"], attempt["number"])
                 if key in shown or attempt["started_at"] < since - timedelta(seconds=15):
                     continue

@@ -79,11 +79,17 @@ Interval = tuple[str, int, int, str | None]  # pattern, since_id, until_id, what
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
+# What a row of `details` has of each, in order.
+SUBSCRIPTION = ("pattern", "since_id", "until_id", "taken_up", "rule")
+OPEN_RUN = ("id", "source", "state", "total", "attempted", "delivered", "dead", "created_at")
+
+
 @dataclass(frozen=True, slots=True)
 class Stands:
     """How an endpoint stands: what changes from one second to the next. `retries` beyond RETRIES_SHOWN_MAX are one more than that."""
 
     endpoint_id: int
+    account_id: str
     state: str
     failing_since: datetime | None
     backlog: int
@@ -130,9 +136,17 @@ class EndpointView:
     dead_letters: int
     expired: int  # in the last 24 hours, because their events' expires_at had passed
     created_at: datetime
+    next_retry_at: datetime | None
+    read_at: datetime
     keyring: Keyring = field(repr=False)
     stored_credentials: str | None = field(repr=False)
     stored_proposal: str | None = field(repr=False)  # its credentials
+
+    @property
+    def stands(self) -> Stands:
+        return Stands(
+            self.id, self.account_id, self.state, self.failing_since, self.backlog, self.retries, self.next_retry_at
+        )
 
     @property
     def held_since_id(self) -> int | None:
@@ -310,7 +324,8 @@ class Admin:
             proposed=SHAPE | {name: _config(row)[name] for name in OPTIONS} | draft if draft else None,
             signing=tuple(Secret(self._keyring, place, *s) for s in row["secrets"]),
             tested_hash=row["tested_hash"], failing_since=row["failing_since"], backlog=row["backlog"], retries=row["retries"],
-            dead_letters=row["dead_letters"], expired=row["expired"], created_at=row["created_at"], keyring=self._keyring,
+            dead_letters=row["dead_letters"], expired=row["expired"], created_at=row["created_at"],
+            next_retry_at=row["next_retry_at"], read_at=row["read_at"], keyring=self._keyring,
             stored_credentials=row["credentials"], stored_proposal=stored_proposal,
         )  # fmt: skip
 
@@ -322,24 +337,21 @@ class Admin:
     async def details(self, view: EndpointView) -> EndpointDetails:
         """Read what else there is to tell of an endpoint. Counts what is held: seconds, where it is millions."""
         waiting = None if view.held_since_id is None else await self.waiting(view)
-        discards = await self._db.fetch(ADMIN.discards, view.id)
+        row = await self._db.fetchrow(ADMIN.details, view.id)
         return EndpointDetails(
             waiting=waiting,
-            subscriptions=[dict(row) for row in await self._db.fetch(ADMIN.subscriptions, view.id)],
-            discards={row["reason"]: row["deliveries"] for row in discards},
-            runs=[dict(row) for row in await self._db.fetch(ADMIN.open_runs, view.id)],
+            subscriptions=[dict(zip(SUBSCRIPTION, one, strict=True)) for one in row["subscriptions"]],
+            discards=dict(row["discards"]),
+            runs=[dict(zip(OPEN_RUN, one, strict=True)) for one in row["runs"]],
         )
 
-    async def stands(self, endpoint_id: int) -> Stands:
-        """Return how an endpoint stands now; whose it is, was asked before. Raises NotFoundError where it was deleted since."""
-        row = await self._db.fetchrow(ADMIN.stands, endpoint_id, RETRIES_SHOWN_MAX + 1)
-        if row is None:
-            raise NotFoundError(f"there is no endpoint {endpoint_id}", remedy=WHICH)
-        return Stands(endpoint_id, **row)
+    async def stands(self, endpoint_ids: Sequence[int]) -> list[Stands]:
+        """Return how endpoints stand now, but those that are deleted; whose they are, was asked before."""
+        return [Stands(**row) for row in await self._db.fetch(ADMIN.stands, endpoint_ids, RETRIES_SHOWN_MAX + 1)]
 
-    async def expired_24h(self, endpoint_id: int) -> int:
-        expired: int = await self._db.fetchval(ADMIN.expired_24h, endpoint_id)
-        return expired
+    async def expired_24h(self, endpoint_ids: Sequence[int]) -> dict[int, int]:
+        """Return how many deliveries were settled unsent in 24 hours, of those endpoints that had any attempt."""
+        return {row["endpoint_id"]: row["expired"] for row in await self._db.fetch(ADMIN.expired_24h, endpoint_ids)}
 
     async def now(self) -> datetime:
         now: datetime = await self._db.fetchval(ADMIN.now)

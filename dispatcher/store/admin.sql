@@ -63,7 +63,8 @@ SELECT e.id, e.account_id, e.name, e.url, e.event_types, e.timeout_ms, e.rate_pe
        (
            SELECT coalesce(sum(t.expired), 0) FROM webhook.endpoint_stat AS t
            WHERE t.endpoint_id = e.id AND t.minute > clock_timestamp() - interval '1 day'
-       ) AS expired
+       ) AS expired,
+       (SELECT r.due_at FROM webhook.retry AS r WHERE r.endpoint_id = e.id ORDER BY r.due_at LIMIT 1) AS next_retry_at, clock_timestamp() AS read_at
 FROM webhook.endpoint AS e
 LEFT JOIN webhook.lane AS l ON l.endpoint_id = e.id
 WHERE e.id = $1 AND e.state <> 'deleted';
@@ -122,7 +123,7 @@ SELECT webhook.tell_of_endpoint($1, $2, $3, $4);
 SELECT webhook.last_id();
 
 -- name: subscriptions
-SELECT pattern, since_id, until_id, taken_up, rule::text AS rule FROM webhook.subscription WHERE endpoint_id = $1 ORDER BY id;
+SELECT pattern, since_id, until_id, rule::text AS rule FROM webhook.subscription WHERE endpoint_id = $1 ORDER BY id;
 
 -- name: close_subscriptions
 -- But for the patterns of $2: what was handed out up to $3 is still owed, nothing above is.
@@ -188,30 +189,34 @@ FROM (
 SELECT count(*) AS deliveries, min(event_id) AS first_id FROM webhook.retry WHERE endpoint_id = $1;
 
 -- name: stands
--- How an endpoint stands: asked every two seconds for each page that is looked at, so without what is summed over a day. The earliest retry is
+-- How endpoints stand: asked every two seconds for those that are looked at, so without what is summed over a day. The earliest retry is
 -- told whatever holds it; of more than $2 retries no more are counted.
-SELECT e.state, e.failing_since, coalesce(l.backlog, 0) AS backlog,
+SELECT e.id AS endpoint_id, e.account_id, e.state, e.failing_since, coalesce(l.backlog, 0) AS backlog,
        (SELECT count(*) FROM (SELECT FROM webhook.retry AS r WHERE r.endpoint_id = e.id LIMIT $2) AS counted) AS retries,
        (SELECT r.due_at FROM webhook.retry AS r WHERE r.endpoint_id = e.id ORDER BY r.due_at LIMIT 1) AS next_retry_at
 FROM webhook.endpoint AS e
 LEFT JOIN webhook.lane AS l ON l.endpoint_id = e.id
-WHERE e.id = $1 AND e.state <> 'deleted';
+WHERE e.id = ANY ($1::bigint[]) AND e.state <> 'deleted';
 
 -- name: expired_24h
-SELECT coalesce(sum(expired), 0)::bigint FROM webhook.endpoint_stat WHERE endpoint_id = $1 AND minute > clock_timestamp() - interval '1 day';
+SELECT endpoint_id, sum(expired)::bigint AS expired FROM webhook.endpoint_stat
+WHERE endpoint_id = ANY ($1::bigint[]) AND minute > clock_timestamp() - interval '1 day'
+GROUP BY endpoint_id;
 
 -- name: insert_discard
 INSERT INTO webhook.discard (endpoint_id, reason, after_id, upto_id, deliveries) VALUES ($1, $2, $3, $4, $5);
 
--- name: discards
-SELECT reason, sum(deliveries)::bigint AS deliveries FROM webhook.discard WHERE endpoint_id = $1 GROUP BY reason ORDER BY reason;
-
--- name: open_runs
-SELECT r.id, r.source, r.state, r.total, p.attempted, p.delivered, p.dead, r.created_at
-FROM webhook.run AS r
-JOIN webhook.run_progress AS p ON p.run_id = r.id
-WHERE r.endpoint_id = $1 AND r.state <> 'canceled' AND p.finished_at IS NULL
-ORDER BY r.id;
+-- name: details
+-- What else there is to tell of an endpoint: its subscriptions, what of it was discarded and why, and its runs that haven't ended.
+SELECT ARRAY(SELECT (pattern, since_id, until_id, taken_up, rule::text) FROM webhook.subscription WHERE endpoint_id = $1 ORDER BY id) AS subscriptions,
+       ARRAY(SELECT (reason, sum(deliveries)::bigint) FROM webhook.discard WHERE endpoint_id = $1 GROUP BY reason ORDER BY reason) AS discards,
+       ARRAY(
+           SELECT (r.id, r.source, r.state, r.total, p.attempted, p.delivered, p.dead, r.created_at)
+           FROM webhook.run AS r
+           JOIN webhook.run_progress AS p ON p.run_id = r.id
+           WHERE r.endpoint_id = $1 AND r.state <> 'canceled' AND p.finished_at IS NULL
+           ORDER BY r.id
+       ) AS runs;
 
 -- name: cancel_runs
 UPDATE webhook.run AS r SET state = 'canceled'
@@ -351,14 +356,14 @@ SELECT endpoint_id, run, number, started_at, duration_us, status, fault, respons
 FROM webhook.attempt WHERE event_id = $1 AND endpoint_id > $2 AND ($3::bigint IS NULL OR endpoint_id <= $3) ORDER BY endpoint_id, run, number;
 
 -- name: tail
--- Attempts since $1, or of the last $4, among the last $3 events of the log. The bound is a subquery, so that it is asked for once, descended to, and prunes: as a
--- mere function it was called for every row, of all that the endpoint ever got.
+-- The newest $5 attempts since $1, or of the last $4, among the last $3 events of the log; of endpoints $2, NULL for all. The bound is a
+-- subquery, so that it is asked for once, descended to, and prunes: as a mere function it was called for every row, of all that the endpoint ever got.
 SELECT a.event_id, a.endpoint_id, a.run, a.number, a.started_at, a.duration_us, a.status, a.fault, o.account_id, o.type, o.created_at
 FROM webhook.attempt AS a
 JOIN webhook.outbox AS o ON o.id = a.event_id
-WHERE a.started_at > coalesce($1, clock_timestamp() - $4::interval) AND a.event_id > (SELECT webhook.last_id() - $3::bigint) AND ($2::bigint IS NULL OR a.endpoint_id = $2)
-ORDER BY a.started_at
-LIMIT 1000;
+WHERE a.started_at > coalesce($1, clock_timestamp() - $4::interval) AND a.event_id > (SELECT webhook.last_id() - $3::bigint) AND ($2::bigint[] IS NULL OR a.endpoint_id = ANY ($2::bigint[]))
+ORDER BY a.started_at DESC
+LIMIT $5;
 
 -- name: now
 SELECT clock_timestamp();

@@ -174,10 +174,14 @@ class Events:
             ),
         }  # fmt: skip
 
-    async def tail(self, since: datetime | timedelta, endpoint_id: int | None, window_ids: int) -> list[dict[str, Any]]:
-        """Return attempts that began after `since`, or less than so long ago; oldest first, at most 1,000."""
+    async def tail(
+        self, since: datetime | timedelta, endpoint_ids: Sequence[int] | None, window_ids: int, limit: int = 1_000
+    ) -> list[dict[str, Any]]:
+        """Return attempts that began after `since`, or less than so long ago, the newest `limit` of them; oldest first. Whose the endpoints
+        are, was asked before."""
         at, back = (None, since) if isinstance(since, timedelta) else (since, None)
-        return [dict(row) for row in await self._db.fetch(ADMIN.tail, at, endpoint_id, window_ids, back)]
+        rows = await self._db.fetch(ADMIN.tail, at, endpoint_ids, window_ids, back, limit)
+        return [dict(row) for row in reversed(rows)]
 
     async def account_for(self) -> list[dict[str, Any]]:
         """Count, for each endpoint, the deliveries owed by committed events and how they ended. Reads the whole log: for demos and tests."""

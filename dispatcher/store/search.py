@@ -20,7 +20,7 @@ from dispatcher.errors import InputError, NotFoundError
 from dispatcher.store import runs
 from dispatcher.store.reference import event_reference
 from dispatcher.store.session import Connection
-from dispatcher.store.sql import SQL, load
+from dispatcher.store.sql import load
 
 SEARCH = load(Path(__file__).with_name("search.sql"))
 
@@ -67,7 +67,8 @@ async def events(
     """Find events. `text` is looked for in the payload, as it was written."""
     account_id = principal.within(account_id)
     before, _ = _parse(cursor)
-    low, high = await _range(db, account_id, since, until)
+    begin = await db.fetchrow(SEARCH.begin, None)
+    low, high = await _range(db, account_id, since, until, begin["last_id"])
     exact, prefixes = runs.split(check_patterns(types) if types else ("*",))
     walk = partial(db.fetch, SEARCH.events, account_id, min(before, high), low)
     rows, met, complete = await fill(
@@ -75,7 +76,8 @@ async def events(
         limit,
         LOOKED_AT if text is None else LOOKED_AT_TEXT,
     )
-    found = await _with_public_ids(db, [{k: v for k, v in dict(row).items() if k != "matches"} for row in rows], "id")
+    shown = [{k: v for k, v in dict(row).items() if k != "matches"} for row in rows]
+    found = _with_public_ids(begin["id_key"], shown, "id")
     return Found(found, *searched(met, "created_at", complete))
 
 
@@ -99,17 +101,17 @@ async def deliveries(
     """Find deliveries, of runs of all kinds: one row for each event and endpoint, with its last attempt. `event` is an outbox id or evt_…;
     `text` is looked for in the payload, as it was written."""
     account_id = principal.within(account_id)
+    begin = await db.fetchrow(SEARCH.begin, endpoint_id)
     if endpoint_id is not None:
-        found = await db.fetchrow(runs.RUNS.target, endpoint_id)
-        if found is None or not principal.sees(found["account_id"]):
+        if begin["account_id"] is None or not principal.sees(begin["account_id"]):
             raise NotFoundError(f"there is no endpoint {endpoint_id}")
-        if account_id is not None and found["account_id"] != account_id:
+        if account_id is not None and begin["account_id"] != account_id:
             raise NotFoundError(f"account {account_id} has no endpoint {endpoint_id}")
-        account_id = found["account_id"]
+        account_id = begin["account_id"]
     if unknown := set(states) - set(STATES):
         raise InputError(f"{unknown.pop()!r} is not a state of a delivery: {', '.join(STATES)}", field="state")
     before_event, before_endpoint = _parse(cursor)
-    low, high = await _range(db, account_id, since, until)
+    low, high = await _range(db, account_id, since, until, begin["last_id"])
     reference = None if event is None else await event_reference(db, event)
     if reference is not None:
         low, high = max(low, reference.id), min(high, reference.id + 1)
@@ -147,7 +149,7 @@ async def deliveries(
     if is_cut:
         back_to, position = rows[-1]["created_at"], f"{rows[-1]['event_id']}-{rows[-1]['endpoint_id']}"
         met = sum(row["id"] >= rows[-1]["event_id"] for row in candidates)
-    found_rows = await _with_public_ids(db, [dict(row) for row in rows], "event_id")
+    found_rows = _with_public_ids(begin["id_key"], [dict(row) for row in rows], "event_id")
     return Found(found_rows, Searched(met, back_to, complete), position)
 
 
@@ -227,17 +229,16 @@ async def tests_lately(db: Connection, endpoint_id: int) -> int:
 
 
 async def _range(
-    db: Connection, account_id: str | None, since: datetime | None, until: datetime | None
+    db: Connection, account_id: str | None, since: datetime | None, until: datetime | None, last_id: int
 ) -> tuple[int, int]:
     """Return the ids [low, high) that a walk is within."""
-    last_id: int = await db.fetchval(SEARCH.last_id)
     low = 0 if since is None else await runs.id_before(db, account_id, since, last_id) + 1
     high = last_id + 1 if until is None else await runs.id_upto(db, account_id, until, last_id) + 1
     return low, high
 
 
-async def _with_public_ids(db: Connection, rows: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:
-    public = PublicIds(await db.fetchval(SQL.id_key)).encode([(to_us(row["created_at"]), row[field]) for row in rows])
+def _with_public_ids(id_key: bytes, rows: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:
+    public = PublicIds(id_key).encode([(to_us(row["created_at"]), row[field]) for row in rows])
     return [row | {"public_id": text.decode()} for row, text in zip(rows, public, strict=True)]
 
 

@@ -1,7 +1,8 @@
 -- What people look for in the log, from new to old, a bounded number of events at a time. $1 the account, NULL for all.
 
--- name: last_id
-SELECT webhook.last_id();
+-- name: begin
+-- What a search begins with: where the log ends, what public ids are made with, and whose endpoint $1 is.
+SELECT webhook.last_id() AS last_id, (SELECT id_key FROM webhook.instance) AS id_key, (SELECT account_id FROM webhook.endpoint WHERE id = $1) AS account_id;
 
 -- name: events
 -- A page of the walk: events below $2 and not below $3, at most $4 of them are looked at.

@@ -68,8 +68,9 @@ async def series(
 ) -> list[Point]:
     """Return what happened in each step in which something did. Without bounds: the last 24 hours; without a step: the shortest that gives
     POINTS_MAX points at most."""
-    now: datetime = await db.fetchval(STATS.now)
-    until = until or now
+    if until is None:
+        until = await db.fetchval(STATS.now)
+        assert until is not None
     try:
         since = since or until - timedelta(days=1)
     except OverflowError as exc:

@@ -1,9 +1,9 @@
 """Server-sent events: many browsers, one question to the database a second for each topic.
 
-A *topic* is what several streams watch: an account's deliveries, an endpoint's state. One task a topic looks, once every
-`every_s`, for as long as somebody listens, and hands what it found to all of them. Topics look one after another, spread
-over the second: a hundred that looked at once would hold up deliveries. A stream that can't keep up loses the
-oldest messages and is told so; none makes another wait, and none grows without a bound.
+A *topic* is what several streams watch: a run's progress, an endpoint's state. It is looked at once every `every_s`, for as
+long as somebody listens, and what was found is handed to all of them. Looks are spread over that time: a hundred at
+once would hold up deliveries. A stream that can't keep up loses the oldest messages and is told so; none makes another
+wait, and none grows without a bound.
 
     async def look(db: Connection, seen: int | None) -> tuple[int, list[Message]]:
         ...                                 # what is new since `seen`, and what `seen` is now
@@ -11,14 +11,19 @@ oldest messages and is told so; none makes another wait, and none grows without 
     async def live(visit: Visit) -> StreamResponse:
         return await visit.web.streams.follow(visit, ("deliveries", visit.principal.account_id), look)
 
+Where hundreds watch hundreds of things of one kind, one look is for many topics (`follow_one_of`): a question costs the server and the loop
+about the same however many it is about.
+
 The topic must say everything that `look` depends on, whose account it is first of all. Messages named in `kept` say how something stands:
 who joins later gets the last of each at once. Those named in `repeated` say what happened: who joins gets what was said of the last
 REPEATED_S. So nothing is missed between a page and its stream, and the page leaves out what it has.
 """
 
 import asyncio
+import itertools
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Hashable
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -36,12 +41,18 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(room="web")
 
 Message = tuple[str, Any]  # the event's name, and its data: anything that orjson can say
-Look = Callable[[Connection, Any], Awaitable[tuple[Any, list[Message]]]]
+Looked = tuple[Any, list[Message]]
+Look = Callable[[Connection, Any], Awaitable[Looked]]
+LookAtAll = Callable[
+    [Connection, dict[Any, Any]], Awaitable[Mapping[Any, Looked]]
+]  # by topic; one that is gone may be left out
 
 QUEUE_MAX = 200  # messages that wait for one stream
 REPEATED_S = 10.0  # longer than a page takes to come and to open its stream
 KEEP_ALIVE_S = 15.0  # a comment, so that proxies keep the stream open and a dead browser is noticed
 LOOKS_AT_ONCE = 2  # one that takes long doesn't stop the others
+TOPICS_A_LOOK = 50
+LOOKS_A_ROUND = 8  # of all topics of a kind: so much is spread that none is long
 GOLDEN = 0.618034  # multiples of it, without their whole parts, lie far from each other however many there are
 LIFE_S = 300.0  # then the browser connects again, and is asked again who it is
 RETRY_MS = 2_000
@@ -51,9 +62,9 @@ class Streams:
     def __init__(self, pool: Pool, *, streams_max: int) -> None:
         self._pool = pool
         self._streams_max = streams_max
-        self._topics: dict[Hashable, _Topic] = {}
-        self._topics_made = 0
+        self._lookers: dict[Hashable, _Looker] = {}
         self._looking = asyncio.Semaphore(LOOKS_AT_ONCE)
+        self._topics_made = itertools.count(1)
         self._open = 0
         self._closing = asyncio.Event()
 
@@ -63,12 +74,21 @@ class Streams:
 
     @property
     def topics(self) -> int:
-        return len(self._topics)
+        return sum(len(looker.topics) for looker in self._lookers.values())
 
     async def follow(
         self, visit: "Visit", topic: Hashable, look: Look, *, every_s: float = 1.0, kept: Collection[str] = (), repeated: Collection[str] = (),
     ) -> web.StreamResponse:  # fmt: skip
         """Answer with a stream of what `look` finds, until the browser leaves or LIFE_S is over."""
+        return await self.follow_one_of(
+            visit, topic, topic, _alone(topic, look), every_s=every_s, kept=kept, repeated=repeated
+        )
+
+    async def follow_one_of(
+        self, visit: "Visit", kind: Hashable, topic: Hashable, look: LookAtAll, *, every_s: float = 1.0, kept: Collection[str] = (),
+        repeated: Collection[str] = (),
+    ) -> web.StreamResponse:  # fmt: skip
+        """The same, where one look is for many topics of a kind. Whoever begins a kind brings the look for all of it."""
         if self._open >= self._streams_max or self._closing.is_set():
             raise ProblemError(
                 503, "there are too many live streams; the page works without", headers={"Retry-After": "30"}
@@ -76,34 +96,34 @@ class Streams:
         self._open += 1
         stream = _Stream()
         try:
-            found = self._topic(topic, look, every_s, kept, repeated)
+            looker = self._looker(kind, look, every_s)
+            found = looker.topic(topic, kept, repeated)
             found.add(stream)
             try:
                 return await self._send(visit, stream)
             finally:
                 found.remove(stream)
-                if not found.streams and self._topics.get(topic) is found:
-                    del self._topics[topic]
-                    await found.stop()
+                if not found.streams and looker.topics.get(topic) is found:
+                    del looker.topics[topic]
+                if not looker.topics and self._lookers.get(kind) is looker:
+                    del self._lookers[kind]
+                    await looker.stop()
         finally:
             self._open -= 1
 
-    def _topic(
-        self, topic: Hashable, look: Look, every_s: float, kept: Collection[str], repeated: Collection[str]
-    ) -> "_Topic":
-        found = self._topics.get(topic)
+    def _looker(self, kind: Hashable, look: LookAtAll, every_s: float) -> "_Looker":
+        found = self._lookers.get(kind)
         if found is None:
-            self._topics_made += 1
-            offset_s = self._topics_made * GOLDEN % 1 * every_s
-            found = self._topics[topic] = _Topic(self._pool, look, every_s, kept, repeated, offset_s, self._looking)
+            found = self._lookers[kind] = _Looker(self._pool, look, every_s, self._looking, self._topics_made)
         return found
 
     async def close(self) -> None:
         """End every stream; browsers connect again in a moment."""
         self._closing.set()
-        for topic in list(self._topics.values()):
-            for stream in topic.streams:
-                stream.wake.set()
+        for looker in self._lookers.values():
+            for topic in looker.topics.values():
+                for stream in topic.streams:
+                    stream.wake.set()
 
     async def _send(self, visit: "Visit", stream: "_Stream") -> web.StreamResponse:
         response = web.StreamResponse(
@@ -122,8 +142,10 @@ class Streams:
                     await response.write(b":\n\n")
                     continue
                 stream.wake.clear()
-                while stream.messages:
-                    await response.write(stream.messages.popleft())
+                # In one piece: each piece is a call to the kernel here, and to the browser's.
+                said = b"".join(stream.messages)
+                stream.messages.clear()
+                await response.write(said)
         except ConnectionResetError:
             pass  # the browser has left: that is how streams end
         return response
@@ -145,24 +167,17 @@ class _Stream:
 
 
 class _Topic:
-    """Owns the task that looks. It begins with the first stream and is stopped after the last. `offset_s` lie between the first look and the
-    second."""
+    """What its streams have been told and what was seen of it. `due_at`: when it is looked at next."""
 
-    def __init__(
-        self, pool: Pool, look: Look, every_s: float, kept: Collection[str], repeated: Collection[str], offset_s: float,
-        looking: asyncio.Semaphore,
-    ) -> None:  # fmt: skip
+    def __init__(self, kept: Collection[str], repeated: Collection[str], due_at: float) -> None:
         self.streams: dict[_Stream, None] = {}
-        self._pool = pool
-        self._look = look
-        self._every_s = every_s
-        self._offset_s = offset_s
-        self._looking = looking
+        self.seen: Any = None
+        self.due_at = due_at
+        self.is_new = True
         self._kept = kept
         self._repeated = repeated
         self._last: dict[str, bytes] = {}
         self._lately: deque[tuple[float, bytes]] = deque(maxlen=QUEUE_MAX // 2)
-        self._task = asyncio.create_task(self._run())
 
     def add(self, stream: _Stream) -> None:
         self.streams[stream] = None
@@ -176,31 +191,84 @@ class _Topic:
     def remove(self, stream: _Stream) -> None:
         del self.streams[stream]
 
+    def tell(self, messages: list[Message], now: float) -> None:
+        for event, data in messages:
+            encoded = _encode(event, data)
+            if event in self._kept:
+                self._last[event] = encoded
+            elif event in self._repeated:
+                self._lately.append((now, encoded))
+            for stream in self.streams:
+                stream.put(encoded)
+
+
+class _Looker:
+    """Owns the task that looks at the topics of a kind, as many at a time as are due. It begins with the first and is stopped after the last."""
+
+    def __init__(
+        self, pool: Pool, look: LookAtAll, every_s: float, looking: asyncio.Semaphore, topics_made: Iterator[int]
+    ) -> None:
+        self.topics: dict[Hashable, _Topic] = {}
+        self._pool = pool
+        self._look = look
+        self._every_s = every_s
+        self._looking = looking
+        self._topics_made = topics_made
+        self._new = asyncio.Event()
+        self._task = asyncio.create_task(self._run())
+
+    def topic(self, key: Hashable, kept: Collection[str], repeated: Collection[str]) -> _Topic:
+        found = self.topics.get(key)
+        if found is None:
+            found = self.topics[key] = _Topic(kept, repeated, asyncio.get_running_loop().time())
+            self._new.set()
+        return found
+
     async def stop(self) -> None:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        seen: Any = None
-        wait_s = self._offset_s
+        loop = asyncio.get_running_loop()
         while True:
-            try:
-                async with self._looking, self._pool.connection() as db:
-                    seen, messages = await self._look(db, seen)
-                for event, data in messages:
-                    encoded = _encode(event, data)
-                    if event in self._kept:
-                        self._last[event] = encoded
-                    elif event in self._repeated:
-                        self._lately.append((asyncio.get_running_loop().time(), encoded))
-                    for stream in self.streams:
-                        stream.put(encoded)
-            except DispatcherError as exc:
-                _log.info("stream.look", error=str(exc))  # busy, or away: the next look may succeed
-            except Exception:  # noqa: BLE001 - logged with its trace; one topic's fault must not end the others' streams
-                _log.exception("stream.look")
-            await asyncio.sleep(wait_s)
+            self._new.clear()
+            began = loop.time()
+            due = [key for key, topic in self.topics.items() if topic.due_at <= began]
+            if due:
+                await self._look_at(due[:TOPICS_A_LOOK])
+            if len(due) > TOPICS_A_LOOK:
+                continue
+            next_at = min((topic.due_at for topic in self.topics.values()), default=began)
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(max(next_at, began + self._every_s / LOOKS_A_ROUND)):
+                    await self._new.wait()
+
+    async def _look_at(self, keys: list[Hashable]) -> None:
+        loop = asyncio.get_running_loop()
+        topics = {key: self.topics[key] for key in keys}
+        try:
+            async with self._looking, self._pool.connection() as db:
+                looked = await self._look(db, {key: topic.seen for key, topic in topics.items()})
+            for key, (seen, messages) in looked.items():
+                topics[key].seen = seen
+                topics[key].tell(messages, loop.time())
+        except DispatcherError as exc:
+            _log.info("stream.look", error=str(exc))  # busy, or away: the next look may succeed
+        except Exception:  # noqa: BLE001 - logged with its trace; one look's fault must not end the streams
+            _log.exception("stream.look")
+        now = loop.time()
+        for topic in topics.values():
             wait_s = self._every_s
+            if topic.is_new:  # who came together doesn't stay together
+                wait_s, topic.is_new = next(self._topics_made) * GOLDEN % 1 * self._every_s, False
+            topic.due_at = now + wait_s
+
+
+def _alone(topic: Hashable, look: Look) -> LookAtAll:
+    async def look_at_it(db: Connection, seen: dict[Hashable, Any]) -> dict[Hashable, Looked]:
+        return {topic: await look(db, seen[topic])}
+
+    return look_at_it
 
 
 def _encode(event: str, data: Any) -> bytes:

@@ -507,6 +507,30 @@ async def test_deliveries_appear_live(customer: Browser, monkeypatch: pytest.Mon
     assert (data["endpoint_id"], data["type"], data["status"]) == (endpoint, "message.sent", 500)
 
 
+async def test_one_look_tells_each_endpoint_its_own(customer: Browser):
+    """And of one that is another account's now, or deleted, nobody is told."""
+    web = customer.web.web
+    async with connected(customer.web.dsn) as db:
+        one, two, gone = [await people.endpoint(db) for _ in range(3)]
+        event = await people.emit(db, 1)
+        for endpoint in (one, two):
+            await people.attempted(db, endpoint, event)
+        await people.retrying(db, two, await people.emit(db, 1))
+        await db.execute("UPDATE webhook.endpoint SET state = 'deleted' WHERE id = $1", gone)
+        topics = [("acct", one), ("acct", two), ("acct", gone), ("other", one)]
+        found = await endpoint_page._look(web, db, dict.fromkeys(topics))
+        assert sorted(found) == sorted(topics[:2])
+        told = {topic[1]: messages for topic, (_, messages) in found.items()}
+        assert [(name, row["endpoint_id"], row["status"]) for name, row in told[one][:-1]] == [("attempt", one, 200)]
+        assert [(name, row["endpoint_id"], row["status"]) for name, row in told[two][:-1]] == [
+            ("attempt", two, 200), ("attempt", two, 500),
+        ]  # fmt: skip
+        assert [told[endpoint][-1][1]["retries"] for endpoint in (one, two)] == [0, 1]
+        # Nothing has happened since: nothing is told.
+        again = await endpoint_page._look(web, db, {topic: seen for topic, (seen, _) in found.items()})
+        assert [messages for _, messages in again.values()] == [[], []]
+
+
 def signed(secret: str, at: int, body: bytes) -> dict[str, str]:
     signature = base64.b64encode(hmac.digest(base64.b64decode(secret[6:]), b"evt_1.%d." % at + body, "sha256")).decode()
     return {"webhook-id": "evt_1", "webhook-timestamp": str(at), "webhook-signature": f"v1a,x v1,{signature}"}

@@ -8,7 +8,12 @@ from dispatcher.store.stats import STATS
 from tests.conftest import connected
 
 ASKED = {  # parameter types, arguments, what bounds the descent
-    "tail": (ADMIN.tail, "timestamptz, bigint, bigint, interval", "NULL, 7, 2000, '15 s'", "(event_id > (InitPlan"),
+    "tail": (
+        ADMIN.tail,
+        "timestamptz, bigint[], bigint, interval, integer",
+        "NULL, '{7,8}', 2000, '15 s', 500",
+        "(event_id > (InitPlan",
+    ),
     "first_posts": (OVERVIEW.first_posts, "bigint, integer", "1000, 500", "(event_id > "),
     "lately": (STATS.lately, "integer", "5", "(minute >= "),
 }

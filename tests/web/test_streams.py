@@ -10,7 +10,18 @@ import pytest
 
 from dispatcher.store.pool import Pool
 from dispatcher.web import streams as streams_module
-from dispatcher.web.streams import LOOKS_AT_ONCE, QUEUE_MAX, Look, Message, Streams, _Stream
+from dispatcher.web.streams import (
+    LOOKS_A_ROUND,
+    LOOKS_AT_ONCE,
+    QUEUE_MAX,
+    TOPICS_A_LOOK,
+    Look,
+    Looked,
+    Message,
+    Streams,
+    _alone,
+    _Stream,
+)
 from dispatcher.web.visit import Route, Visit
 from tests.rig import until
 from tests.web.conftest import Site, site
@@ -73,8 +84,8 @@ async def test_who_joins_is_told_at_once_how_it_stands(live_site: Site):
     first = await opened(live_site, key)
     await message(first)
     await message(first)
-    [topic] = live_site.web.streams._topics.values()
-    topic._every_s = 3_600.0
+    [looker] = live_site.web.streams._lookers.values()
+    looker._every_s = 3_600.0
     await asyncio.sleep(0.2)  # the last look but one may be over; from now on there is none
     looks = LOOKS[0]
     joined = await opened(live_site, key)
@@ -125,12 +136,12 @@ async def test_the_server_ends_streams_when_it_stops(dsn: str, monkeypatch: pyte
 async def test_a_look_that_fails_is_tried_again(dsn: str):
     pool = Pool("postgresql://127.0.0.1:1/none", size=1, statement_timeout_s=1)
     streams = Streams(pool, streams_max=1)
-    topic = streams_module._Topic(pool, look, 0.01, (), (), 0.0, asyncio.Semaphore(1))
+    looker = streams._looker("one", _alone("one", look), 0.01)
     stream = _Stream()
-    topic.add(stream)
+    looker.topic("one", (), ()).add(stream)
     await asyncio.sleep(0.05)
-    assert not topic._task.done()
-    await topic.stop()
+    assert not looker._task.done()
+    await looker.stop()
     assert (streams.open, list(stream.messages)) == (0, [])
     await pool.close()
 
@@ -144,7 +155,8 @@ async def test_who_joins_gets_what_was_said_lately(dsn: str, monkeypatch: pytest
 
     pool = Pool(dsn, size=1, statement_timeout_s=1)
     streams = Streams(pool, streams_max=1)
-    topic = streams._topic("one", look, 0.01, ("standing",), ("attempt",))
+    looker = streams._looker("one", _alone("one", look), 0.01)
+    topic = looker.topic("one", ("standing",), ("attempt",))
     first, second, late = _Stream(), _Stream(), _Stream()
     topic.add(first)
     await until(lambda: len(first.messages) == 9)
@@ -155,7 +167,7 @@ async def test_who_joins_gets_what_was_said_lately(dsn: str, monkeypatch: pytest
     monkeypatch.setattr(streams_module, "REPEATED_S", 0.0)
     topic.add(late)
     assert [text.split()[1::2] for text in late.messages] == [[b"standing", b"3"]]
-    await topic.stop()
+    await looker.stop()
     await pool.close()
 
 
@@ -178,15 +190,45 @@ async def test_topics_look_one_after_another_and_spread_over_the_second(dsn: str
 
     pool = Pool(dsn, size=4, statement_timeout_s=1)
     streams = Streams(pool, streams_max=100)
-    topics = [streams._topic(n, look_of(n), 0.5, (), ()) for n in range(20)]
-    while min(map(len, looks.values()), default=0) < 3 or len(looks) < 20:
-        await asyncio.sleep(0.01)
-    for topic in topics:
-        await topic.stop()
+    lookers = [streams._looker(n, _alone(n, look_of(n)), 0.5) for n in range(20)]
+    for n, looker in enumerate(lookers):
+        looker.topic(n, (), ())
+    await until(lambda: len(looks) == 20 and min(map(len, looks.values())) >= 3)
+    for looker in lookers:
+        await looker.stop()
     await pool.close()
     assert most == LOOKS_AT_ONCE
     at = sorted(times[1] - min(times[0] for times in looks.values()) for times in looks.values())
     assert at[-1] - at[0] > 0.3, "second looks come spread over the half second"
+
+
+async def test_one_look_is_for_all_topics_of_a_kind_that_are_due(dsn: str):
+    """And who came together doesn't stay together: each look is for a part of them, and none is for more than TOPICS_A_LOOK."""
+    looks: list[list[int]] = []
+
+    async def look(db: Any, seen: dict[int, int | None]) -> dict[int, Looked]:
+        looks.append(list(seen))
+        found: dict[int, Looked] = {n: ((before or 0) + 1, [("n", n)]) for n, before in seen.items()}
+        found.pop(7, None)  # it is gone
+        return found
+
+    pool = Pool(dsn, size=1, statement_timeout_s=1)
+    streams = Streams(pool, streams_max=1)
+    looker = streams._looker("numbers", look, 0.4)
+    topics = [looker.topic(n, (), ()) for n in range(120)]
+    first, gone = _Stream(), _Stream()
+    topics[0].add(first)
+    topics[7].add(gone)
+    await until(lambda: (topics[0].seen or 0) >= 4)
+    await looker.stop()
+    await pool.close()
+    assert [len(at) for at in looks[:3]] == [TOPICS_A_LOOK, TOPICS_A_LOOK, 120 - 2 * TOPICS_A_LOOK]
+    assert sorted(n for at in looks[:3] for n in at) == list(range(120))
+    later = looks[3:-1]
+    assert max(map(len, later)) <= TOPICS_A_LOOK
+    assert len(later) <= 4 * 2 * LOOKS_A_ROUND, "as many as that are due together, not one a topic"
+    assert first.messages[0] == b"event: n\ndata: 0\n\n"
+    assert (list(gone.messages), topics[7].seen) == ([], None)
 
 
 def test_a_slow_stream_loses_the_oldest_and_is_told():
