@@ -133,9 +133,10 @@ async def deliveries(
         if endpoint_id is None and len(candidates) == 1 and candidates[0]["matches"]:
             below = before_endpoint if before_endpoint and candidates[0]["id"] == before_event else _END
             floor = await db.fetchval(SEARCH.endpoints_floor, candidates[0]["account_id"], below, PAIRS_MAX)
-        rows = await db.fetch(
-            SEARCH.deliveries, account_id, [row["id"] for row in candidates if row["matches"]], endpoint_id, list(states) or None, lowest,
-            highest, fault, before_event, before_endpoint, limit, 0 if floor is None else floor + 1,
+        ids = [row["id"] for row in candidates if row["matches"]]
+        rows = ids and await db.fetch(
+            SEARCH.deliveries, account_id, ids, endpoint_id, list(states) or None, lowest, highest, fault, before_event, before_endpoint, limit,
+            0 if floor is None else floor + 1, min(ids), max(ids),
         )  # fmt: skip
         if len(rows) == limit or len(candidates) < looked_at:
             break

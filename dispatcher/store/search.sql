@@ -56,26 +56,26 @@ SELECT id FROM webhook.endpoint WHERE account_id = $1 AND id < $2 ORDER BY id DE
 -- name: deliveries
 -- Of the events $2, what each endpoint that was to have them (or has had them) came to; $3 one endpoint, $4 states, $5 the status of its last
 -- answer from … $6 to, $7 its last fault. Below the delivery ($8, $9), at most $10; of endpoints from $11 up. LATERAL and LIMIT 1: a look at a key each, never a join of tables.
+-- $12 and $13 are the lowest and the highest of $2: with sixty-five partitions the plan took 4.6 ms, and now looks at those that can have any.
 SELECT q.*
 FROM (
     SELECT o.id AS event_id, o.account_id, o.type, o.created_at, e.id AS endpoint_id, e.name AS endpoint_name, e.url AS endpoint_url, e.state AS endpoint_state,
-           a.run, a.number, a.started_at, a.duration_us, a.status, a.fault, coalesce(n.attempts, 0) AS attempts, r.due_at AS next_attempt_at, d.id AS dead_letter_id,
-           CASE WHEN n.delivered THEN 'delivered'
+           a.run, a.number, a.started_at, a.duration_us, a.status, a.fault, coalesce(a.attempts, 0) AS attempts, r.due_at AS next_attempt_at, d.id AS dead_letter_id,
+           CASE WHEN a.delivered THEN 'delivered'
                 WHEN r.due_at IS NOT NULL THEN 'retrying'
                 WHEN d.id IS NOT NULL THEN 'dead'
                 WHEN a.fault = 'expired' THEN 'expired'
-                WHEN n.attempts IS NOT NULL THEN 'failed'
+                WHEN a.attempts IS NOT NULL THEN 'failed'
                 ELSE 'waiting' END AS state
     FROM webhook.outbox AS o
     JOIN webhook.endpoint AS e ON e.account_id = o.account_id AND ($3::bigint IS NULL OR e.id = $3)
     LEFT JOIN LATERAL (
-        SELECT count(*) FILTER (WHERE x.number > 0) AS attempts, bool_or(x.fault IS NULL) AS delivered FROM webhook.attempt AS x
-        WHERE x.event_id = o.id AND x.endpoint_id = e.id HAVING count(*) > 0
-    ) AS n ON true
-    LEFT JOIN LATERAL (
-        SELECT x.run, x.number, x.started_at, x.duration_us, x.status, x.fault FROM webhook.attempt AS x
-        WHERE x.event_id = o.id AND x.endpoint_id = e.id ORDER BY x.run DESC, x.number DESC LIMIT 1
-    ) AS a ON n.attempts IS NOT NULL
+        SELECT x.run, x.number, x.started_at, x.duration_us, x.status, x.fault, count(*) FILTER (WHERE x.number > 0) OVER () AS attempts,
+               bool_or(x.fault IS NULL) OVER () AS delivered
+        FROM webhook.attempt AS x
+        WHERE x.event_id = o.id AND x.endpoint_id = e.id AND x.event_id BETWEEN $12 AND $13
+        ORDER BY x.run DESC, x.number DESC LIMIT 1
+    ) AS a ON true
     LEFT JOIN LATERAL (
         SELECT x.due_at FROM webhook.retry AS x WHERE x.endpoint_id = e.id AND x.event_id = o.id ORDER BY x.due_at LIMIT 1
     ) AS r ON true
@@ -85,7 +85,7 @@ FROM (
     WHERE o.id = ANY ($2::bigint[]) AND ($1::text IS NULL OR o.account_id = $1)
       AND (o.id < $8 OR (o.id = $8 AND e.id < $9)) AND e.id >= $11
       AND (
-          n.attempts IS NOT NULL
+          a.attempts IS NOT NULL
           OR (e.state <> 'deleted' AND EXISTS (
               SELECT FROM webhook.subscription AS s
               WHERE s.endpoint_id = e.id AND s.since_id < o.id AND (s.until_id IS NULL OR o.id <= s.until_id)

@@ -104,8 +104,10 @@ async def lately(db: Connection, minutes: int) -> Stats:
 async def by_hour(db: Connection, endpoint_ids: list[int], hours: int = 24) -> dict[int, list[tuple[int, int]]]:
     """Return (delivered, failed) of each of the last hours, oldest first, for each of a page of endpoints that has any."""
     made: dict[int, list[tuple[int, int]]] = {}
-    for endpoint_id, hour, delivered, failed in await db.fetch(STATS.by_hour, endpoint_ids, hours):
-        made.setdefault(endpoint_id, [(0, 0)] * hours)[hour] = (delivered, failed)
+    for row in await db.fetch(STATS.by_hour, endpoint_ids, hours):
+        counts = made[row["endpoint_id"]] = [(0, 0)] * hours
+        for hour, delivered, failed in zip(row["hours"], row["delivered"], row["failed"], strict=True):
+            counts[hour] = (delivered, failed)
     return made
 
 

@@ -29,13 +29,18 @@ WHERE minute >= date_trunc('minute', statement_timestamp()) - $1::integer * inte
 SELECT clock_timestamp();
 
 -- name: by_hour
--- Of a page of endpoints in the last $2 hours by the clock, this one among them, for the little chart of a list.
-SELECT endpoint_id, $2::integer - 1 - (extract(epoch FROM date_trunc('hour', statement_timestamp()) - date_trunc('hour', minute)) / 3600)::integer AS hour,
-       sum(delivered)::bigint AS delivered, sum(failed)::bigint AS failed
-FROM webhook.endpoint_stat
-WHERE endpoint_id = ANY ($1::bigint[]) AND minute >= date_trunc('hour', statement_timestamp()) - ($2::integer - 1) * interval '1 hour'
-      AND minute < date_trunc('hour', statement_timestamp()) + interval '1 hour'
-GROUP BY 1, 2;
+-- Of a page of endpoints in the last $2 hours by the clock, this one among them, for the little chart of a list. A row an endpoint: one for each of its
+-- hours took the loop four times as long to read.
+SELECT endpoint_id, array_agg(hour) AS hours, array_agg(delivered) AS delivered, array_agg(failed) AS failed
+FROM (
+    SELECT endpoint_id, $2::integer - 1 - (extract(epoch FROM date_trunc('hour', statement_timestamp()) - date_trunc('hour', minute)) / 3600)::integer AS hour,
+           sum(delivered)::bigint AS delivered, sum(failed)::bigint AS failed
+    FROM webhook.endpoint_stat
+    WHERE endpoint_id = ANY ($1::bigint[]) AND minute >= date_trunc('hour', statement_timestamp()) - ($2::integer - 1) * interval '1 hour'
+          AND minute < date_trunc('hour', statement_timestamp()) + interval '1 hour'
+    GROUP BY 1, 2
+) AS h
+GROUP BY endpoint_id;
 
 -- name: last_failures
 -- The last failed attempt of each of a page of endpoints, by the newest event that has one: a look at the failures' own index each.

@@ -215,16 +215,16 @@ async def test_one_look_is_for_all_topics_of_a_kind_that_are_due(dsn: str):
     pool = Pool(dsn, size=1, statement_timeout_s=1)
     streams = Streams(pool, streams_max=1)
     looker = streams._looker("numbers", look, 0.4)
-    topics = [looker.topic(n, (), ()) for n in range(120)]
+    topics = [looker.topic(n, (), ()) for n in range(6 * TOPICS_A_LOOK)]
     first, gone = _Stream(), _Stream()
     topics[0].add(first)
     topics[7].add(gone)
     await until(lambda: (topics[0].seen or 0) >= 4)
     await looker.stop()
     await pool.close()
-    assert [len(at) for at in looks[:3]] == [TOPICS_A_LOOK, TOPICS_A_LOOK, 120 - 2 * TOPICS_A_LOOK]
-    assert sorted(n for at in looks[:3] for n in at) == list(range(120))
-    later = looks[3:-1]
+    assert [len(at) for at in looks[:6]] == [TOPICS_A_LOOK] * 6
+    assert sorted(n for at in looks[:6] for n in at) == list(range(6 * TOPICS_A_LOOK))
+    later = looks[6:-1]
     assert max(map(len, later)) <= TOPICS_A_LOOK
     assert len(later) <= 4 * 2 * LOOKS_A_ROUND, "as many as that are due together, not one a topic"
     assert first.messages[0] == b"event: n\ndata: 0\n\n"
