@@ -356,14 +356,18 @@ SELECT endpoint_id, run, number, started_at, duration_us, status, fault, respons
 FROM webhook.attempt WHERE event_id = $1 AND endpoint_id > $2 AND ($3::bigint IS NULL OR endpoint_id <= $3) ORDER BY endpoint_id, run, number;
 
 -- name: tail
--- The newest $5 attempts since $1, or of the last $4, among the last $3 events of the log; of endpoints $2, NULL for all. The bound is a
--- subquery, so that it is asked for once, descended to, and prunes: as a mere function it was called for every row, of all that the endpoint ever got.
-SELECT a.event_id, a.endpoint_id, a.run, a.number, a.started_at, a.duration_us, a.status, a.fault, o.account_id, o.type, o.created_at
-FROM webhook.attempt AS a
-JOIN webhook.outbox AS o ON o.id = a.event_id
-WHERE a.started_at > coalesce($1, clock_timestamp() - $4::interval) AND a.event_id > (SELECT webhook.last_id() - $3::bigint) AND ($2::bigint[] IS NULL OR a.endpoint_id = ANY ($2::bigint[]))
-ORDER BY a.started_at DESC
-LIMIT $5;
+-- The newest $5 attempts since $1, or of the last $4, of events above $3; of endpoints $2, NULL for all. The bound is a value, so that the plan is
+-- made for it: where it was asked for by a subquery, a third of the log was expected above it, and a join of all of it was planned.
+SELECT t.*, o.account_id, o.type, o.created_at
+FROM (
+    SELECT event_id, endpoint_id, run, number, started_at, duration_us, status, fault
+    FROM webhook.attempt
+    WHERE started_at > coalesce($1, clock_timestamp() - $4::interval) AND event_id > $3 AND ($2::bigint[] IS NULL OR endpoint_id = ANY ($2::bigint[]))
+    ORDER BY started_at DESC
+    LIMIT $5
+) AS t
+CROSS JOIN LATERAL (SELECT account_id, type, created_at FROM webhook.outbox WHERE id = t.event_id LIMIT 1) AS o
+ORDER BY t.started_at DESC;
 
 -- name: now
 SELECT clock_timestamp();

@@ -177,10 +177,11 @@ class Events:
     async def tail(
         self, since: datetime | timedelta, endpoint_ids: Sequence[int] | None, window_ids: int, limit: int = 1_000
     ) -> list[dict[str, Any]]:
-        """Return attempts that began after `since`, or less than so long ago, the newest `limit` of them; oldest first. Whose the endpoints
-        are, was asked before."""
+        """Return attempts of the log's newest `window_ids` that began after `since`, or less than so long ago; the newest `limit` of them,
+        oldest first. Whose the endpoints are, was asked before."""
         at, back = (None, since) if isinstance(since, timedelta) else (since, None)
-        rows = await self._db.fetch(ADMIN.tail, at, endpoint_ids, window_ids, back, limit)
+        last_id = await self._db.fetchval(ADMIN.last_id)
+        rows = await self._db.fetch(ADMIN.tail, at, endpoint_ids, last_id - window_ids, back, limit)
         return [dict(row) for row in reversed(rows)]
 
     async def account_for(self) -> list[dict[str, Any]]:

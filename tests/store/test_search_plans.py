@@ -2,6 +2,7 @@
 them, for the values that are given (`force_custom_plan`)."""
 
 from collections.abc import AsyncIterator, Iterator
+from datetime import datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -66,13 +67,15 @@ ASKED: dict[str, tuple[str, list[Any], int]] = {
     "failed candidates": (SEARCH.failed_candidates, [10, 40_000, 0, search.LOOKED_AT, *ALL], 4_000),
     "endpoints of": (SEARCH.endpoints_of, [["a0", "a1"]], 800),
     "deliveries of one": (
-        SEARCH.deliveries, ["a0", list(range(30_000, 40_000, 10)), 10, None, None, None, None, 1 << 62, 0, 50, 0], 20_000,
+        SEARCH.deliveries, ["a0", list(range(30_000, 40_000, 10)), 10, None, None, None, None, 1 << 62, 0, 50, 0, 30_000, 39_990], 20_000,
     ),
     "deliveries of many": (
-        SEARCH.deliveries, ["a0", [30_000, 30_010, 30_020, 30_030, 30_040], None, None, None, None, None, 1 << 62, 0, 50, 0], 20_000,
+        SEARCH.deliveries, ["a0", [30_000, 30_010, 30_020, 30_030, 30_040], None, None, None, None, None, 1 << 62, 0, 50, 0, 30_000, 30_040],
+        20_000,
     ),
     "retries of a delivery": (SEARCH.retries_of, [10, 777], 1),
-    "how one stands": (ADMIN.stands, [11, 10_001], 2),
+    "how some stand": (ADMIN.stands, [[11, 12, 13], 10_001], 400),
+    "the newest attempts of some": (ADMIN.tail, [None, [10, 20], EVENTS - 2_000, timedelta(days=1), 500], 2 * 2_000 + 500),
     "letters": (LETTERS.walk, ["a1", 39_000, LOOKED_AT, None, "open", None, []], 2_000),
     "letters of all": (LETTERS.walk, [None, 39_000, LOOKED_AT, 7, "open", ["no.such"], []], 2_000),
     "letters open": (LETTERS.walk_open, [10, 39_000, LOOKED_AT, None, []], 2_000),
@@ -84,7 +87,7 @@ ASKED: dict[str, tuple[str, list[Any], int]] = {
     "an event at a page of endpoints": (ADMIN.event_deliveries, [30_000, "a0", "t.x", "{}", 2_000, 2_300], 1_000),
     "where that page ends": (ADMIN.endpoints_bound, ["a0", 2_000, 30], ENDPOINTS),
     "where a page of deliveries ends": (SEARCH.endpoints_floor, ["a0", 3_000, 100], ENDPOINTS),
-    "its attempts": (ADMIN.event_attempts, [30_000, 9, 10], 1),
+    "its attempts": (ADMIN.event_attempts, [30_000, 9, 10], 2),
     "a day's series": (STATS.series, [10, "DAY AGO", "NOW", 5], 1_000),
 }  # fmt: skip
 
@@ -112,19 +115,39 @@ async def full(server: EmbeddedServer, template: str) -> AsyncIterator[asyncpg.C
 
 @pytest.mark.parametrize("name", ASKED)
 async def test_a_page_finds_its_rows_by_an_index_and_touches_few(full: asyncpg.Connection, name: str) -> None:
+    """After everything that is asked by the same statement has been asked often enough for the server to keep a plan, if it wants to."""
     statement, values, most = ASKED[name]
     now = await full.fetchval("SELECT clock_timestamp()")
-    day_ago = await full.fetchval("SELECT clock_timestamp() - interval '1 day'")
-    values = [
-        {"NOW": now, "DAY AGO": day_ago}.get(value, value) if isinstance(value, str) else value for value in values
-    ]
-    text = await full.fetchval(f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {statement}", *values)
+    moments = {"NOW": now, "DAY AGO": now - timedelta(days=1)}
+    await full.execute(f"PREPARE asked AS {statement}")
+    try:
+        for other, others_values, _ in ASKED.values():
+            for _ in range(6 if other == statement else 0):
+                await full.execute(f"EXECUTE asked ({_literals(others_values, moments)})")
+        text = await full.fetchval(
+            f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) EXECUTE asked ({_literals(values, moments)})"
+        )
+    finally:
+        await full.execute("DEALLOCATE asked")
     touched = 0.0
     for node in nodes(orjson.loads(text)[0]["Plan"]):
         table = node.get("Relation Name", "")
         if not table or not node["Actual Loops"]:
             continue
-        if table.startswith(BIG):
+        met = (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+        if table.startswith(BIG) and met:  # a partition that is empty may be read any way
             assert node["Node Type"] != "Seq Scan", f"{table} is read from end to end"
-        touched += (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+        touched += met
     assert touched <= most, f"{touched:,.0f} rows are touched"
+
+
+def _literals(values: list[Any], moments: dict[str, datetime]) -> str:
+    return ", ".join(_literal(moments.get(value, value) if isinstance(value, str) else value) for value in values)
+
+
+def _literal(value: Any) -> str:
+    if value is None or isinstance(value, int):
+        return "NULL" if value is None else str(value)
+    if isinstance(value, list):
+        return "'{" + ",".join(str(item) for item in value) + "}'"
+    return f"'{value}'"
