@@ -379,8 +379,10 @@ class Lane:
         """Return the settled mark, counting `done` as settled."""
         cursor = head if self.live else self.cursor
         hands: AbstractSet[int] = self.hands.keys()
-        if done or self.late:
-            hands = hands - done - self.late
+        if self.late:
+            hands = hands - self.late
+        if done:
+            hands = hands - done
         return min(min(hands) - 1, cursor) if hands else cursor
 
     def open_late(self, done: AbstractSet[int] = NOTHING) -> IdRanges:
@@ -391,26 +393,19 @@ class Lane:
         ranges = self.holes.copy()
         if held_back is not None:
             ranges.update(held_back)
-        for event_id in sorted(self._late_ids(done)):
+        for event_id in sorted(self.late_ids(done)):
             ranges.add(event_id, event_id)
         return ranges
 
-    def late_ranges(self, done: AbstractSet[int]) -> list[tuple[int, int]]:
-        """Return the same, in no order, of a lane that doesn't order by key."""
-        return [*self.holes, *((event_id, event_id) for event_id in self._late_ids(done))]
-
-    def _late_ids(self, done: AbstractSet[int]) -> AbstractSet[int]:
-        return (self.late & self.hands.keys()) - done
+    def late_ids(self, done: AbstractSet[int]) -> AbstractSet[int]:
+        """Return those at or below the mark that are in hand."""
+        late = self.late & self.hands.keys()
+        return late - done if done else late
 
     def settle(self, event_id: int) -> None:
         """Its result is committed, and no read that began before that is still to be processed."""
         self.hands.pop(event_id, None)
         self.late.discard(event_id)
-
-    @property
-    def is_plain(self) -> bool:
-        """It has no holes and no row: its mark says it all."""
-        return self.live and self.row is None and not self.late and not self.holes and self.keys is None
 
     @property
     def rests_on_gaps(self) -> bool:

@@ -312,40 +312,50 @@ class Recorder:
                 done[r.lane].add(r.event.id)
         position = head
         before = self._clock.now() - UNSETTLED_MAX_S
-        marks: dict[Lane, int] = {}
-        # In one turn of the loop: with thousands of endpoints that fail or wait it is the longest there is.
+        marks: dict[Lane, int] = {}  # of those that may have to speak for themselves
+        late, holes = list[int](), list[tuple[int, int]]()  # of those that rest on the gaps
+        # In one turn of the loop: with thousands of endpoints that fail or wait it is the longest there is, so little is asked of each.
         for lane in self._lanes.unsettled:
-            lane.trim_keys()
-            if lane.is_settled:
+            if lane.keys is not None:
+                lane.trim_keys()
+            hands = lane.hands
+            if not hands and lane.is_settled:
                 continue  # since the last checkpoint: its mark is the head
-            for event_id, taken_at in lane.hands.items():  # in the order in which they were taken
+            for event_id, taken_at in hands.items():  # in the order in which they were taken
                 if taken_at > before:
                     break
                 lane.late.add(event_id)  # becomes a hole, so that one slow POST never holds the checkpoint
-            mark = lane.mark(head, done.get(lane, NOTHING))
-            if lane.live and (lane.row is not None or mark >= written):
+            settled = done.get(lane, NOTHING)
+            mark = lane.mark(head, settled)
+            rests = lane.live and lane.row is None and lane.keys is None
+            if rests and lane.late:
+                late += lane.late_ids(settled)
+            if rests and lane.holes.lows:
+                holes += lane.holes
+            if rests and mark >= written:  # as most do
+                if mark < position:
+                    position = mark
+                continue
+            if lane.live and (mark >= written or lane.row is not None):
                 position = min(position, max(mark, written))
             # Of the others there is nothing to say: `position` will be at or below their marks.
-            if mark < written or not lane.is_plain:
-                marks[lane] = mark
+            marks[lane] = mark
         position = max(position, written)
         gaps = self.gaps.ranges()
-        gaps.update(
-            sorted(hole for lane in marks if lane.rests_on_gaps for hole in lane.late_ranges(done.get(lane, NOTHING)))
-        )
+        gaps.update((*holes, *zip(late, late, strict=True)))
         gaps.shrink(CHECKPOINT_GAPS_MAX)
         write = CheckpointWrite(position, gaps, [], sorted(self._lanes.rows_gone), sorted(self._lanes.taking_up))
         for lane, mark in marks.items():
             if mark >= position and lane.rests_on_gaps:
                 continue
-            late, row = lane.open_late(done.get(lane, NOTHING)), lane.row
+            own, row = lane.open_late(done.get(lane, NOTHING)), lane.row
             # One that orders by key speaks for itself: after a start it must meet its holes before what is new, and gaps are looked at later.
-            speaks = mark < position or (late if lane.keys is not None else not gaps.covers_all(late))
+            speaks = mark < position or (own if lane.keys is not None else not gaps.covers_all(own))
             if not speaks:
                 if row is not None:
                     write.lanes_gone.append(lane.id)
-            elif row is None or row.settled != mark or row.backlog != lane.backlog or row.holes != late:
-                write.lanes.append(LaneRow(lane.id, mark, late.copy(), lane.backlog))
+            elif row is None or row.settled != mark or row.backlog != lane.backlog or row.holes != own:
+                write.lanes.append(LaneRow(lane.id, mark, own.copy(), lane.backlog))
         self.position_under_way = max(self.position_under_way, position)
         return write
 
@@ -384,7 +394,7 @@ class Recorder:
                     lane.row = None
             self._lanes.rows_gone.difference_update(set(write.lanes_gone) - {row.endpoint_id for row in write.lanes})
             self._lanes.taking_up.difference_update(recorded.taken_up)
-            for lane in [lane for lane in self._lanes.unsettled if lane.is_settled]:
+            for lane in [lane for lane in self._lanes.unsettled if not lane.hands and lane.is_settled]:
                 del self._lanes.unsettled[lane]
         if self._is_piled_up and self.unrecorded < self._unrecorded_max // 2:
             self._is_piled_up = False
