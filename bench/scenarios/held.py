@@ -60,10 +60,13 @@ async def run(bench: Bench, size: Size) -> Result:
                     row = f"{name}, {'a transaction held' if held else 'none held'}"
                     bench.tell(f"held: {row}")
                     async with _transaction(dsn, held=held):
-                        lines[row] = await _full_load(table, row, dsn, target, for_s, running, sink_pid)
+                        lines[row] = await _full_load(bench, table, row, dsn, target, for_s, running, sink_pid)
     loading = await _big(bench, size)
     goals = [
         *table.goal("a transaction held: last fifth's rate ÷ first's", "last_to_first", "dispatcher, a transaction held", "≥", 0.95),
+        *table.goal(
+            "a transaction held: CPU time a delivery, last fifth ÷ first", "cpu_last_to_first", "dispatcher, a transaction held", "≤", 1.05,
+        ),
         *loading.goal(f"others' p99 while {size.loaded:,} rows load ÷ before", "p99_ms", LOADS, "≤", 1.5, over="before"),
         *loading.goal(f"others' p99 while {size.loaded:,} rows load ÷ while they load elsewhere", "p99_ms", LOADS, "≤", 1.5, over=ELSEWHERE),
         *loading.goal("others' p99 after its commit ÷ before", "p99_ms", "after its commit", "≤", 1.5, over="before"),
@@ -107,7 +110,7 @@ async def _transaction(dsn: str, *, held: bool) -> AsyncIterator[None]:
 
 
 async def _full_load(
-    table: Table, row: str, dsn: str, target: load.Target, seconds: float, running: rig.Running, sink_pid: int,
+    bench: Bench, table: Table, row: str, dsn: str, target: load.Target, seconds: float, running: rig.Running, sink_pid: int,
 ) -> list[tuple[float, float]]:  # fmt: skip
     """Feed so that something waits always; return (seconds, deliveries a second)."""
     feeder = await asyncpg.connect(dsn)
@@ -126,10 +129,12 @@ async def _full_load(
         await asyncio.sleep(min(3.0, seconds / 5))  # connections, caches, limits
         began, sink_s = time.perf_counter(), rig.cpu_s(sink_pid, with_children=True)
         samples = [(0.0, running.counters.settled)]
+        cpu_s = [_cpu_s(bench, running)]
         while samples[-1][0] < seconds:
             await asyncio.sleep(min(SAMPLE_S, seconds / 10))
             assert running.process.poll() is None, f"{row} has ended"
             samples.append((time.perf_counter() - began, running.counters.settled))
+            cpu_s.append(_cpu_s(bench, running))
         sink_share = (rig.cpu_s(sink_pid, with_children=True) - sink_s) / samples[-1][0]
     finally:
         done = True
@@ -137,13 +142,20 @@ async def _full_load(
         feeder.terminate()
     fifth = max(1, len(samples) // 5)
     first, last = _rate(samples[: fifth + 1]), _rate(samples[-fifth - 1 :])
+    first_us = (cpu_s[fifth] - cpu_s[0]) / max(1, samples[fifth][1] - samples[0][1]) * 1e6
+    last_us = (cpu_s[-1] - cpu_s[-fifth - 1]) / max(1, samples[-1][1] - samples[-fifth - 1][1]) * 1e6
     table.add(
-        row, seconds=round(samples[-1][0]), first_per_s=first, last_per_s=last,
-        last_to_first=last / first if first else 0, sink_share=sink_share,
+        row, seconds=round(samples[-1][0]), first_per_s=first, last_per_s=last, last_to_first=last / first if first else 0,
+        first_cpu_us=first_us, last_cpu_us=last_us, cpu_last_to_first=last_us / first_us if first_us else 0, sink_share=sink_share,
     )  # fmt: skip
     table.check_sink(row, sink_share)
     step = max(1, round(2 / SAMPLE_S)) if seconds > 10 else 1
     return [(samples[at][0], _rate(samples[at - step : at + 1])) for at in range(step, len(samples), step)]
+
+
+def _cpu_s(bench: Bench, running: rig.Running) -> float:
+    """Of who delivers and of PostgreSQL, if that can be told."""
+    return running.cpu_s() + (bench.postgres_cpu_s() or 0.0)
 
 
 def _rate(samples: list[tuple[float, int]]) -> float:

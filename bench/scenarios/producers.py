@@ -40,7 +40,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size(rounds=5, producers=(1, 16, 64), triggers=tuple(TRIGGERS), seconds=2),
+    "full": Size(rounds=9, producers=(1, 16, 64), triggers=tuple(TRIGGERS), seconds=2),
     "quick": Size(rounds=1, producers=(16,), triggers=("an empty trigger", "the doorbell"), seconds=1),
     "tiny": Size(rounds=1, producers=(2,), triggers=("NOTIFY always",), seconds=0.2),
 }
