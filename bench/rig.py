@@ -80,6 +80,28 @@ def rss_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+class CoreWaits:
+    """For which share of the time, since this was made, somebody on the machine could have run and waited for a core: the kernel's pressure
+    stall information (Documentation/accounting/psi.rst). None where it isn't told."""
+
+    def __init__(self) -> None:
+        self._began, self._waited_s = time.perf_counter(), self._read_s()
+
+    def share(self) -> float | None:
+        waited_s = self._read_s()
+        if waited_s is None or self._waited_s is None:
+            return None
+        return (waited_s - self._waited_s) / (time.perf_counter() - self._began)
+
+    @staticmethod
+    def _read_s() -> float | None:
+        try:
+            some = Path("/proc/pressure/cpu").read_text().splitlines()[0]
+        except OSError:
+            return None
+        return int(some.rpartition("total=")[2]) / 1e6
+
+
 def descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 

@@ -177,6 +177,7 @@ async def _big(bench: Bench, size: Size) -> Table:
             async def fresh(row: str, seconds: float, loading: "asyncio.Task[int] | None" = None) -> None:
                 """Commit events for so long, and again for as long as something loads; a row of all of it."""
                 waits, waited, cpu_s, began = Histogram(), Histogram(), running.cpu_s(), time.perf_counter()
+                waiting = rig.CoreWaits()
                 while not waits.total or (loading is not None and not loading.done()):
                     bench.tell(f"held: {size.loaded:,} rows in one transaction, {row}")
                     committed = await producers.open_loop(OTHERS_RATE, seconds, accounts)
@@ -184,7 +185,7 @@ async def _big(bench: Bench, size: Size) -> Table:
                     waited.merge([committed.waited])
                 table.add(
                     row, **waits.figures(), seconds=time.perf_counter() - began, producer_p99_ms=waited.percentile_ms(0.99),
-                    cpu_us=(running.cpu_s() - cpu_s) / waits.total * 1e6, rss_mb=running.rss_mb(),
+                    waits_for_a_core=waiting.share(), cpu_us=(running.cpu_s() - cpu_s) / waits.total * 1e6, rss_mb=running.rss_mb(),
                 )  # fmt: skip
 
             await arrivals.all_of(await producers.open_loop(OTHERS_RATE, min(2.0, size.fresh_s), accounts))

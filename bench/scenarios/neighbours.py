@@ -92,7 +92,9 @@ async def _measure(
             for _ in range(2):
                 committed = await producers.open_loop(size.rate, size.endpoints / size.rate / 2, everybody)
                 await arrivals.all_of(_only_good(committed, everybody))
+            waiting = rig.CoreWaits()
             committed = await producers.open_loop(size.rate, size.seconds, everybody)
+            waits_for_a_core = waiting.share()
             waits = await arrivals.all_of(_only_good(committed, everybody))
             pooled.setdefault(row, Histogram()).merge([waits])
             own_s, sink_s, began = running.cpu_s(), time.process_time(), time.perf_counter()
@@ -106,6 +108,7 @@ async def _measure(
                 row,
                 endpoints=len(good),
                 **waits.figures(),
+                waits_for_a_core=waits_for_a_core,
                 rate_per_s=len(wanted.at) / took_s,
                 cpu_us=own_s / len(wanted.at) * 1e6,
                 sink_share=sink_share,

@@ -87,12 +87,14 @@ async def _variant(bench: Bench, result: Result, size: Size, endpoints: int) -> 
                 bench.tell(f"panel: {many}, round {n + 1} of {size.rounds}")
                 waits = {row: Histogram() for row in pooled}
                 used_s, failed = dict.fromkeys(waits, 0.0), 0
+                core_waits: dict[str, list[float | None]] = {row: [] for row in waits}
                 for _ in range(size.pairs):
                     for row in waits:
                         async with _visitors(ports.get(row), key, size, endpoints) as looked:
-                            cpu_s = running.cpu_s()
+                            cpu_s, waiting = running.cpu_s(), rig.CoreWaits()
                             committed = await producers.open_loop(RATE, size.phase_s, range(endpoints))
                             used_s[row] += running.cpu_s() - cpu_s
+                            core_waits[row].append(waiting.share())
                             waits[row].merge([await arrivals.all_of(committed)])
                         if row == APART:
                             continue
@@ -104,6 +106,7 @@ async def _variant(bench: Bench, result: Result, size: Size, endpoints: int) -> 
                     pooled[row].merge([histogram])
                     table.add(
                         row, events=histogram.total, **histogram.figures(), cpu_share=used_s[row] / (size.pairs * size.phase_s),
+                        waits_for_a_core=_mean(core_waits[row]),
                         failed_pages=float(failed) if row == WITH else None,
                     )  # fmt: skip
         await connection.close()
@@ -136,6 +139,11 @@ async def _variant(bench: Bench, result: Result, size: Size, endpoints: int) -> 
             log_y=True,
         )
     )
+
+
+def _mean(shares: list[float | None]) -> float | None:
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known else None
 
 
 # ── visitors ──

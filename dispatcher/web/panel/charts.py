@@ -66,7 +66,7 @@ def lines(
 
 @lru_cache(maxsize=32)
 def _edges(steps: int, width: float) -> tuple[str, ...]:
-    """Return where steps begin, and where the last one ends. Few are different, and to write them took a quarter of a chart's time."""
+    """Return where steps begin, and where the last one ends. Few are different, and to write them took half of a bar chart's time."""
     return tuple(f"{n * width / max(1, steps):.2f}" for n in range(steps + 1))
 
 
