@@ -234,6 +234,7 @@ class _Looker:
             self._new.clear()
             began = loop.time()
             due = [key for key, topic in self.topics.items() if topic.due_at <= began]
+            due.sort(key=lambda key: self.topics[key].due_at)  # where looks take long, everybody waits the same
             if due:
                 await self._look_at(due[:TOPICS_A_LOOK])
             if len(due) > TOPICS_A_LOOK:

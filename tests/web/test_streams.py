@@ -1,7 +1,7 @@
 """Live streams: one look a topic however many watch, bounds, and their ends."""
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -229,6 +229,25 @@ async def test_one_look_is_for_all_topics_of_a_kind_that_are_due(dsn: str):
     assert len(later) <= 4 * 2 * LOOKS_A_ROUND, "as many as that are due together, not one a topic"
     assert first.messages[0] == b"event: n\ndata: 0\n\n"
     assert (list(gone.messages), topics[7].seen) == ([], None)
+
+
+async def test_where_looks_take_long_all_topics_have_their_turn(dsn: str):
+    looks: Counter[int] = Counter()
+
+    async def look(db: Any, seen: dict[int, Any]) -> dict[int, Looked]:
+        looks.update(list(seen))
+        await asyncio.sleep(0.02)
+        return {}
+
+    pool = Pool(dsn, size=1, statement_timeout_s=1)
+    looker = Streams(pool, streams_max=1)._looker("numbers", look, 0.01)
+    topics = range(3 * TOPICS_A_LOOK)
+    for n in topics:
+        looker.topic(n, (), ())
+    await until(lambda: looks[0] >= 5)
+    await looker.stop()
+    await pool.close()
+    assert min(looks[n] for n in topics) >= 3
 
 
 def test_a_slow_stream_loses_the_oldest_and_is_told():
