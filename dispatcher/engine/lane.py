@@ -408,11 +408,6 @@ class Lane:
         self.late.discard(event_id)
 
     @property
-    def rests_on_gaps(self) -> bool:
-        """What is open below its mark stands among the checkpoint's gaps; it has no row of its own."""
-        return self.live and self.row is None and self.keys is None
-
-    @property
     def is_settled(self) -> bool:
         """Nothing to say about it in a checkpoint."""
         return (

@@ -327,6 +327,7 @@ class Recorder:
                 lane.late.add(event_id)  # becomes a hole, so that one slow POST never holds the checkpoint
             settled = done.get(lane, NOTHING)
             mark = lane.mark(head, settled)
+            # What is open below its mark then stands among the checkpoint's gaps; it has no row of its own.
             rests = lane.live and lane.row is None and lane.keys is None
             if rests and lane.late:
                 late += lane.late_ids(settled)
@@ -346,8 +347,6 @@ class Recorder:
         gaps.shrink(CHECKPOINT_GAPS_MAX)
         write = CheckpointWrite(position, gaps, [], sorted(self._lanes.rows_gone), sorted(self._lanes.taking_up))
         for lane, mark in marks.items():
-            if mark >= position and lane.rests_on_gaps:
-                continue
             own, row = lane.open_late(done.get(lane, NOTHING)), lane.row
             # One that orders by key speaks for itself: after a start it must meet its holes before what is new, and gaps are looked at later.
             speaks = mark < position or (own if lane.keys is not None else not gaps.covers_all(own))

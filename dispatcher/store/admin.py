@@ -76,12 +76,10 @@ STOPPED_S = 1.2  # no POST starts later than a second after a pause, and its res
 Choice = Literal["send", "skip"]
 Interval = tuple[str, int, int, str | None]  # pattern, since_id, until_id, what its filters come to
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-
-
 # What a row of `details` has of each, in order.
-SUBSCRIPTION = ("pattern", "since_id", "until_id", "taken_up", "rule")
-OPEN_RUN = ("id", "source", "state", "total", "attempted", "delivered", "dead", "created_at")
+_SUBSCRIPTION = ("pattern", "since_id", "until_id", "taken_up", "rule")
+_OPEN_RUN = ("id", "source", "state", "total", "attempted", "delivered", "dead", "created_at")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,9 +338,9 @@ class Admin:
         row = await self._db.fetchrow(ADMIN.details, view.id)
         return EndpointDetails(
             waiting=waiting,
-            subscriptions=[dict(zip(SUBSCRIPTION, one, strict=True)) for one in row["subscriptions"]],
+            subscriptions=[dict(zip(_SUBSCRIPTION, one, strict=True)) for one in row["subscriptions"]],
             discards=dict(row["discards"]),
-            runs=[dict(zip(OPEN_RUN, one, strict=True)) for one in row["runs"]],
+            runs=[dict(zip(_OPEN_RUN, one, strict=True)) for one in row["runs"]],
         )
 
     async def stands(self, endpoint_ids: Sequence[int]) -> list[Stands]:

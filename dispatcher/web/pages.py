@@ -102,10 +102,16 @@ class _Compiled(jinja2.BytecodeCache):
 _COMPILED = _Compiled()
 
 
+_METHODS = frozenset(dir(dict))
+
+
 class _Environment(jinja2.Environment):
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """Look a dict's name up in it first; Jinja asks for a method of that name first, which costs an exception for each field of a row."""
-        return obj[attribute] if type(obj) is dict and attribute in obj else super().getattr(obj, attribute)
+        """Find the same as Jinja does. That asks a dict for a method of the name first, which costs an exception for each field of a row; here
+        only where there is one: a filter may be called `items`."""
+        if type(obj) is dict and attribute in obj and attribute not in _METHODS:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
 
 
 class Templates:

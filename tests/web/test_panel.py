@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import trustme
 
 from dispatcher.sink import Behaviour, Sink
 from dispatcher.store import runs
+from dispatcher.store.admin import Admin
 from dispatcher.web import panel
 from dispatcher.web.panel import endpoint as endpoint_page
 from dispatcher.web.panel.endpoint import SNIPPETS
@@ -507,6 +509,15 @@ async def test_deliveries_appear_live(customer: Browser, monkeypatch: pytest.Mon
     assert (data["endpoint_id"], data["type"], data["status"]) == (endpoint, "message.sent", 500)
 
 
+async def test_filters_may_be_called_as_methods_of_python_are(customer: Browser):
+    async with connected(customer.web.dsn) as db:
+        endpoint = await people.endpoint(db, filters='{"items": ["one"], "get": ["two"]}')
+    page = (await customer.get(f"/endpoints/{endpoint}")).text
+    assert "items: one" in page
+    assert "get: two" in page
+    assert (await customer.get(f"/endpoints/{endpoint}/setup")).status == 200
+
+
 async def test_one_look_tells_each_endpoint_its_own(customer: Browser):
     """And of one that is another account's now, or deleted, nobody is told."""
     web = customer.web.web
@@ -526,6 +537,8 @@ async def test_one_look_tells_each_endpoint_its_own(customer: Browser):
             ("attempt", two, 200), ("attempt", two, 500),
         ]  # fmt: skip
         assert [told[endpoint][-1][1]["retries"] for endpoint in (one, two)] == [0, 1]
+        newest = await Admin(db, web.settings).events.tail(timedelta(minutes=1), [one, two], 2_000, limit=2)
+        assert [(row["endpoint_id"], row["status"]) for row in newest] == [(two, 200), (two, 500)]
         # Nothing has happened since: nothing is told.
         again = await endpoint_page._look(web, db, {topic: seen for topic, (seen, _) in found.items()})
         assert [messages for _, messages in again.values()] == [[], []]

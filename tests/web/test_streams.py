@@ -8,6 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from dispatcher.errors import BusyError
 from dispatcher.store.pool import Pool
 from dispatcher.web import streams as streams_module
 from dispatcher.web.streams import (
@@ -134,16 +135,23 @@ async def test_the_server_ends_streams_when_it_stops(dsn: str, monkeypatch: pyte
 
 
 async def test_a_look_that_fails_is_tried_again(dsn: str):
-    pool = Pool("postgresql://127.0.0.1:1/none", size=1, statement_timeout_s=1)
-    streams = Streams(pool, streams_max=1)
-    looker = streams._looker("one", _alone("one", look), 0.01)
+    tried = 0
+
+    async def look(db: Any, seen: int | None) -> tuple[int, list[Message]]:
+        nonlocal tried
+        tried += 1
+        if tried <= 2:
+            raise BusyError("not now") if tried == 1 else ValueError("a mistake of ours")
+        return tried, [("tick", tried)]
+
+    pool = Pool(dsn, size=1, statement_timeout_s=1)
+    looker = Streams(pool, streams_max=1)._looker("one", _alone("one", look), 0.01)
     stream = _Stream()
     looker.topic("one", (), ()).add(stream)
-    await asyncio.sleep(0.05)
-    assert not looker._task.done()
+    await until(lambda: bool(stream.messages))
     await looker.stop()
-    assert (streams.open, list(stream.messages)) == (0, [])
     await pool.close()
+    assert stream.messages[0] == b"event: tick\ndata: 3\n\n"
 
 
 async def test_who_joins_gets_what_was_said_lately(dsn: str, monkeypatch: pytest.MonkeyPatch):
