@@ -190,7 +190,8 @@ process of its own, talks to loopback only, and ends by itself. Results go to `b
 
 **How to read it.** Every figure stands beside what it is compared with in the same run: median (smallest–largest) of several rounds, which
 take turns, so that a slow moment of the machine meets all. CPU time is each process's own, from `/proc`. A row whose receiver was the limit
-is void. Absolute figures are this machine's; ratios travel better.
+is void. What takes a few seconds is measured again, twice at most, where the hypervisor gave more than a hundredth of the cores' time to other
+machines meanwhile. Absolute figures are this machine's; ratios travel better.
 
 {machine}
 

@@ -35,7 +35,7 @@ FIELDS = {  # scenario: row → what it must tell
     "neighbours": {"all healthy": LATENCY | {"rate_per_s"}, "30 % bad": LATENCY | {"rate_per_s"}},
     "backlog": {"before": LATENCY | {"growth_mb"}, "parked": LATENCY | {"growth_mb"}, "catching up": LATENCY,
                 "paused, 500 events": {"first_post_ms", "catch_up_per_s", "in_first_second"}},
-    "held": {"dispatcher, none held": {"first_per_s", "last_per_s"}, "dispatcher, a transaction held": {"last_to_first"},
+    "held": {"dispatcher, none held": {"first_per_s", "last_per_s"}, "dispatcher, a transaction held": {"rate_kept", "cpu_grown"},
              "before": LATENCY, "while it loads": LATENCY, "after its commit": LATENCY},
     "producers": {"NOTIFY always": {"commits_per_s", "postgres_cpu_us"}},
     "restart": {"kill -9": {"first_post_ms", "duplicates", "rss_after_mb"}},

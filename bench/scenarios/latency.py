@@ -77,10 +77,14 @@ async def _rate(
     accounts = range(ENDPOINTS)
     warmed = await producers.open_loop(min(rate, 200), min(1.0, seconds), accounts)  # connections, caches
     await arrivals.all_of(warmed)
-    committed = await producers.open_loop(rate, seconds, accounts)
-    while not committed.at:  # at one a second there may be none in a short time
+
+    async def measure() -> tuple[load.Committed, Histogram]:
         committed = await producers.open_loop(rate, seconds, accounts)
-    waits = await arrivals.all_of(committed)
+        while not committed.at:  # at one a second there may be none in a short time
+            committed = await producers.open_loop(rate, seconds, accounts)
+        return committed, await arrivals.all_of(committed)
+
+    committed, waits = await rig.undisturbed(measure)
     pooled.setdefault(row, Histogram()).merge([waits])
     table.add(row, events=waits.total, **waits.figures(), producer_late_p99_ms=committed.late.percentile_ms(0.99))
 

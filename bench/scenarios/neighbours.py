@@ -92,10 +92,14 @@ async def _measure(
             for _ in range(2):
                 committed = await producers.open_loop(size.rate, size.endpoints / size.rate / 2, everybody)
                 await arrivals.all_of(_only_good(committed, everybody))
-            waiting = rig.CoreWaits()
-            committed = await producers.open_loop(size.rate, size.seconds, everybody)
-            waits_for_a_core = waiting.share()
-            waits = await arrivals.all_of(_only_good(committed, everybody))
+
+            async def fresh() -> tuple[Histogram, float | None]:
+                waiting = rig.CoreWaits()
+                committed = await producers.open_loop(size.rate, size.seconds, everybody)
+                waited = waiting.share()
+                return await arrivals.all_of(_only_good(committed, everybody)), waited
+
+            waits, waits_for_a_core = await rig.undisturbed(fresh)
             pooled.setdefault(row, Histogram()).merge([waits])
             own_s, sink_s, began = running.cpu_s(), time.process_time(), time.perf_counter()
             numbers: list[int] = []

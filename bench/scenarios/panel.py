@@ -2,20 +2,25 @@
 
 Short phases without visitors, with them, and with visitors of a `dispatcher web` beside it, in turn, on one dispatcher, open loop; what is
 compared is all of a kind. The third says what of the second is the machine's: the same pages and streams, but none of it in the deliveries'
-process. Visitors are a process of their own (`main`), each of their loads due at its instant, whether or not earlier ones have been answered. It
-says "ready" when all streams are open, and when its stdin ends, as JSON, what was seen.
+process. Where it is allowed, the first two once more with producers, PostgreSQL (but for the panel's sessions), dispatcher and receiver
+scheduled before everybody else: then no delivery waits for a core that somebody else has, and what is left is what the panel's own work in
+the loop costs. Visitors are a process of their own (`main`), each of their loads due at its instant, whether or not earlier ones have been
+answered. It says "ready" when all streams are open, and when its stdin ends, as JSON, what was seen.
 """
 
 import asyncio
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import aiohttp
+import asyncpg
 import uvloop
 
 from bench import load, rig
@@ -24,10 +29,12 @@ from bench.rig import Bench
 from bench.scenario import Plot, Result, Scenario, Table
 from dispatcher.domain.principal import OPERATOR
 from dispatcher.store import access
+from dispatcher.store.pool import NAME as PANELS_SESSIONS
 
 RATE = 500.0  # events a second
 WITHOUT, WITH, APART = "without visitors", "with visitors", "with visitors of a `dispatcher web` beside it"
 JOINED_S = 1.0  # after the last stream was opened: a hundred people who come at one instant are no steady state
+FIRST_WITHOUT, FIRST_WITH = "without visitors, deliveries run first", "with visitors, deliveries run first"
 READY_S, ANSWER_S = 60.0, 30.0
 ANSWERS_KEPT = 100_000
 VISITORS = "from bench.scenarios.panel import main; main()"
@@ -64,7 +71,7 @@ async def _variant(bench: Bench, result: Result, size: Size, endpoints: int) -> 
         f"{RATE:,.0f} events a second to {many}; visitors: {size.pages_per_s:g} pages a second, {size.streams} live streams"
     )
     seen = Table(f"What visitors see, {many}")
-    pooled = {WITHOUT: Histogram(), WITH: Histogram(), APART: Histogram()}
+    pooled: dict[str, Histogram] = {}
     pages: dict[str, Histogram] = {}
     ports = {WITH: rig.free_port(), APART: rig.free_port()}
     async with load.arrivals() as arrivals, bench.database() as dsn:
@@ -83,32 +90,41 @@ async def _variant(bench: Bench, result: Result, size: Size, endpoints: int) -> 
             for port in ports.values():  # the first visitors, of whom nothing is told
                 async with _visitors(port, key, size, endpoints):
                     await asyncio.sleep(min(2.0, size.phase_s))
+
+            async def phase(row: str) -> _Phase:
+                port = ports.get(WITH if row == FIRST_WITH else row)
+                with contextlib.ExitStack() as scheduled:
+                    async with _visitors(port, key, size, endpoints) as looked:
+                        if row in (FIRST_WITHOUT, FIRST_WITH):
+                            scheduled.enter_context(rig.first(await _delivering(connection, running)))
+                        cpu_s, waiting = running.cpu_s(), rig.CoreWaits()
+                        committed = await producers.open_loop(RATE, size.phase_s, range(endpoints))
+                        cpu_s, waited = running.cpu_s() - cpu_s, waiting.share()
+                        waits = await arrivals.all_of(committed)
+                return _Phase(waits, cpu_s, waited, looked)
+
+            rows = [WITHOUT, WITH, APART] + (
+                [FIRST_WITHOUT, FIRST_WITH] if await _may_run_first(bench, connection, running) else []
+            )
             for n in range(size.rounds):
                 bench.tell(f"panel: {many}, round {n + 1} of {size.rounds}")
-                waits = {row: Histogram() for row in pooled}
-                used_s, failed = dict.fromkeys(waits, 0.0), 0
-                core_waits: dict[str, list[float | None]] = {row: [] for row in waits}
+                phases: dict[str, list[_Phase]] = {row: [] for row in rows}
                 for _ in range(size.pairs):
-                    for row in waits:
-                        async with _visitors(ports.get(row), key, size, endpoints) as looked:
-                            cpu_s, waiting = running.cpu_s(), rig.CoreWaits()
-                            committed = await producers.open_loop(RATE, size.phase_s, range(endpoints))
-                            used_s[row] += running.cpu_s() - cpu_s
-                            core_waits[row].append(waiting.share())
-                            waits[row].merge([await arrivals.all_of(committed)])
-                        if row == APART:
-                            continue
-                        failed += looked.failed
-                        for page, times_us in looked.pages.items():
+                    for row in rows:
+                        phases[row].append(await rig.undisturbed(partial(phase, row)))
+                for row, done in phases.items():
+                    waits = Histogram()
+                    waits.merge([one.waits for one in done])
+                    pooled.setdefault(row, Histogram()).merge([waits])
+                    table.add(
+                        row, events=waits.total, **waits.figures(), cpu_share=sum(one.cpu_s for one in done) / (size.pairs * size.phase_s),
+                        waits_for_a_core=_mean([one.waited for one in done]),
+                        failed_pages=sum(one.looked.failed for one in done) if row == WITH else None,
+                    )  # fmt: skip
+                    for one in done if row == WITH else ():
+                        for page, times_us in one.looked.pages.items():
                             for time_us in times_us:
                                 pages.setdefault(page, Histogram()).add(time_us)
-                for row, histogram in waits.items():
-                    pooled[row].merge([histogram])
-                    table.add(
-                        row, events=histogram.total, **histogram.figures(), cpu_share=used_s[row] / (size.pairs * size.phase_s),
-                        waits_for_a_core=_mean(core_waits[row]),
-                        failed_pages=float(failed) if row == WITH else None,
-                    )  # fmt: skip
         await connection.close()
     for page, histogram in sorted(pages.items()):
         seen.add(page, loads=histogram.total, **histogram.figures())
@@ -122,6 +138,14 @@ async def _variant(bench: Bench, result: Result, size: Size, endpoints: int) -> 
             "≤",
             1.2,
             over=APART,
+        ),
+        *table.goal(
+            f"p99 of deliveries where they run first: with visitors ÷ without, {many}",
+            "p99_ms",
+            FIRST_WITH,
+            "≤",
+            1.2,
+            over=FIRST_WITHOUT,
         ),
         *table.goal(f"pages that failed, {many}", "failed_pages", WITH, "≤", 0),
     ]
@@ -139,6 +163,30 @@ async def _variant(bench: Bench, result: Result, size: Size, endpoints: int) -> 
             log_y=True,
         )
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Phase:
+    waits: Histogram
+    cpu_s: float
+    waited: float | None  # the share of the time in which somebody waited for a core
+    looked: "Looked"
+
+
+async def _delivering(connection: asyncpg.Connection, running: rig.Running) -> list[int]:
+    """Return the processes by which an event goes: our own, the dispatcher's, and PostgreSQL's without the panel's sessions."""
+    rows = await connection.fetch("SELECT pid FROM pg_stat_activity WHERE application_name <> $1", PANELS_SESSIONS)
+    return [os.getpid(), running.pid, *(row["pid"] for row in rows)]
+
+
+async def _may_run_first(bench: Bench, connection: asyncpg.Connection, running: rig.Running) -> bool:
+    if not bench.is_server_here or (os.cpu_count() or 1) < 2:
+        return False
+    try:
+        with rig.first(await _delivering(connection, running)):
+            return True
+    except PermissionError:
+        return False
 
 
 def _mean(shares: list[float | None]) -> float | None:

@@ -7,6 +7,7 @@ falls on both.
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 
 import asyncpg
 
@@ -72,27 +73,33 @@ async def _round(
     table: Table, pooled: dict[str, Histogram], beside: str, connection: asyncpg.Connection, arrivals: load.Arrivals,
     producers: load.Producers, replays: int, size: Size,
 ) -> None:  # fmt: skip
+
+    async def phase(row: str) -> tuple[Histogram, float]:
+        """Return how long fresh events took, and how many others came a second."""
+        runs = await _start(connection, replays, size.history) if row == beside else []
+        await asyncio.sleep(0.3)  # it has begun, or what was under way has ended
+        before = arrivals.count
+        committed = await producers.open_loop(RATE, size.phase_s, range(ENDPOINTS))
+        others = arrivals.count - before
+        waits = await arrivals.all_of(committed)
+        if runs:
+            await connection.execute("UPDATE webhook.run SET state = 'canceled' WHERE id = ANY ($1::int[])", runs)
+        return waits, max(0, others - len(committed.at)) / size.phase_s
+
     waits = {WITHOUT: Histogram(), beside: Histogram()}
-    replayed, replayed_s = 0, 0.0
+    replayed_per_s = dict.fromkeys(waits, 0.0)
     for _ in range(size.pairs):
-        for row in (WITHOUT, beside):
-            runs = await _start(connection, replays, size.history) if row == beside else []
-            await asyncio.sleep(0.3)  # it has begun, or what was under way has ended
-            before = arrivals.count
-            committed = await producers.open_loop(RATE, size.phase_s, range(ENDPOINTS))
-            others = arrivals.count - before
-            waits[row].merge([await arrivals.all_of(committed)])
-            if runs:
-                replayed += max(0, others - len(committed.at))
-                replayed_s += size.phase_s
-                await connection.execute("UPDATE webhook.run SET state = 'canceled' WHERE id = ANY ($1::int[])", runs)
+        for row in waits:
+            found, others_per_s = await rig.undisturbed(partial(phase, row))
+            waits[row].merge([found])
+            replayed_per_s[row] += others_per_s / size.pairs
     for row, histogram in waits.items():
         pooled[row].merge([histogram])
         table.add(
             row,
             events=histogram.total,
             **histogram.figures(),
-            replayed_per_s=replayed / replayed_s if row == beside else 0,
+            replayed_per_s=replayed_per_s[row] if row == beside else 0,
         )
 
 

@@ -141,12 +141,12 @@ class Reader:
                 await asyncio.sleep(0)
             elif self.asleep:
                 await self._wait(self._asleep_since + ASLEEP_POLL_S - self._clock.now())
-            elif not self._doorbell:
-                await self._wait(self._poll_s)
             elif idle_polls <= POLLS_AT_ONCE:
                 await asyncio.sleep(0)
             elif idle_polls < POLLS_BEFORE_SLEEP:
                 await self._wait(POLL_S)
+            elif not self._doorbell:
+                await self._wait(self._poll_s)
             elif not await self._fall_asleep():
                 doze_retry_s = min(doze_retry_s * 2, DOZE_RETRY_MAX_S)
                 await self._wait(doze_retry_s)

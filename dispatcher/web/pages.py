@@ -22,12 +22,12 @@ from aiohttp import web
 
 from dispatcher.domain.text import amount
 from dispatcher.settings import LOGO_TYPES, Settings
+from dispatcher.web.turns import SLICE_S, others_first
 
 HERE = Path(__file__).parent
 TEMPLATES = (HERE / "panel" / "templates", HERE / "templates")
 STATIC = (HERE / "panel" / "static", HERE / "static")
 STATIC_BYTES_MAX = 1 << 20
-SLICE_S = 0.0005
 
 OPERATORS_MENU = (("/overview", "Overview"),)
 MENU = (
@@ -155,15 +155,15 @@ class Templates:
         return self._environment.get_template(name).render(context)
 
     async def render_by_turns(self, name: str, context: dict[str, Any]) -> str:
-        """Render, and let the loop's other work go on about once a millisecond: a page takes up to 10, and deliveries don't wait for it.
-        One page at a time, or ten would have their millisecond each in one turn of the loop."""
+        """Render in slices: a page takes up to 10 ms, and deliveries don't wait for it. One page at a time, or ten would have a slice each in a
+        turn of the loop."""
         pieces = []
         async with self._rendering:
             began = perf_counter()
             for piece in self._environment.get_template(name).generate(context):
                 pieces.append(piece)
                 if perf_counter() - began > SLICE_S:
-                    await asyncio.sleep(0)
+                    await others_first()
                     began = perf_counter()
         return "".join(pieces)
 

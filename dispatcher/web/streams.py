@@ -34,6 +34,7 @@ from dispatcher.errors import DispatcherError
 from dispatcher.store.pool import Pool
 from dispatcher.store.session import Connection
 from dispatcher.web.problems import ProblemError
+from dispatcher.web.turns import others_first
 
 if TYPE_CHECKING:
     from dispatcher.web.visit import Visit
@@ -94,7 +95,7 @@ class Streams:
                 503, "there are too many live streams; the page works without", headers={"Retry-After": "30"}
             )
         self._open += 1
-        stream = _Stream()
+        stream = _Stream(lambda: visit.request.transport is None)
         try:
             looker = self._looker(kind, look, every_s)
             found = looker.topic(topic, kept, repeated)
@@ -142,6 +143,8 @@ class Streams:
                     await response.write(b":\n\n")
                     continue
                 stream.wake.clear()
+                if stream.has_left():
+                    break
                 # In one piece: each piece is a call to the kernel here, and to the browser's.
                 said = b"".join(stream.messages)
                 stream.messages.clear()
@@ -154,7 +157,8 @@ class Streams:
 class _Stream:
     """One browser. `messages` are ready to send; beyond QUEUE_MAX the oldest are dropped and it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_left: Callable[[], bool]) -> None:
+        self.has_left = has_left
         self.messages: deque[bytes] = deque()
         self.wake = asyncio.Event()
 
@@ -190,6 +194,12 @@ class _Topic:
 
     def remove(self, stream: _Stream) -> None:
         del self.streams[stream]
+
+    def wake_who_left(self) -> None:
+        """Have streams end whose browser is gone: nothing says so to one that waits, and until KEEP_ALIVE_S it would count among those open."""
+        for stream in self.streams:
+            if stream.has_left():
+                stream.wake.set()
 
     def tell(self, messages: list[Message], now: float) -> None:
         for event, data in messages:
@@ -253,7 +263,7 @@ class _Looker:
             for key, (seen, messages) in looked.items():
                 topics[key].seen = seen
                 topics[key].tell(messages, loop.time())
-                await asyncio.sleep(0)  # deliveries go on in between
+                await others_first()
         except DispatcherError as exc:
             _log.info("stream.look", error=str(exc))  # busy, or away: the next look may succeed
         except Exception:  # noqa: BLE001 - logged with its trace; one look's fault must not end the streams
@@ -264,6 +274,7 @@ class _Looker:
             if topic.is_new:  # who came together doesn't stay together
                 wait_s, topic.is_new = next(self._topics_made) * GOLDEN % 1 * self._every_s, False
             topic.due_at = now + wait_s
+            topic.wake_who_left()  # now: the last one's end stops this task, which should not be in the middle of a question
 
 
 def _alone(topic: Hashable, look: Look) -> LookAtAll:

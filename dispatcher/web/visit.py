@@ -28,6 +28,7 @@ from dispatcher.store.session import Connection
 from dispatcher.web import sessions
 from dispatcher.web.pages import Templates
 from dispatcher.web.problems import ProblemError
+from dispatcher.web.turns import others_first
 
 if TYPE_CHECKING:
     from dispatcher.web.app import Web
@@ -134,6 +135,7 @@ class Visit:
         """Lend a connection; `long` for what may take minutes."""
         async with self.web.pool.connection(long=long) as db:
             yield db
+        await others_first()
 
     def admin(self, db: Connection) -> Admin:
         """What people do to endpoints and events, as whoever asks."""
@@ -309,6 +311,7 @@ class Route:
         response = await handler(visit)
         if isinstance(response, Page):
             await response.fill(web.templates)
+        await others_first()
         return response
 
     async def _change(self, visit: Visit) -> StreamResponse:

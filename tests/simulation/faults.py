@@ -278,7 +278,7 @@ FAULTS = [
         [(Barrier, "note", _note_without_prepared)],
         "neither",
         needs=frozenset({"prepared", "restart", "long transactions"}),
-        seed=424,
+        seed=1_072,
     ),
     Fault("close a gap by a probe that was cut", [(Gaps, "looked", _full_look_is_the_end)], "neither", seed=2),
     Fault(
@@ -356,7 +356,7 @@ FAULTS = [
         [(config.ConfigWatcher, "_forget", lambda self, endpoint_id: None)],
         "it was erased",
         needs=frozenset({"erasure", "slow answers"}),
-        seed=2_558,
+        seed=8_798,
     ),
     Fault(
         "filter at the head only",

@@ -42,17 +42,27 @@ async def live(visit: Visit) -> Any:
     )
 
 
+async def silence(db: Any, seen: None) -> tuple[None, list[Message]]:
+    return None, []
+
+
+async def silent(visit: Visit) -> Any:
+    return await visit.web.streams.follow(visit, "silence", silence, every_s=0.02)
+
+
 @pytest.fixture
 async def live_site(dsn: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
     from dispatcher.web import panel
 
-    monkeypatch.setattr(panel, "ROUTES", (*panel.ROUTES, Route("GET", "/live-test", live)))
+    monkeypatch.setattr(
+        panel, "ROUTES", (*panel.ROUTES, Route("GET", "/live-test", live), Route("GET", "/silent-test", silent))
+    )
     async with site(dsn, web_streams_max=3) as made:
         yield made
 
 
-async def opened(web: Site, key: str) -> aiohttp.ClientResponse:
-    return await web.http.get(web.url + "/live-test", headers={"Authorization": f"Bearer {key}"})
+async def opened(web: Site, key: str, path: str = "/live-test") -> aiohttp.ClientResponse:
+    return await web.http.get(web.url + path, headers={"Authorization": f"Bearer {key}"})
 
 
 async def message(response: aiohttp.ClientResponse) -> str:
@@ -106,6 +116,19 @@ async def test_streams_are_few(live_site: Site):
         response.close()
 
 
+async def test_a_browser_that_leaves_makes_room_soon(live_site: Site):
+    """Also where there is nothing to tell it, so that no write finds out."""
+    key = await live_site.key("a")
+    watchers = [await opened(live_site, key, "/silent-test") for _ in range(3)]
+    for response in watchers:
+        assert await message(response) == "retry: 2000"
+    watchers.pop().close()
+    soon_s = streams_module.KEEP_ALIVE_S / 3
+    await until(lambda: live_site.web.streams.open == 2, what="who left counts no longer", within_s=soon_s)
+    for response in watchers:
+        response.close()
+
+
 async def test_accounts_do_not_share_a_topic(live_site: Site):
     watchers = [await opened(live_site, await live_site.key(account)) for account in ("a", "b")]
     assert live_site.web.streams.topics == 2
@@ -124,7 +147,9 @@ async def test_a_stream_ends_after_its_life(live_site: Site, monkeypatch: pytest
 async def test_the_server_ends_streams_when_it_stops(dsn: str, monkeypatch: pytest.MonkeyPatch):
     from dispatcher.web import panel
 
-    monkeypatch.setattr(panel, "ROUTES", (*panel.ROUTES, Route("GET", "/live-test", live)))
+    monkeypatch.setattr(
+        panel, "ROUTES", (*panel.ROUTES, Route("GET", "/live-test", live), Route("GET", "/silent-test", silent))
+    )
     async with site(dsn) as web:
         response = await opened(web, await web.key())
         await message(response)
@@ -146,7 +171,7 @@ async def test_a_look_that_fails_is_tried_again(dsn: str):
 
     pool = Pool(dsn, size=1, statement_timeout_s=1)
     looker = Streams(pool, streams_max=1)._looker("one", _alone("one", look), 0.01)
-    stream = _Stream()
+    stream = _Stream(lambda: False)
     looker.topic("one", (), ()).add(stream)
     await until(lambda: bool(stream.messages))
     await looker.stop()
@@ -165,7 +190,7 @@ async def test_who_joins_gets_what_was_said_lately(dsn: str, monkeypatch: pytest
     streams = Streams(pool, streams_max=1)
     looker = streams._looker("one", _alone("one", look), 0.01)
     topic = looker.topic("one", ("standing",), ("attempt",))
-    first, second, late = _Stream(), _Stream(), _Stream()
+    first, second, late = _Stream(lambda: False), _Stream(lambda: False), _Stream(lambda: False)
     topic.add(first)
     await until(lambda: len(first.messages) == 9)
     topic.add(second)
@@ -224,7 +249,7 @@ async def test_one_look_is_for_all_topics_of_a_kind_that_are_due(dsn: str):
     streams = Streams(pool, streams_max=1)
     looker = streams._looker("numbers", look, 0.4)
     topics = [looker.topic(n, (), ()) for n in range(6 * TOPICS_A_LOOK)]
-    first, gone = _Stream(), _Stream()
+    first, gone = _Stream(lambda: False), _Stream(lambda: False)
     topics[0].add(first)
     topics[7].add(gone)
     await until(lambda: (topics[0].seen or 0) >= 4)
@@ -259,7 +284,7 @@ async def test_where_looks_take_long_all_topics_have_their_turn(dsn: str):
 
 
 def test_a_slow_stream_loses_the_oldest_and_is_told():
-    stream = _Stream()
+    stream = _Stream(lambda: False)
     for n in range(QUEUE_MAX + 1):
         stream.put(b"%d" % n)
     assert list(stream.messages) == [b"event: missed\ndata: null\n\n", b"%d" % QUEUE_MAX]

@@ -1,0 +1,14 @@
+"""How pages share the loop with deliveries: a page's work is done in short turns, and others come first between them."""
+
+import asyncio
+
+SLICE_S = 0.00025  # a page is rendered for so long before others have their turns
+# What is under way goes on three times in between: the server's answer comes, it wakes the reader, the event is posted. Where nothing else made
+# deliveries wait, their p99 beside pages was 2.3 times what it is without with one turn, 1.3 with three, the same with six.
+TURNS = 3
+
+
+async def others_first() -> None:
+    """Let the loop do what else there is to do, and what comes of it."""
+    for _ in range(TURNS):
+        await asyncio.sleep(0)
