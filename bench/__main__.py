@@ -81,7 +81,7 @@ def main(
     """Measure the dispatcher, each figure beside what it is compared with in the same run.
 
     \b
-      python -m bench                              everything, about 40 minutes
+      python -m bench                              everything, over an hour
       python -m bench --quick                      everything, small
       python -m bench --only latency --rounds 5    one scenario
       python -m bench report bench/results/…       make docs/benchmarks.md of a full run

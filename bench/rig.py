@@ -8,7 +8,6 @@ here, by pid.
 
 import asyncio
 import contextlib
-import itertools
 import json
 import mmap
 import os
@@ -113,11 +112,11 @@ def stolen_s() -> float:
 
 async def undisturbed(measure: Callable[[], Awaitable[T]]) -> T:
     """Measure; again, as often as TRIES allows, where more than STOLEN_MAX of the cores' time was stolen meanwhile."""
-    for n in itertools.count(1):
+    for _ in range(TRIES):
         before_s, began = stolen_s(), time.perf_counter()
         measured = await measure()
         cores_s = (time.perf_counter() - began) * (os.cpu_count() or 1)
-        if stolen_s() - before_s <= STOLEN_MAX * cores_s or n == TRIES:
+        if stolen_s() - before_s <= STOLEN_MAX * cores_s:
             break
     return measured
 

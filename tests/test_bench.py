@@ -1,6 +1,7 @@
 """The bench: each scenario in its smallest size, the comparator, the histogram, the pictures and the report."""
 
 import asyncio
+import os
 from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
@@ -92,6 +93,32 @@ async def test_nothing_is_left_on_the_server(bench):
         assert await admin.fetchval(named) == 1
     assert await admin.fetchval(named) == 0
     await admin.close()
+
+
+@pytest.mark.parametrize(("stolen", "times"), [((0, 0), 1), ((0, 9, 9, 9), 2), ((0, 9, 9, 18, 18, 27), rig.TRIES)])
+async def test_what_others_took_the_cores_from_is_measured_again_a_few_times(stolen, times, monkeypatch):
+    told = iter(stolen)
+    monkeypatch.setattr(rig, "stolen_s", lambda: next(told))
+    measured = []
+
+    async def measure() -> int:
+        measured.append(None)
+        return len(measured)
+
+    assert await rig.undisturbed(measure) == times, "the last counts"
+    assert next(told, None) is None
+
+
+def test_those_who_run_first_do_so_for_as_long_as_it_is_asked(monkeypatch):
+    """Whether or not this machine lets us; one that has ended is passed over."""
+    policies = []
+    monkeypatch.setattr(os, "sched_setscheduler", lambda thread, policy, priority: policies.append((thread, policy)))
+    own, nobody = os.getpid(), 1 << 22
+    with rig.first([nobody, own]):
+        assert (own, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK) in policies
+        policies.clear()
+    assert (own, os.SCHED_OTHER) in policies
+    assert nobody not in dict(policies)
 
 
 # The comparator

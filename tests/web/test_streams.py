@@ -147,9 +147,7 @@ async def test_a_stream_ends_after_its_life(live_site: Site, monkeypatch: pytest
 async def test_the_server_ends_streams_when_it_stops(dsn: str, monkeypatch: pytest.MonkeyPatch):
     from dispatcher.web import panel
 
-    monkeypatch.setattr(
-        panel, "ROUTES", (*panel.ROUTES, Route("GET", "/live-test", live), Route("GET", "/silent-test", silent))
-    )
+    monkeypatch.setattr(panel, "ROUTES", (*panel.ROUTES, Route("GET", "/live-test", live)))
     async with site(dsn) as web:
         response = await opened(web, await web.key())
         await message(response)
