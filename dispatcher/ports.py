@@ -222,11 +222,13 @@ class Started:
 
 @dataclass(slots=True)
 class ConfigChanges:
-    """`endpoints` are new versions; `gone` are ids that have none (deleted). `forget`: events of these endpoints were erased."""
+    """`endpoints` are new versions; `gone` are ids that have none (deleted). `forget`: events of these endpoints were erased. `wall_us`: the
+    database's clock."""
 
     seq: int
-    endpoints: list[Endpoint]
-    gone: list[int]
+    wall_us: int
+    endpoints: list[Endpoint] = field(default_factory=list)
+    gone: list[int] = field(default_factory=list)
     forget: list[int] = field(default_factory=list)
 
 

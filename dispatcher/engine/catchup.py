@@ -10,6 +10,7 @@ What a page found is applied without an await, and thrown away if its lane or ru
 
 import heapq
 from collections.abc import Callable, Sequence
+from math import inf
 
 from dispatcher.domain.breaker import CLOSED
 from dispatcher.domain.event import Event
@@ -87,18 +88,17 @@ class CatchUp:
         self._keyed: dict[Lane, None] = {}
         self._retrying: dict[Lane, None] = {}
         self._running: dict[Lane, None] = {}
-        self._look_times: list[
-            tuple[int, int]
-        ] = []  # heap of (when in µs, endpoint id): a retry due, a run's next page
+        # Heap of (when, endpoint id): a retry due, a run's next page. By the monotonic clock, since the wall clock may step back.
+        self._look_times: list[tuple[float, int]] = []
 
     @property
     def is_wanted(self) -> bool:
         """Tell whether a lane waits for a page."""
         return bool(self._lagging or self._retrying or self._running or self._urgent or self._keyed)
 
-    def look_at_us(self) -> float:
-        """Return when a lane must be looked at next, by the wall clock; inf if none."""
-        return self._look_times[0][0] if self._look_times else float("inf")
+    def next_at(self) -> float:
+        """Return the monotonic time when a lane must be looked at next; inf if none."""
+        return self._look_times[0][0] if self._look_times else inf
 
     def look(self, lane: Lane) -> None:
         """A lane may want a page now: it has room, may send again, or has retries due."""
@@ -114,7 +114,7 @@ class CatchUp:
         if lane.keys is not None and (not lane.keys.are_known or lane.keys_room(now)):
             self._keyed[lane] = None
             self._wake()
-        if lane.next_retry_us is not None and lane.next_retry_us <= self._clock.wall_us() and lane.retry_room(now):
+        if lane.next_retry_at is not None and lane.next_retry_at <= now and lane.retry_room(now):
             self._retrying[lane] = None
             self._wake()
         if lane.runs and lane.retry_room(now):
@@ -122,22 +122,22 @@ class CatchUp:
             if at <= now:
                 self._running[lane] = None
                 self._wake()
-            elif at < float("inf") and at != lane.look_at:
+            elif at < inf and at != lane.look_at:
                 lane.look_at = at
-                # The µs after it: at a look in the same µs, but before it, it would neither have its page nor stand here again.
-                heapq.heappush(self._look_times, (self._clock.wall_us(at) + 1, lane.id))
+                heapq.heappush(self._look_times, (at, lane.id))
 
     def note_retry(self, lane: Lane, due_us: int) -> None:
         """A retry row is there, due at `due_us`."""
-        if lane.next_retry_us is None or due_us < lane.next_retry_us:
-            lane.next_retry_us = due_us
-            heapq.heappush(self._look_times, (due_us, lane.id))
+        at = self._clock.monotonic(due_us)
+        if lane.next_retry_at is None or at < lane.next_retry_at:
+            lane.next_retry_at = at
+            heapq.heappush(self._look_times, (at, lane.id))
             self._wake()
 
     def look_again(self) -> None:
         """Look at the lanes whose time has come."""
-        now_us = self._clock.wall_us()
-        while self._look_times and self._look_times[0][0] <= now_us:
+        now = self._clock.now()
+        while self._look_times and self._look_times[0][0] <= now:
             _, endpoint_id = heapq.heappop(self._look_times)
             lane = self._lanes.get(endpoint_id)
             if lane is not None:
@@ -379,7 +379,7 @@ class CatchUp:
             del self._retrying[lane]
             room = 0 if lane.gone else lane.retry_room(self._clock.now())
             if room:
-                lane.next_retry_us = None  # what is noted from here on is younger than the page
+                lane.next_retry_at = None  # what is noted from here on is younger than the page
                 wanted.append((lane, room, lane.moved))
                 rows += room
         if not wanted:

@@ -115,6 +115,7 @@ class ConfigWatcher:
         again = [endpoint_id for endpoint_id, at_us in self._reload_at.items() if at_us <= wall_us]
         changes = await self._store.config_changes(self._seq, self._epoch, again)
         now, head = self._clock.now(), self._head()
+        self._clock.align(began, changes.wall_us, now)
         for endpoint in changes.endpoints:
             self._note_reload(endpoint)
             if is_wanted(endpoint):

@@ -88,7 +88,7 @@ class Lane:
         "backlog", "blocked_until", "breaker", "bucket", "connecting", "cursor", "endpoint", "failing_since_us", "failing_told",
         "gone", "hands", "held", "holes", "id", "in_flight", "in_flight_limit",
         "in_flight_max", "in_ready", "key_policy", "keys", "last_success", "late", "latency_s", "limits", "live",
-        "look_at", "low_in_flight", "may_expire", "moved", "next_retry_us", "pace", "paced_successes", "payloads", "queue",
+        "look_at", "low_in_flight", "may_expire", "moved", "next_retry_at", "pace", "paced_successes", "payloads", "queue",
         "requests", "retries", "retry_hands", "retry_policy", "row", "runs", "runs_done", "stalled", "stat", "timer_at",
         "turn", "untried", "urgent", "urgent_after", "urgent_turns",
     )  # fmt: skip
@@ -137,7 +137,7 @@ class Lane:
         self.stalled = False  # the janitor's: takes nothing that is read again, while a leaf of the log is expired
         self.backlog = 0
         # retries in memory
-        self.next_retry_us: int | None = None  # earliest retry that is not in hand, as far as known
+        self.next_retry_at: float | None = None  # earliest retry that is not in hand, as far as known
         # resends and replays; what they take stands among the retries
         self.runs: dict[int, LaneRun] = {}
         self.look_at = float("-inf")  # when the reader was last asked to look for a run's page
@@ -199,7 +199,7 @@ class Lane:
             run = self.runs.get(spec.id)
             if run is not None:
                 if spec.state is RunState.RUNNING and not run.is_running:
-                    self.next_retry_us = 0  # its retries were passed over meanwhile
+                    self.next_retry_at = 0.0  # its retries were passed over meanwhile
                 run.spec = spec
             elif spec.id not in self.runs_done:
                 self.runs[spec.id] = LaneRun(spec)
@@ -352,7 +352,7 @@ class Lane:
                 run.give_back(retry.event.id)
             else:
                 self.retry_hands.discard((retry.event.id, retry.run))
-                self.next_retry_us = 0  # due at once, as soon as it can send
+                self.next_retry_at = 0.0  # due at once, as soon as it can send
         self.retries = kept
         return dropped
 

@@ -5,12 +5,14 @@ forgotten when one of the account's endpoints changes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 
 from dispatcher.domain.endpoint import Endpoint, EndpointState, Subscription, pattern_matches
 from dispatcher.domain.event import TOLD_TO_OTHERS, Event
 from dispatcher.domain.filters import Condition, Payloads
 from dispatcher.engine.lane import Lane, LaneLimits
 
+CROWD = 64  # so many events of a lane's are no crowd, however few the others have
 TYPES_CACHED_MAX = 1_000  # per account; producers may invent types without end
 
 Route = tuple[Lane, int, int, Condition | None]  # lane, since_id, until_id, what its filters ask
@@ -58,6 +60,7 @@ class Lanes:
         self.rows_gone: set[int] = set()  # endpoints that are gone but may have a lane row
         self.running: dict[Lane, None] = {}  # lanes with runs
         self.taking_up: set[int] = set()  # subscriptions whose lane went back to since_id; to be written
+        self._long: dict[Lane, None] = {}  # lanes with a queue that might be a crowd, and some that had one
         self._limits = limits
         self._payloads = Payloads()
         self._by_id: dict[int, Lane] = {}
@@ -214,6 +217,8 @@ class Lanes:
         self.unsettled[lane] = None  # take_held, without a call for each delivery
         self.memory.hold(event)
         lane.take(event, now)
+        if len(lane.queue) > CROWD or len(lane.urgent) > CROWD:
+            self._long[lane] = None
         return True
 
     def take_held(self, lane: Lane, event: Event, now: float) -> None:
@@ -221,12 +226,18 @@ class Lanes:
         self.unsettled[lane] = None
         self.memory.hold(event)
         lane.take(event, now)
+        if len(lane.queue) > CROWD or len(lane.urgent) > CROWD:
+            self._long[lane] = None
 
-    def largest(self) -> tuple[Lane | None, int]:
-        """Return the lane with the longest queue, and how many events are queued in all lanes that have any."""
-        busy = [lane for lane in self.unsettled if lane.queue or lane.urgent]
-        largest = max(busy, key=Lane.queued, default=None)
-        return largest, sum(map(Lane.queued, busy)) // max(1, len(busy))
+    def crowds(self) -> list[Lane]:
+        """Return the lanes whose queues are far longer than the others', the longest first. Looking at ten thousand takes 12 ms, so it isn't
+        done where none can be one."""
+        self._long = {lane: None for lane in self._long if lane.queued() > CROWD}
+        if not self._long:
+            return []
+        queued = [(count, lane) for lane in self.unsettled if (count := len(lane.queue) + len(lane.urgent))]
+        mean = sum(count for count, _ in queued) // max(1, len(queued))
+        return [lane for count, lane in sorted(queued, key=itemgetter(0), reverse=True) if count > 4 * mean + CROWD]
 
 
 def _ended(before: Sequence[Subscription], after: Sequence[Subscription]) -> bool:

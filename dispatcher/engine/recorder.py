@@ -198,9 +198,10 @@ class Recorder:
                 stat.delivered += 1
                 if r.number == 1 and r.run == ORIGINAL:
                     latency_us = r.started_us + r.duration_us - r.event.created_us
-                    if latency_us > 0:  # else one of the clocks was set back
-                        received_counts[latency_us.bit_length()] += 1
-                        received_us += latency_us
+                    if latency_us < 0:  # clocks agree as far as a question and its answer tell, and may be set back
+                        latency_us = 0
+                    received_counts[latency_us.bit_length()] += 1
+                    received_us += latency_us
             else:
                 stat.failed += 1
                 self._count_failure(outcome)

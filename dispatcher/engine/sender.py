@@ -281,7 +281,7 @@ class Sender:
         else:
             event = lane.next_fresh() if lane.urgent else lane.queue.popleft()
             delivery = Delivery(self.answered, lane, event, ORIGINAL, 1, 0)
-        if not lane.live or lane.next_retry_us is not None or lane.runs or lane.keys is not None:
+        if not lane.live or lane.next_retry_at is not None or lane.runs or lane.keys is not None:
             self._look(lane)
         return delivery
 
@@ -398,7 +398,7 @@ class Sender:
             self._failed(delivery, outcome, decision, now, latency_s)
         self._lanes.memory.let_go(delivery.event)
         self._recorder.add(delivery)
-        if not lane.live or lane.next_retry_us is not None or lane.runs or lane.keys is not None:
+        if not lane.live or lane.next_retry_at is not None or lane.runs or lane.keys is not None:
             self._look(lane)
         if lane.queue or lane.retries or lane.urgent:
             self.offer(lane)
@@ -503,7 +503,7 @@ class Sender:
                 run.give_back(event.id)
             else:
                 lane.retry_hands.discard((event.id, delivery.run))
-                lane.next_retry_us = 0
+                lane.next_retry_at = 0.0
             self._look(lane)
 
 

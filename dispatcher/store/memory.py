@@ -422,7 +422,7 @@ class MemoryStore:
     # ── configuration ──
 
     async def config_changes(self, after_seq: int, epoch: int, again: Sequence[int] = ()) -> ConfigChanges:
-        changes, forgets, now_rules = await self._call(
+        changes, forgets, now_rules, wall_us = await self._call(
             "config",
             "config_changes",
             lambda _: (
@@ -433,17 +433,18 @@ class MemoryStore:
                     if c[0] > after_seq and c[0] in self._database.tables.forgets
                 ],
                 self._database.tables.epoch,
+                self._database.now_us(),
             ),
         )
         if now_rules != epoch:
             raise FencedError(f"another dispatcher took over: epoch {now_rules} rules, ours was {epoch}")
         ids = sorted({endpoint_id for _, endpoint_id in changes} | set(again))
         if not ids:
-            return ConfigChanges(after_seq, [], [], [])
+            return ConfigChanges(after_seq, wall_us)
         endpoints = await self._call("config", "endpoints", lambda _: self._endpoints(ids))
         gone = sorted(set(ids) - {endpoint.id for endpoint in endpoints})
         forget = sorted({endpoint_id for _, endpoint_id in forgets})
-        return ConfigChanges(changes[-1][0] if changes else after_seq, endpoints, gone, forget)
+        return ConfigChanges(changes[-1][0] if changes else after_seq, wall_us, endpoints, gone, forget)
 
     async def note_failing(self, failing_since_us: dict[int, int | None]) -> None:
         noted = dict(failing_since_us)

@@ -530,11 +530,12 @@ class PgStore:
         changed = [row for row in rows if row["seq"] is not None]
         ids = sorted({row["endpoint_id"] for row in changed} | set(again))
         if not ids:
-            return ConfigChanges(after_seq, [], [], [])
+            return ConfigChanges(after_seq, to_us(rows[0]["wall"]))
         runs = await self._config.run(lambda c: c.fetch(SQL.open_runs, ids))
         endpoints = self._endpoints(await self._config.run(lambda c: c.fetch(SQL.endpoints, ids)), runs)
         return ConfigChanges(
             seq=changed[-1]["seq"] if changed else after_seq,
+            wall_us=to_us(rows[0]["wall"]),
             endpoints=endpoints,
             gone=sorted(set(ids) - {endpoint.id for endpoint in endpoints}),
             forget=sorted({row["endpoint_id"] for row in changed if row["forget"]}),

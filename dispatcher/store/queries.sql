@@ -511,7 +511,7 @@ SELECT coalesce(max(seq), 0) FROM webhook.config_change;
 
 -- name: config_changes
 -- At least one row, so that each look sees the epoch, and that nobody gave the sequence a cache (migrate.py says why).
-SELECT k.epoch, q.seqcache AS cache, c.seq, c.endpoint_id, c.forget
+SELECT k.epoch, q.seqcache AS cache, clock_timestamp() AS wall, c.seq, c.endpoint_id, c.forget
 FROM webhook.checkpoint AS k
 JOIN pg_catalog.pg_sequence AS q ON q.seqrelid = 'webhook.outbox_id_seq'::regclass
 LEFT JOIN webhook.config_change AS c ON c.seq > $1

@@ -299,7 +299,7 @@ def test_a_live_lane_that_is_stalled_goes_on_with_fresh_events():
     assert list(lane.hands) == [11]
     assert lane.takes(0.0)
     assert not lane.accepts(0.0)
-    assert (len(lane.retries), lane.retry_hands, lane.next_retry_us, lanes.memory.events) == (0, set(), 0, 1)
+    assert (len(lane.retries), lane.retry_hands, lane.next_retry_at, lanes.memory.events) == (0, set(), 0, 1)
 
 
 def run_of(source: RunSource, settled: int) -> LaneRun:

@@ -10,7 +10,7 @@ from dispatcher.domain.filters import Payloads
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.engine import lanes as lanes_module
 from dispatcher.engine.lane import Lane
-from dispatcher.engine.lanes import Lanes, Memory, is_wanted, wanting
+from dispatcher.engine.lanes import CROWD, Lanes, Memory, is_wanted, wanting
 from tests.engine.build import LIMITS, make_endpoint, make_event, make_retry
 
 no_deadline = settings(deadline=None)  # a busy machine is no defect
@@ -161,15 +161,15 @@ def test_taking_an_event():
 
 
 @pytest.mark.parametrize(
-    ("queues", "largest", "mean"), [([], None, 0), ([0, 0], None, 0), ([1, 5, 0, 3], 1, 3), ([2, 2], 0, 2)]
+    ("queues", "crowds"),
+    [([], []), ([0, 0], []), ([4 * 50 + CROWD, 0, 1], []), ([1] * 20 + [200, 0, 300], [22, 20]), ([200, 201], [])],
 )
-def test_the_largest_lane(queues, largest, mean):
+def test_the_lanes_with_crowds(queues, crowds):
     lanes = make_lanes(*(make_endpoint(n) for n in range(len(queues))))
     for lane, length in zip(list(lanes), queues, strict=True):
         for n in range(length):
             lanes.take(lane, make_event(100 * lane.id + n), 0.0)
-    found = lanes.largest()
-    assert (found[0].id if found[0] else None, found[1]) == (largest, mean)
+    assert [lane.id for lane in lanes.crowds()] == crowds
 
 
 # Falling behind
@@ -188,7 +188,7 @@ def busy(live: bool = True) -> tuple[Lanes, Lane]:
         lane.retries.append(retry)
         lane.retry_hands.add((retry.event.id, retry.run))
     lane.retry_hands.add((99, 0))  # in flight
-    lane.next_retry_us = 123
+    lane.next_retry_at = 123
     assert lanes.memory.events == 5
     return lanes, lane
 
@@ -198,7 +198,7 @@ def test_a_lane_that_falls_behind_may_keep_what_it_has():
     lanes.unsettled.clear()
     lanes.fall_behind(lane, 20, drop=False)
     assert (lane.live, lane.cursor, len(lane.queue), len(lane.retries)) == (False, 20, 2, 2)
-    assert (lanes.memory.events, list(lanes.unsettled), lane.next_retry_us) == (5, [lane], 123)
+    assert (lanes.memory.events, list(lanes.unsettled), lane.next_retry_at) == (5, [lane], 123)
 
 
 @pytest.mark.parametrize(("live", "cursor"), [(True, 7), (False, 0)])
@@ -207,16 +207,16 @@ def test_a_lane_that_lets_go_reads_all_of_it_again(live, cursor):
     lanes.fall_behind(lane, 20, drop=True)
     assert (lane.live, lane.cursor, lane.holes) == (False, cursor, IdRanges([(5, 5)]))
     assert (lane.work(), list(lane.hands), lane.retry_hands) == (0, [3], {(99, 0)})
-    assert lane.next_retry_us == 0
+    assert lane.next_retry_at == 0
     assert (lanes.memory.events, lanes.memory.bytes) == (1, 10)  # what is in flight
 
 
 def test_without_retries_in_hand_their_next_time_stays():
     lanes = make_lanes(make_endpoint(1))
     (lane,) = lanes
-    lane.next_retry_us = 123
+    lane.next_retry_at = 123
     lanes.fall_behind(lane, 20, drop=True)
-    assert lane.next_retry_us == 123
+    assert lane.next_retry_at == 123
 
 
 # Configuration

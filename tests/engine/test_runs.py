@@ -108,7 +108,7 @@ def test_a_queue_that_is_dropped_goes_back_to_run_and_table():
     lane.retries.append(DueRetry(make_event(6), 7, 2, 1))
     lane.retry_hands.add((6, 7))
     assert [retry.event.id for retry in lane.drop_retries()] == [11, 12, 5, 6]
-    assert (run.cursor, run.hands, lane.retry_hands, lane.next_retry_us) == (10, {}, set(), 0)
+    assert (run.cursor, run.hands, lane.retry_hands, lane.next_retry_at) == (10, {}, set(), 0)
 
 
 def test_a_pause_takes_back_the_runs_own_only():
@@ -125,9 +125,9 @@ def test_a_pause_takes_back_the_runs_own_only():
     assert lanes.memory.events == 2
     assert lane.idle_runs() == [8]
     assert lane.runs[8].attempted == 0, "how far it is, its lane knows better"
-    lane.next_retry_us = None
+    lane.next_retry_at = None
     lanes.configure(make_endpoint(runs=(running, paused)), 0.0, 0)
-    assert (lane.idle_runs(), lane.next_retry_us) == ([], 0)
+    assert (lane.idle_runs(), lane.next_retry_at) == ([], 0)
 
 
 def test_a_finished_run_isnt_taken_up_again():

@@ -54,6 +54,19 @@ async def test_what_was_delivered_and_what_failed_is_counted_and_measured(dsn: s
         await until(looked, what="the observer has seen the retries")
 
 
+async def test_an_event_that_a_clock_dates_in_the_future_is_measured_as_nothing_not_left_out(dsn: str) -> None:
+    async with rig(dsn) as r, observed(r) as o:
+        await r.endpoint()
+        await r.db.execute(
+            "INSERT INTO webhook.outbox (account_id, type, payload, created_at) "
+            "VALUES ('acct', 'message.sent', '{}', clock_timestamp() + interval '1 minute')"
+        )
+        await until(lambda: r.engine.counters.rows_recorded == 1)
+        text = await o.scrape()
+        assert value(text, "event_received_seconds_count") == 1
+        assert value(text, "event_received_seconds_sum") == 0
+
+
 async def test_lanes_that_are_behind_are_told_with_the_age_of_what_waits(dsn: str) -> None:
     async with rig(dsn) as r, observed(r) as o:
         paused = await r.endpoint("/paused")
