@@ -2,9 +2,10 @@
 
 Turns bound how often slots are granted, not how long they are held. So of all slots a quarter is for the POSTs of
 lanes that are failing, another quarter for lanes that have not been tried yet (in one share with the failing, a new and
-healthy endpoint would wait for the timeouts of the dead), a half for slow ones. The same of the sockets that one origin
-may have, because endpoints that share an origin share these: without it, beside 30 % of its endpoints that hang or are
-slow, the healthy ones of one origin had a tenth of their rate.
+healthy endpoint would wait for the timeouts of the dead), a half for slow ones, and all of these together have three
+quarters: a quarter is always for who is well and quick. The same of the sockets that one origin may have, because
+endpoints that share an origin share these: without it, beside 30 % of its endpoints that hang or are slow, the healthy
+ones of one origin had a tenth of their rate.
 
 Who finds a share full waits in its line, and is called when there is room. Everything here is atomic.
 """
@@ -14,6 +15,8 @@ from collections.abc import Sequence
 from dispatcher.domain.url import Origin
 from dispatcher.engine.lane import SLOW_S, Lane
 from dispatcher.engine.line import Line
+
+TOGETHER = 3  # the kind that is of all kinds
 
 
 class Share:
@@ -36,7 +39,9 @@ class Shares:
     """Those of all slots, and of each origin with POSTs of such lanes in flight, or with such lanes waiting."""
 
     def __init__(self, slots: int, sockets_per_origin: int) -> None:
-        self.untried, self.failing, self.slow = self._all = tuple(Share(limit) for limit in _limits(slots))
+        self.untried, self.failing, self.slow, self.together = self._all = tuple(
+            Share(limit) for limit in _limits(slots)
+        )
         self._origin_limits = _limits(sockets_per_origin)
         self._origins: dict[Origin, tuple[Share, ...]] = {}
         self._called: dict[Share, None] = {}  # have room, and somebody in their line
@@ -105,12 +110,13 @@ class Shares:
             del self._origins[share.origin]
 
 
-def _limits(of: int) -> tuple[int, int, int]:
-    """Return the bounds for lanes that are untried, failing, and slow."""
-    return max(1, of // 4), max(1, of // 4), max(1, of // 2)
+def _limits(of: int) -> tuple[int, int, int, int]:
+    """Return the bounds for lanes that are untried, failing, and slow, and for all of them."""
+    return max(1, of // 4), max(1, of // 4), max(1, of // 2), max(1, of * 3 // 4)
 
 
 def _kinds(lane: Lane, now: float) -> list[int]:
     """Return of which kinds a lane is, in the order of `_limits`."""
     is_any = lane.untried, lane.failing(now), lane.latency_s > SLOW_S
-    return [kind for kind, applies in enumerate(is_any) if applies]
+    kinds = [kind for kind, applies in enumerate(is_any) if applies]
+    return [*kinds, TOGETHER] if kinds else kinds

@@ -499,6 +499,15 @@ def test_a_quiet_lane_is_not_failing_and_a_failed_one_is_unless_it_succeeded_lat
     assert lane.failing(10.1 + RECENT_S)
 
 
+def test_a_lane_that_was_failing_before_the_start_is_failing_until_it_succeeds():
+    """Else all of them were new after a start, and the healthy, which are new then too, waited for their timeouts."""
+    lane = Lane(make_endpoint(failing_since_us=5), LIMITS, 0.0, live=True, cursor=0)
+    assert (lane.untried, lane.failing(0.0), lane.is_ordinary) == (False, True, False)
+    lane.succeeded(1.0, 0.1, probe=False)
+    lane.failing_since_us = None
+    assert (lane.failing(1.0), lane.is_ordinary) == (False, True)
+
+
 def test_a_lane_is_failing_after_three_failures_in_a_row():
     lane = Lane(make_endpoint(), dataclasses.replace(LIMITS, breaker=BreakerLimits()), 0.0, live=True, cursor=0)
     lane.succeeded(10.0, 0.1, probe=False)
@@ -511,8 +520,11 @@ def test_a_lane_is_failing_after_three_failures_in_a_row():
 
 def test_slow_is_by_the_average():
     lane = make_lane()
-    for _ in range(3):
-        lane.succeeded(1.0, 2.0, probe=False)
+    lane.succeeded(1.0, 2.0, probe=False)
+    assert lane.latency_s > SLOW_S, "the first POST is the average"
+    lane = make_lane()
+    for latency_s in (0.0, 2.0, 2.0, 2.0):
+        lane.succeeded(1.0, latency_s, probe=False)
     assert lane.latency_s <= SLOW_S  # 0.4, 0.72, 0.976
     lane.failed(1.0, 2.0, probe=False)
     assert lane.latency_s > SLOW_S

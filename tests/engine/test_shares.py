@@ -57,15 +57,26 @@ def test_an_origin_gives_a_part_of_its_sockets_and_all_together_a_part_of_the_sl
     assert shares.full(lane_at("0.test", "ordinary"), 0.0) is None
     for each in taken:
         shares.give_back(each)
-    assert [share.held for share in shares._all] == [0, 0, 0]
+    assert [share.held for share in shares._all] == [0, 0, 0, 0]
     assert not shares._origins, "an origin where nothing is in flight is forgotten"
+
+
+def test_a_quarter_is_always_for_who_is_of_no_kind():
+    shares = Shares(8, 8)
+    for n, kind in enumerate(["untried", "failing", "slow", "slow", "slow", "slow", "failing", "untried"]):
+        lane = lane_at("a.test", kind)
+        assert (shares.full(lane, 0.0) is None) == (n < 6)
+        if n < 6:
+            shares.take(lane, 0.0)
+    assert shares.full(lane, 0.0) is shares.together
+    assert shares.full(lane_at("a.test", "ordinary"), 0.0) is None
 
 
 def test_a_lane_of_two_kinds_counts_into_both():
     shares, lane = Shares(SLOTS, SOCKETS), lane_at("a.test", "slow")
     lane.untried = True
     taken = shares.take(lane, 0.0)
-    assert len(taken) == 4
+    assert len(taken) == 6
     shares.give_back(taken)
     assert not shares._origins
 

@@ -466,9 +466,9 @@ class SenderWatch:
             here = [d for d in self.in_flight if any(share.origin == origin for share in d.shares)]
             everywhere.append((shares, checker.world.network.limits.sockets_per_origin_max, here))
         for shares, room, deliveries in everywhere:
-            for share, part in zip(shares, (4, 4, 2), strict=True):
+            for share, part in zip(shares, (0.25, 0.25, 0.5, 0.75), strict=True):
                 held = sum(share in d.shares for d in deliveries)
-                if held != share.held or held > max(1, room // part):
+                if held != share.held or held > max(1, int(room * part)):
                     return f"{held} in a share of {share.limit}, counted {share.held}"
         if a_lane.breaker.state is BreakerState.OPEN and not delivery.again:
             return "the breaker is open"
