@@ -17,7 +17,7 @@ from dispatcher.domain.endpoint import FOREVER
 from dispatcher.domain.retention import DAY_S, MARGIN_IDS, Pace, Span, adoption_end, cuts, next_leaf
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
-from dispatcher.ports import LogShape, Parent, Partitions, TableShape
+from dispatcher.ports import LogShape, Parent, Partitions, RefusedError, TableShape
 
 MEASURE_S = 600.0
 TRY_S, TRY_MAX_S = 30.0, 600.0  # between tries for the lock of a whole table
@@ -167,8 +167,12 @@ class Provisioner:
         inside = [other for other in shape.attempt.leaves if leaf.low <= other.low and other.high <= leaf.high]
         if len(inside) > 1:  # cut at an earlier try, which did not come to the outbox
             bounds = [leaf.low, *(other.high for other in inside)]
-        had = leaf not in shape.attempt.leaves or await self._partitions.recut("attempt", leaf, bounds)
-        had = had and await self._partitions.recut("outbox", leaf, bounds)
+        try:
+            had = leaf not in shape.attempt.leaves or await self._partitions.recut("attempt", leaf, bounds)
+            had = had and await self._partitions.recut("outbox", leaf, bounds)
+        except RefusedError as exc:  # a burst reached it since it was looked at: as wide as it is, then
+            self._log.warning("partition.not_cut", low=leaf.low, high=leaf.high, reason=str(exc))
+            had = False
         self._cutting.tried(self._clock.now(), had=had)
         if had:
             self._counters.partitions_made += len(bounds) - 2

@@ -300,6 +300,9 @@ class MemoryStore:
                 due = sorted((r.due_us, r.event_id, r.run, r) for r in waiting if r.due_us <= now_us)
                 found = [(r, tables.copy_of(endpoint_id, r.event_id)) for *_, r in due[:room]]
                 due_rows = [r for r, copy in found if copy is not None]
+                orphans = [(endpoint_id, r.event_id, r.run) for r, copy in found if copy is None]
+                if orphans:
+                    self._database.write(partial(Tables.end_retries, rows=orphans), synchronous=False)
                 rows, cut = _cut([copy for _, copy in found if copy is not None], bytes_left)
                 bytes_left -= sum(row.stored_bytes for row in rows)
                 retries = [
@@ -307,7 +310,7 @@ class MemoryStore:
                     for event, r in zip(self._events(rows), due_rows, strict=False)
                 ]
                 next_due_us = min((r.due_us for r in waiting if r.due_us > now_us), default=None)
-                pages.append(RetryPage(retries, cut or len(rows) >= room, next_due_us))
+                pages.append(RetryPage(retries, cut or len(found) >= room or bool(orphans), next_due_us))
             return pages
 
         return await self._call("reader", "due_retries", work)

@@ -217,6 +217,11 @@ class Tables:
             self.config_changes.append((self.config_seq, endpoint_id))
             self.forgets[self.config_seq] = None
 
+    def end_retries(self, rows: Sequence[tuple[int, int, int]]) -> None:
+        """Forget those of (endpoint, event, run)."""
+        for endpoint_id, event_id, run in rows:
+            self.retries[endpoint_id].pop((event_id, run), None)
+
     def copy_of(self, endpoint_id: int, event_id: int) -> LogRow | None:
         """The event, or the copy of it that a dead letter kept."""
         found = self.outbox.get(event_id)
@@ -263,8 +268,7 @@ class Tables:
                         dead.endpoint_id, event, dead.run, dead.attempts, dead.first_attempt_us, dead.reason, dead.status, dead.fault
                     ),
                 )  # fmt: skip
-        for endpoint_id, event_id, run in batch.settled_retries:
-            self.retries[endpoint_id].pop((event_id, run), None)
+        self.end_retries(batch.settled_retries)
         for row in batch.runs:
             self._record_run(row)
         for stat in batch.stats:

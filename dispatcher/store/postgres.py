@@ -357,6 +357,13 @@ class PgStore:
         for row in rows:
             pages[row[0] - 1] = RetryPage([], False, row[1])
         due = [row for row in rows if row[6] is not None]
+        orphans = [row for row in rows if row[6] is None and row[2] is not None]
+        if orphans:
+            ids = [endpoints[row[0] - 1] for row in orphans], [row[2] for row in orphans], [row[3] for row in orphans]
+            await self._reader.run(lambda c: c.execute(SQL.end_orphans, *ids))
+            _log.warning("retries.orphaned", endpoints=sorted(set(ids[0])), rows=len(orphans))
+            for row in orphans:
+                pages[row[0] - 1].full = True
         for event, row in zip(self._events(due, 6), due, strict=True):
             pages[row[0] - 1].retries.append(DueRetry(event, row[3], row[4], row[5]))
         for page, room in zip(pages, rooms, strict=True):

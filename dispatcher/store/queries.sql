@@ -140,7 +140,7 @@ ORDER BY b.n, b.id;
 -- of each is due. Per endpoint, because one parked endpoint with a million due rows made one global order cost 946 ms; of many at once, because
 -- with 3,000 endpoints failing a read for each left the head a third of its reads. statement_timestamp(), because an index can't be asked for a
 -- volatile clock_timestamp(): that read every row that is not due. LATERAL with LIMIT 1, because a generic plan takes a LIMIT for a tenth of
--- the table, and joined by a hash over the whole log.
+-- the table, and joined by a hash over the whole log. Of a retry whose event is gone (id NULL) there is nothing to send; it comes too, to be ended.
 SELECT b.n, b.next_due, b.event_id, b.run, b.number, b.first_attempt_at, b.id, b.account_id, b.type, b.payload, b.created_at, b.occurred_at,
        b.ordering_key, b.expires_at, b.priority, b.traceparent, b.bytes
 FROM (
@@ -156,7 +156,7 @@ FROM (
                 WHERE endpoint_id = w.endpoint_id AND due_at <= statement_timestamp() AND run <> ALL ($4::integer[])
                 ORDER BY due_at LIMIT w.room
             ) AS d
-            CROSS JOIN LATERAL (
+            LEFT JOIN LATERAL (
                 (
                     SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority, traceparent
                     FROM webhook.outbox WHERE id = d.event_id LIMIT 1
@@ -169,7 +169,7 @@ FROM (
                     WHERE l.endpoint_id = w.endpoint_id AND l.event_id = d.event_id AND l.payload IS NOT NULL LIMIT 1
                 )
                 LIMIT 1
-            ) AS e
+            ) AS e ON true
         ) AS o ON true
     ) AS q
     CROSS JOIN LATERAL (
@@ -178,6 +178,17 @@ FROM (
 ) AS b
 WHERE b.bytes - b.size < $3
 ORDER BY b.n, b.due_at, b.event_id, b.run;
+
+-- name: end_orphans
+-- Retries of events that are nowhere: erased while they were in flight, and then they failed. One that is the oldest due of a failing endpoint
+-- was all that its next look found, for ever. An event is always committed before its retry.
+DELETE FROM webhook.retry AS r
+USING unnest($1::bigint[], $2::bigint[], $3::integer[]) AS w (endpoint_id, event_id, run)
+WHERE r.endpoint_id = w.endpoint_id AND r.event_id = w.event_id AND r.run = w.run
+  AND NOT EXISTS (SELECT FROM webhook.outbox AS o WHERE o.id = r.event_id)
+  AND NOT EXISTS (
+      SELECT FROM webhook.dead_letter AS d WHERE d.endpoint_id = r.endpoint_id AND d.event_id = r.event_id AND d.payload IS NOT NULL
+  );
 
 -- name: urgent
 -- What a lane that is behind sends first: the page of `account` with priority only, by the partial index.

@@ -16,7 +16,7 @@ from dispatcher.engine.janitor import Janitor, _has_in_hand, _is_open_below
 from dispatcher.engine.lanes import Lanes, Memory
 from dispatcher.engine.provision import Patience, Provisioner
 from dispatcher.engine.runs import LaneRun
-from dispatcher.ports import LogShape, Parent, SweptDeadLetters
+from dispatcher.ports import LogShape, Parent, RefusedError, SweptDeadLetters
 from dispatcher.settings import Settings
 from dispatcher.store.memory import MemoryStore
 from dispatcher.store.memory_database import MemoryDatabase
@@ -125,6 +125,23 @@ async def test_a_slow_log_ends_with_narrow_leaves() -> None:
     used = [leaf for leaf in shape.outbox.leaves if 200_000 < leaf.low <= shape.last_id]
     assert len(used) >= 5
     assert all(leaf.high - leaf.low <= 40_000 for leaf in used)
+
+
+async def test_a_leaf_that_a_burst_has_reached_meanwhile_stays_as_wide_as_it_is() -> None:
+    """It was told as a failure of the janitor's, with a trace."""
+    world = World()
+    refused: list[Parent] = []
+
+    async def refuses(parent: Parent, *_: Any) -> bool:
+        refused.append(parent)
+        raise RefusedError("it is in use")
+
+    world.partitions.recut = refuses  # type: ignore[method-assign]
+    world.database._sequence = 60_000
+    for _ in range(60):
+        world.grow(1)
+        await world.turn()
+    assert 0 < len(refused) <= 6
 
 
 async def test_a_log_that_outran_them_is_adopted_with_as_few_leaves() -> None:

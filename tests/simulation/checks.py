@@ -155,7 +155,7 @@ class Checker:
             write = batch.checkpoint
             if len(write.gaps) > recorder.CHECKPOINT_GAPS_MAX:
                 return self.fail(f"{len(write.gaps)} gaps in the checkpoint")
-            if any(len(row.holes) > lane.HOLES_MAX + keys.HELD_BACK_MAX + self._hands_max() for row in write.lanes):
+            if any(len(row.holes) > self._holes_max() for row in write.lanes):
                 return self.fail(f"too many holes: {write.lanes}")
             self.invariant()
             self._runs()
@@ -163,10 +163,11 @@ class Checker:
             self.invariant({row.event_id for row in batch.attempts})
         return None
 
-    def _hands_max(self) -> int:
-        """How many ids a lane may have in hand; late ones among them are holes in its row, and after a start in its memory."""
+    def _holes_max(self) -> int:
+        """How many holes a lane's row may have, and after a start its memory: with those late in hand, and held back by their keys."""
         settings = self.world.plan.settings
-        return settings.queue_events_max + settings.in_flight_max + settings.unrecorded_max + settings.slots
+        hands_max = settings.queue_events_max + settings.in_flight_max + settings.unrecorded_max + settings.slots
+        return lane.HOLES_MAX + keys.HELD_BACK_MAX + hands_max
 
     def invariant(self, event_ids: Iterable[int] | None = None) -> None:
         """DESIGN §4 for these events, or for all that aren't final."""
@@ -335,7 +336,7 @@ class Checker:
                 pages = reader.HEAD_ROWS + catchup.PAGE_ROWS
                 if len(a_lane.keys) > keys.KEYS_MAX + pages or len(a_lane.keys.held_back) > keys.HELD_BACK_MAX:
                     self.fail(f"{a_lane}: {a_lane.keys}")
-            if len(a_lane.holes) > lane.HOLES_MAX + self._hands_max():
+            if len(a_lane.holes) > self._holes_max():
                 self.fail(f"{a_lane}: {len(a_lane.holes)} holes")
             if len(a_lane.retries) > lane.RETRIES_MAX + 1:
                 self.fail(f"{a_lane}: {len(a_lane.retries)} retries")

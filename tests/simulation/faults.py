@@ -90,23 +90,39 @@ _looked, _cut = Gaps.looked, memory._cut
 _checkpoint, _build, _stop = Recorder._checkpoint, Recorder._build, Recorder.stop
 
 
-def _checkpoint_at_the_head(self: Recorder, results: Any) -> CheckpointWrite:
-    write = _checkpoint(self, results)
+async def _checkpoint_at_the_head(self: Recorder, results: Any) -> CheckpointWrite:
+    write = await _checkpoint(self, results)
     write.position = self.head()
     return write
 
 
-def _checkpoint_without_gaps(self: Recorder, results: Any) -> CheckpointWrite:
-    write = _checkpoint(self, results)
+async def _checkpoint_without_gaps(self: Recorder, results: Any) -> CheckpointWrite:
+    write = await _checkpoint(self, results)
     write.gaps = IdRanges()
     return write
 
 
-def _checkpoint_without_live_lanes(self: Recorder, results: Any) -> CheckpointWrite:
-    write = _checkpoint(self, results)
+async def _checkpoint_without_live_lanes(self: Recorder, results: Any) -> CheckpointWrite:
+    write = await _checkpoint(self, results)
     write.lanes = [
         row for row in write.lanes if (a_lane := self._lanes.get(row.endpoint_id)) is None or not a_lane.live
     ]
+    return write
+
+
+async def _checkpoint_without_what_closed_meanwhile(self: Recorder, results: Any) -> CheckpointWrite:
+    closed = self.gaps.ranges()
+    write = await _checkpoint(self, results)
+    for low, high in self.gaps.ranges():
+        closed.remove(low, high)
+    for low, high in closed:
+        write.gaps.remove(low, high)
+    return write
+
+
+async def _checkpoint_with_what_was_taken_up_meanwhile(self: Recorder, results: Any) -> CheckpointWrite:
+    write = await _checkpoint(self, results)
+    write.taken_up = sorted(self._lanes.taking_up)
     return write
 
 
@@ -289,6 +305,19 @@ FAULTS = [
     Fault("write a lane's read mark as its settled mark", [(Lane, "mark", _mark_where_it_reads)], "neither"),
     Fault("forget the found but unsettled ids", [(Lane, "open_late", lambda self, done=(): self.holes)], "neither"),
     Fault("move the checkpoint early", [(Recorder, "_checkpoint", _checkpoint_at_the_head)], "neither"),
+    Fault(
+        "look at gaps once lanes were looked at",
+        [(Recorder, "_checkpoint", _checkpoint_without_what_closed_meanwhile)],
+        "neither",
+        seed=220,
+    ),
+    Fault(
+        "tell as taken up what comes meanwhile",
+        [(Recorder, "_checkpoint", _checkpoint_with_what_was_taken_up_meanwhile)],
+        "neither",
+        needs=frozenset({"subscriptions"}),
+        seed=4_133,
+    ),
     Fault("keep gaps out of the checkpoint", [(Recorder, "_checkpoint", _checkpoint_without_gaps)], "neither"),
     Fault(
         "write rows of lagging lanes only",
@@ -313,7 +342,7 @@ FAULTS = [
         "apply a page though its lane has moved",
         [(Lane, "moved", property(lambda self: 0, lambda self, value: None))],
         "",
-        seed=577,
+        seed=229,
     ),
     Fault("let go of a queue and not go back", [(Lane, "drop_queue", _drop_queue_and_go_on)], "neither"),
     Fault("take up a subscription without going back", [(Lanes, "take_up", _take_up_only_here)], "neither", seed=294),

@@ -52,6 +52,7 @@ def draw(seed: int) -> Plan:
     mildness = rng.choice((0.25, 0.5, 0.5, 0.75))
     kinds = frozenset(kind for kind in KINDS if rng.random() < min(mildness, RARE.get(kind, 1.0)))
     more = random.Random(f"options {seed}")
+    slices = random.Random(f"slices {seed}")
     kinds |= {kind for kind in OPTIONS if more.random() < 0.5}
     kinds |= {kind for kind in LATER if seed >= LATER_FROM and random.Random(f"{kind} {seed}").random() < 0.3}
     tiny = rng.random() < 0.75
@@ -98,6 +99,8 @@ def draw(seed: int) -> Plan:
             "recorder.CHECKPOINT_GAPS_MAX": rng.choice((1, 2)),
             "recorder.UNSETTLED_MAX_S": rng.choice((0.5, 2.0)),
             "recorder.STATS_MAX": rng.choice((1, 100)),
+            "recorder.CHECKPOINT_LANES": slices.choice((1, 2, 300)),
+            "recorder.CHECKPOINT_PAUSE_S": slices.choice((0, 0.005, 0.05)),
             "keys.KEYS_MAX": more.choice((2, 4, 50)),
             "keys.HELD_BACK_MAX": more.choice((1, 2, 50)),
             "catchup.KEY_ROWS": more.choice((1, 2, 5)),

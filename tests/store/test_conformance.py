@@ -362,6 +362,22 @@ async def test_pages_of_retries_are_bounded_together(world: World, store: Store)
     ]
 
 
+async def test_a_retry_of_an_event_that_is_gone_ends_and_keeps_no_other_from_its_turn(
+    world: World, store: Store
+) -> None:
+    """Erased while it was in flight. A lane whose breaker is open asks for one, and found the same nothing for ever."""
+    await world.insert(3)
+    now = await store.wall_us()
+    await store.record(Batch(1, retries=[retry(1, now - 3), retry(2, now - 2), retry(3, now - 1, endpoint_id=2)]))
+    await world.forget_events([1])
+    first, other = await store.due_retries([(1, 1), (2, 1)], HUGE)
+    assert ([r.event.id for r in first.retries], first.full) == ([], True)
+    assert [r.event.id for r in other.retries] == [3]
+    [second] = await store.due_retries([(1, 1)], HUGE)
+    assert [r.event.id for r in second.retries] == [2]
+    assert [row[:2] for row in sorted(await world.retries())] == [(1, 2), (2, 3)]
+
+
 async def test_a_retry_that_becomes_due_is_never_overlooked(world: World, store: Store) -> None:
     """It is in the page, or it is what is due next."""
     await world.insert()
