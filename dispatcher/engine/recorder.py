@@ -310,9 +310,11 @@ class Recorder:
         """Say what is settled once this batch is. For every lane without a row all ids at or below `position` and outside `gaps` are; a lane
         with a row speaks for itself. (DESIGN §4, and the executable model's `record`.)
 
-        Thousands of lanes are looked at in several turns of the loop: in one, 5 to 15 ms, it was the longest there is. What is said of all is
-        of the first turn (head, gaps, what is taken up), and what is said of a lane, of its own. What comes between is above that head, or
-        among those gaps, or for a subscription that isn't told as taken up, so a start meets it again."""
+        Thousands of lanes are looked at in several turns of the loop: in one, 5 to 15 ms, it was the longest there is. Head and what is taken
+        up are of the first turn, and what is said of a lane is of its own. Gaps are those of every turn: what is found in one that was open at
+        the first may be given to a lane that was looked at already, and what a lane has passed over because it is in a gap, it relies on that
+        gap for. So what comes between is above that head, among these gaps, or for a subscription that isn't told as taken up, and a start
+        meets it again."""
         head, written = self.head(), self.position
         gaps = self.gaps.ranges()
         rows_gone, taking_up = sorted(self._lanes.rows_gone), sorted(self._lanes.taking_up)
@@ -327,6 +329,7 @@ class Recorder:
         for count, lane in enumerate(list(self._lanes.unsettled), start=1):
             if count % CHECKPOINT_LANES == 0:
                 await asyncio.sleep(CHECKPOINT_PAUSE_S)
+                gaps.update(self.gaps.ranges())
             if lane.keys is not None:
                 lane.trim_keys()
             hands = lane.hands

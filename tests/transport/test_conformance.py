@@ -13,7 +13,7 @@ from dispatcher.domain.outcome import Command, Fault, Outcome
 from dispatcher.domain.url import Origin
 from dispatcher.ports import Limits
 from dispatcher.transport.memory import Dial, Dice, MemoryTransport, Reply, Scripted
-from dispatcher.transport.room import Room
+from dispatcher.transport.room import EXPIRE_AT_ONCE, Room
 from tests.transport import peers
 from tests.transport.peers import (
     REQUEST,
@@ -531,6 +531,21 @@ async def test_idle_connections_are_closed_by_age(make_world: Make) -> None:
     assert connection.closed
     assert not world.transport._lines
     await until(lambda: world.transport._sweeper is None)  # and no timer is left running for nothing
+
+
+async def test_those_that_end_together_end_some_in_a_turn_of_the_loop(make_world: Make) -> None:
+    """250 POSTs that began together and hang held everybody up for 30 ms when their time was over."""
+    world = await make_world(idle_s=0.5)
+    origin, _ = await world.receiver()
+    room = world.transport
+    for connection in [await connected(room, origin) for _ in range(3 * EXPIRE_AT_ONCE)]:
+        room.release(connection)
+    most, before = 0, room.count
+    assert before == 3 * EXPIRE_AT_ONCE
+    while room.count:
+        await asyncio.sleep(0)
+        most, before = max(most, before - room.count), room.count
+    assert 0 < most <= EXPIRE_AT_ONCE
 
 
 async def test_a_fresh_one_takes_the_room_of_an_idle_one(make_world: Make) -> None:
