@@ -21,7 +21,7 @@ from dispatcher.domain.event import Event
 from dispatcher.domain.run import ORIGINAL
 from dispatcher.engine.delivery import Delivery
 from dispatcher.engine.lane import Lane
-from dispatcher.engine.lanes import Lanes
+from dispatcher.engine.lanes import CROWD, Lanes
 from dispatcher.engine.sender import Sender
 from dispatcher.ports import HeadPage
 from dispatcher.store.postgres import PgStore
@@ -88,11 +88,13 @@ def leave_out_options() -> None:
         self.unsettled[lane] = None
         self.memory.hold(event)
         lane.take(event, now)
+        if len(lane.queue) > CROWD:
+            self._long[lane] = None
         return True
 
     def next_delivery(self: Sender, lane: Lane) -> Delivery:
         delivery = Delivery(self.answered, lane, lane.queue.popleft(), ORIGINAL, 1, 0)
-        if not lane.live or lane.next_retry_us is not None or lane.runs:
+        if not lane.live or lane.next_retry_at is not None or lane.runs:
             self._look(lane)
         return delivery
 

@@ -217,7 +217,7 @@ class Lanes:
         self.unsettled[lane] = None  # take_held, without a call for each delivery
         self.memory.hold(event)
         lane.take(event, now)
-        if len(lane.queue) > CROWD or len(lane.urgent) > CROWD:
+        if len(lane.queue) > CROWD or lane.urgent:
             self._long[lane] = None
         return True
 
@@ -226,7 +226,7 @@ class Lanes:
         self.unsettled[lane] = None
         self.memory.hold(event)
         lane.take(event, now)
-        if len(lane.queue) > CROWD or len(lane.urgent) > CROWD:
+        if len(lane.queue) > CROWD or lane.urgent:
             self._long[lane] = None
 
     def crowds(self) -> list[Lane]:

@@ -533,8 +533,8 @@ async def test_idle_connections_are_closed_by_age(make_world: Make) -> None:
     await until(lambda: world.transport._sweeper is None)  # and no timer is left running for nothing
 
 
-async def test_those_that_end_together_end_some_in_a_turn_of_the_loop(make_world: Make) -> None:
-    """250 POSTs that began together and hang held everybody up for 30 ms when their time was over."""
+async def test_those_whose_time_is_over_at_once_end_some_at_a_time(make_world: Make) -> None:
+    """250 POSTs that began together and hang held everybody up for 30 ms when they ended."""
     world = await make_world(idle_s=0.5)
     origin, _ = await world.receiver()
     room = world.transport
