@@ -155,9 +155,8 @@ class Lane:
         self.last_success = float("-inf")
         self.latency_s = 0.0
         self.turn = 0
-        self.untried = (
-            endpoint.failing_since_us is None
-        )  # no outcome since it was made, nor known to have failed before
+        # No outcome since it was made, and it isn't known to have failed before.
+        self.untried = endpoint.failing_since_us is None
         self.in_ready = False
         self.timer_at = float("inf")
         self.failing_since_us = endpoint.failing_since_us
@@ -572,8 +571,8 @@ class Lane:
             self.in_flight_limit += 1
 
     def _took(self, latency_s: float) -> None:
-        """Note how long a POST took. The first says it all: as an average from 0 on, endpoints that take two seconds were quick for three of
-        them, and had all of their origin's sockets meanwhile."""
+        """Note how long a POST took. The first is the average: with one from 0 on, endpoints that take two seconds were quick for their first
+        four, and had all of their origin's sockets meanwhile."""
         self.latency_s = latency_s if self.untried else self.latency_s + 0.2 * (latency_s - self.latency_s)
         self.untried = False
 
