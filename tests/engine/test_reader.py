@@ -7,7 +7,7 @@ from dispatcher.engine.catchup import ReadGate
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.lanes import Lanes, Memory
-from dispatcher.engine.reader import POLL_S, POLLS_AT_ONCE, POLLS_BEFORE_SLEEP, Reader
+from dispatcher.engine.reader import CROWDS_S, POLL_S, POLLS_AT_ONCE, POLLS_BEFORE_SLEEP, Reader
 from tests.engine.build import LIMITS, make_endpoint, make_event
 
 
@@ -64,3 +64,35 @@ async def test_with_the_doorbell_off_it_polls_as_it_does_with_it_on_before_it_wo
     assert reads_before_wait.count(0) == 1 + POLLS_AT_ONCE + 1
     polled = POLLS_BEFORE_SLEEP - POLLS_AT_ONCE - 1
     assert waits == [POLL_S] * polled + [0.25] * (POLLS_BEFORE_SLEEP - polled)
+
+
+async def test_at_the_memory_bound_crowds_are_looked_for_now_and_then_and_fall_behind(monkeypatch):
+    """At each wait, that took a third of the process's time; never, a single lane would keep the head from all others."""
+    now = [1.0]
+    lanes = Lanes(LIMITS, Memory(1_000, 1 << 20))
+    crowd, *others = (lanes.add(make_endpoint(n), 1.0, live=True, cursor=0) for n in range(1, 11))
+    reader = Reader(
+        None, lanes, Clock(lambda: now[0]), Counters(), offered=None, position=lambda: 0, configured=None,
+        doorbell=False, poll_s=1.0, gate=ReadGate(),
+    )  # fmt: skip
+    looks: list[float] = []
+    crowds = lanes.crowds
+    monkeypatch.setattr(lanes, "crowds", lambda: looks.append(now[0]) or crowds())
+
+    async def wait(longest_s: float) -> None:
+        now[0] += longest_s
+
+    monkeypatch.setattr(reader, "_wait", wait)
+    for n in range(1_000):
+        lanes.take([crowd, *others][n % 10], make_event(n), now[0])
+    while now[0] < 1.3:
+        assert await reader._head_room() == 0, "the queues are even"
+    assert 3 <= len(looks) <= 0.3 / CROWDS_S + 1
+    for lane in others:
+        lanes.fall_behind(lane, reader.head, drop=True)
+        lanes.take(lane, make_event(1_000 + lane.id), now[0])
+    for n in range(2_000, 2_891):
+        lanes.take(crowd, make_event(n), now[0])
+    now[0] += CROWDS_S
+    assert await reader._head_room() > 0
+    assert (crowd.live, crowd.queued(), lanes.memory.events) == (False, 0, len(others))
