@@ -87,11 +87,12 @@ class RunPage:
 @dataclass(slots=True)
 class RetryPage:
     """Of one endpoint. `next_due_us`: its earliest retry that is not due yet. `full`: more are due, or it wasn't looked at because the pages
-    before it took all of the bytes."""
+    before it took all of the bytes. `orphaned`: some were of events that are gone, and have been ended: what keys they held is free."""
 
     retries: list[DueRetry]
     full: bool
     next_due_us: int | None
+    orphaned: bool = False
 
 
 # ── recording ──

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import functools
+import inspect
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
@@ -15,12 +17,30 @@ import uvloop
 
 from dispatcher.store import embedded, event_types
 
+LONGEST_S = 300.0  # a test's
+
 SCHEMA = (Path(__file__).parent.parent / "schema.sql").read_text()
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Every async test runs on the loop that the product runs on."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that waits for ever fails where it waits, and what it began is ended. What hangs otherwise, pytest-timeout ends with its worker."""
+    for item in items:
+        if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
+            item.obj = _within(item.obj)
+
+
+def _within(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    @functools.wraps(test)
+    async def bounded(*args: object, **kwargs: object) -> None:
+        async with asyncio.timeout(LONGEST_S):
+            await test(*args, **kwargs)
+
+    return bounded
 
 
 @pytest.fixture(autouse=True, scope="session")

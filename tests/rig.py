@@ -25,18 +25,21 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSwMfKQ9r8GKYqrTwjU"
 async def until(
     condition: Callable[[], Any] | Callable[[], Awaitable[Any]], *, within_s: float = PATIENCE_S, what: str = ""
 ) -> Any:
-    """Wait until `condition` is true and return its value; fail after `within_s`."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + within_s
-    while True:
-        value = condition()
-        if asyncio.iscoroutine(value):
-            value = await value
-        if value:
-            return value
-        if loop.time() > deadline:
-            raise AssertionError(f"not within {within_s} s: {what or condition}")
-        await asyncio.sleep(0.005)  # a poll with a deadline, not a wait that hopes
+    """Wait until `condition` is true and return its value; fail after `within_s`, also where `condition` itself waits."""
+    bound = asyncio.timeout(within_s)
+    try:
+        async with bound:
+            while True:
+                value = condition()
+                if asyncio.iscoroutine(value):
+                    value = await value
+                if value:
+                    return value
+                await asyncio.sleep(0.005)  # a poll with a deadline, not a wait that hopes
+    except TimeoutError:
+        if not bound.expired():
+            raise
+        raise AssertionError(f"not within {within_s} s: {what or condition}") from None
 
 
 class Rig:

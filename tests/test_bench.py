@@ -31,7 +31,8 @@ LATENCY = {"p50_ms", "p90_ms", "p99_ms", "p999_ms", "max_ms"}
 COSTS = {"rate_per_s", "cpu_us", "postgres_cpu_us", "sink_cpu_us", "wal_bytes", "statements", "dead_per_1000", "rss_mb"}
 FIELDS = {  # scenario: row → what it must tell
     "throughput": {"bare client": {"rate_per_s", "cpu_us"}, "dispatcher": COSTS, "engine on aiohttp": COSTS,
-                   "the usual way, row by row": COSTS, "the usual way, batched": COSTS,},
+                   "the usual way, row by row": COSTS, "the usual way, batched": COSTS, "every column given": COSTS,
+                   "dispatcher, in turns": {"rate_per_s", "cpu_us"}, "without keys, expiry and priority": {"rate_per_s", "cpu_us"}},
     "latency": {"dispatcher, 200/s": LATENCY, "the usual way, batched, 200/s": LATENCY, "dispatcher": {"first_ms", "last_ms", "rate_per_s"}},
     "neighbours": {"all healthy": LATENCY | {"rate_per_s"}, "30 % bad": LATENCY | {"rate_per_s"}},
     "backlog": {"before": LATENCY | {"growth_mb"}, "parked": LATENCY | {"growth_mb"}, "catching up": LATENCY,

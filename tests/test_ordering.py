@@ -77,6 +77,16 @@ async def test_what_is_held_back_lies_in_the_log(dsn: str) -> None:
         assert r.engine.lane_health(lane.id)[0]["held_back_ids"] == 3_000
 
 
+async def test_a_key_is_free_when_the_event_that_held_it_is_gone(dsn: str) -> None:
+    """Erased while it was in flight, and then it failed: its retry is nobody's, and the next of its key waited for it until the next start."""
+    async with rig(dsn, **PATIENT) as r:
+        await with_a_failed_head(r)
+        await emit(r, "a2", "b1")
+        await r.db.execute("DELETE FROM webhook.outbox WHERE payload->>'e' = 'a1'")
+        await until(lambda: sorted(delivered(r)) == ["a2", "b1"])
+        assert await holds(r) == []
+
+
 @pytest.mark.parametrize("end", ["stop", "kill"])
 async def test_a_key_is_held_over_a_restart(dsn: str, end: str) -> None:
     async with rig(dsn, **PATIENT) as r:

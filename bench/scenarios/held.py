@@ -19,20 +19,17 @@ from dataclasses import dataclass
 
 import asyncpg
 
-from bench import load, rig, usual
+from bench import load, rig, turns, usual
 from bench.histogram import Histogram
 from bench.rig import Bench
 from bench.scenario import Plot, Result, Scenario, Table
 
 ENDPOINTS = 100
 SLOTS = 1_000
-AHEAD = 20_000  # events that wait to be delivered while there is full load
 OTHERS_RATE = 1_000.0
 LOADER_RATE_PER_S = 500.0
 LOADER_PAYLOAD_BYTES = 200
 SLICE_S = 3.0
-RAMP_S = 0.5  # of each slice isn't measured: connections, caches, limits
-DRAIN_S = 60.0
 HELD = "dispatcher, a transaction held"
 LOADS, ELSEWHERE = "while it loads", "while as many load elsewhere"
 NOBODYS = load.Target(rows="", bulk=load.OUTBOX.bulk.replace("webhook.outbox", "elsewhere"))
@@ -113,28 +110,28 @@ async def _in_turns(
     """Run two at full load in turns, one of them beside a held transaction; return (seconds, deliveries a second) of each."""
     slices = max(2, round(seconds / SLICE_S))
     async with contextlib.AsyncExitStack() as stack:
-        fed: dict[str, _Fed] = {}
+        fed: dict[str, turns.Fed] = {}
         for held in (False, True):
             dsn = await stack.enter_async_context(bench.database())
             name, target, running = await stack.enter_async_context(contender(dsn, port))
             await stack.enter_async_context(_transaction(dsn, held=held))
             feeder = await asyncpg.connect(dsn)
             stack.callback(feeder.terminate)
-            fed[f"{name}, {'a transaction held' if held else 'none held'}"] = _Fed(bench, running, feeder, target)
-        for n in range(slices):
-            for row in list(fed) if n % 2 == 0 else reversed(fed):
-                bench.tell(f"held: {row}, slice {n + 1} of {slices}")
-                await fed[row].slice(seconds / slices, sink_pid)
+            row = f"{name}, {'a transaction held' if held else 'none held'}"
+            fed[row] = turns.Fed(bench, running, feeder, target, ENDPOINTS)
+        await turns.take(fed, slices, seconds / slices, sink_pid, "held")
     third = max(1, slices // 3)
     lines: dict[str, list[tuple[float, float]]] = {}
     none_held = next(iter(fed.values())).slices
     for row, one in fed.items():
         sink_share = statistics.fmean(taken.sink_share for taken in one.slices)
         rates = [taken.per_s for taken in one.slices]
-        costs = [taken.cpu_us for taken in one.slices]
+        costs = [taken.cpu_us + taken.postgres_cpu_us for taken in one.slices]
         # Turn by turn beside the one without, so that the machine's pace of the moment is in neither.
         rate_kept = _last_to_first([a / max(1e-9, b.per_s) for a, b in zip(rates, none_held, strict=True)], third)
-        cpu_grown = _last_to_first([a / max(1e-9, b.cpu_us) for a, b in zip(costs, none_held, strict=True)], third)
+        cpu_grown = _last_to_first(
+            [a / max(1e-9, b.cpu_us + b.postgres_cpu_us) for a, b in zip(costs, none_held, strict=True)], third
+        )
         table.add(
             row, seconds=seconds, first_per_s=statistics.median(rates[:third]), last_per_s=statistics.median(rates[-third:]),
             first_cpu_us=statistics.median(costs[:third]), last_cpu_us=statistics.median(costs[-third:]), rate_kept=rate_kept,
@@ -147,67 +144,6 @@ async def _in_turns(
 
 def _last_to_first(ratios: list[float], third: int) -> float:
     return statistics.median(ratios[-third:]) / max(1e-9, statistics.median(ratios[:third]))
-
-
-@dataclass(frozen=True, slots=True)
-class _Slice:
-    """What was delivered in so long, and the CPU time of who delivers with PostgreSQL's, and of the sink."""
-
-    seconds: float
-    deliveries: int
-    cpu_s: float
-    sink_s: float
-
-    @property
-    def per_s(self) -> float:
-        return self.deliveries / self.seconds
-
-    @property
-    def cpu_us(self) -> float:
-        return self.cpu_s / max(1, self.deliveries) * 1e6
-
-    @property
-    def sink_share(self) -> float:
-        return self.sink_s / self.seconds
-
-
-class _Fed:
-    """One that delivers, and who feeds it while it is its turn: something waits always."""
-
-    def __init__(self, bench: Bench, running: rig.Running, feeder: asyncpg.Connection, target: load.Target) -> None:
-        self.slices: list[_Slice] = []
-        self._bench = bench
-        self._running = running
-        self._feeder = feeder
-        self._target = target
-        self._fed = 0
-
-    async def slice(self, seconds: float, sink_pid: int) -> None:
-        ramp_s = min(RAMP_S, seconds / 5)
-        ends = time.perf_counter() + seconds
-        feeding = asyncio.create_task(self._feed(ends))
-        await asyncio.sleep(ramp_s)
-        before, began = self._read(sink_pid), time.perf_counter()
-        await asyncio.sleep(ends - began)
-        after, took_s = self._read(sink_pid), time.perf_counter() - began
-        await feeding
-        self.slices.append(_Slice(took_s, after[0] - before[0], after[1] - before[1], after[2] - before[2]))
-        async with asyncio.timeout(DRAIN_S):  # nothing of this turn is left to the next
-            while self._running.counters.settled < self._fed:
-                assert self._running.process.poll() is None, "who delivers has ended"
-                await asyncio.sleep(0.01)
-
-    async def _feed(self, ends: float) -> None:
-        while time.perf_counter() < ends:
-            if self._fed - self._running.counters.settled < AHEAD:
-                await load.bulk(self._feeder, load.BULK_ROWS, ENDPOINTS, target=self._target)
-                self._fed += load.BULK_ROWS
-            else:
-                await asyncio.sleep(0.01)
-
-    def _read(self, sink_pid: int) -> tuple[int, float, float]:
-        cpu_s = self._running.cpu_s() + (self._bench.postgres_cpu_s() or 0.0)
-        return self._running.counters.settled, cpu_s, rig.cpu_s(sink_pid, with_children=True)
 
 
 async def _big(bench: Bench, size: Size) -> Table:

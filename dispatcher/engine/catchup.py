@@ -422,6 +422,9 @@ class CatchUp:
                 came = True
             if came:
                 self._offered(lane)
+            if page.orphaned and lane.keys is not None:
+                lane.keys.are_known = False
+                self.look(lane)
         # A page may be cut by its bytes with all of it in hand, or the server's clock may have been put back: then not at once again.
         now_us = self._clock.wall_us()
         if more:

@@ -310,7 +310,8 @@ class MemoryStore:
                     for event, r in zip(self._events(rows), due_rows, strict=False)
                 ]
                 next_due_us = min((r.due_us for r in waiting if r.due_us > now_us), default=None)
-                pages.append(RetryPage(retries, cut or len(found) >= room or bool(orphans), next_due_us))
+                full = cut or len(found) >= room or bool(orphans)
+                pages.append(RetryPage(retries, full, next_due_us, bool(orphans)))
             return pages
 
         return await self._call("reader", "due_retries", work)

@@ -363,7 +363,7 @@ class PgStore:
             await self._reader.run(lambda c: c.execute(SQL.end_orphans, *ids))
             _log.warning("retries.orphaned", endpoints=sorted(set(ids[0])), rows=len(orphans))
             for row in orphans:
-                pages[row[0] - 1].full = True
+                pages[row[0] - 1].full = pages[row[0] - 1].orphaned = True
         for event, row in zip(self._events(due, 6), due, strict=True):
             pages[row[0] - 1].retries.append(DueRetry(event, row[3], row[4], row[5]))
         for page, room in zip(pages, rooms, strict=True):
