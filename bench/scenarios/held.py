@@ -32,6 +32,7 @@ LOADER_PAYLOAD_BYTES = 200
 SLICE_S = 3.0
 HELD = "dispatcher, a transaction held"
 LOADS, ELSEWHERE = "while it loads", "while as many load elsewhere"
+AFTER, AFTER_ELSEWHERE = "after its commit", "after the commit of as many elsewhere"
 NOBODYS = load.Target(rows="", bulk=load.OUTBOX.bulk.replace("webhook.outbox", "elsewhere"))
 
 
@@ -63,7 +64,8 @@ async def run(bench: Bench, size: Size) -> Result:
         *table.goal("a transaction held: CPU time a delivery ÷ that without one, last third ÷ first", "cpu_grown", HELD, "≤", 1.05),
         *loading.goal(f"others' p99 while {size.loaded:,} rows load ÷ before", "p99_ms", LOADS, "≤", 1.5, over="before"),
         *loading.goal(f"others' p99 while {size.loaded:,} rows load ÷ while they load elsewhere", "p99_ms", LOADS, "≤", 1.5, over=ELSEWHERE),
-        *loading.goal("others' p99 after its commit ÷ before", "p99_ms", "after its commit", "≤", 1.5, over="before"),
+        *loading.goal("others' p99 after its commit ÷ before", "p99_ms", AFTER, "≤", 1.5, over="before"),
+        *loading.goal("others' p99 after its commit ÷ after that of as many elsewhere", "p99_ms", AFTER, "≤", 1.5, over=AFTER_ELSEWHERE),
     ]  # fmt: skip
     plot = Plot("held", "Full load, with and without a held transaction", "seconds", "deliveries a second", lines)
     return Result([table, loading], goals, [plot])
@@ -176,14 +178,14 @@ async def _big(bench: Bench, size: Size) -> Table:
             await fresh("before", size.fresh_s)
             loader = await asyncpg.connect(dsn)
             await loader.execute("CREATE TABLE elsewhere (LIKE webhook.outbox INCLUDING ALL)")
-            for row, target in ((ELSEWHERE, NOBODYS), (LOADS, load.OUTBOX)):
+            for row, after, target in ((ELSEWHERE, AFTER_ELSEWHERE, NOBODYS), (LOADS, AFTER, load.OUTBOX)):
                 loading = asyncio.create_task(
                     load.bulk(loader, size.loaded, 1, size=LOADER_PAYLOAD_BYTES, target=target, rows=size.loaded)
                 )
                 await fresh(row, min(5.0, size.fresh_s), loading)
                 await loading
+                await fresh(after, size.fresh_s)
                 await loader.execute("DROP TABLE IF EXISTS elsewhere")
-            await fresh("after its commit", size.fresh_s)
             loader.terminate()
         connection.terminate()
     return table
