@@ -250,7 +250,7 @@ class Store(Protocol):
         StoreAwayError while it is another's that has yet to raise the epoch."""
 
     async def is_stood_by(self) -> bool:
-        """Tell whether another dispatcher waits to take over."""
+        """Tell whether another dispatcher waits to take over. By the reader's session, so nobody may be reading."""
 
     async def head(
         self, after: int, limit: int, bytes_max: int, young: Sequence[int], *, attempted: bool

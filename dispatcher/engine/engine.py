@@ -332,14 +332,14 @@ class Incarnation:
         self, reader: asyncio.Task[None], recorder: asyncio.Task[None], others: list[asyncio.Task[None]]
     ) -> None:
         """Let what was begun end; `others` go on meanwhile, so that ownership is still watched."""
-        grace_s = self._settings.grace_s
-        if grace_s > HANDOVER_S and await self._is_stood_by():
-            grace_s = HANDOVER_S  # one slow receiver would keep all the others waiting
-        _log.info("stopping", in_flight=self.sender.in_flight, unrecorded=self.recorder.unrecorded, grace_s=grace_s)
         self.sender.hold("stopping")
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
         self.reader.stopped()
+        grace_s = self._settings.grace_s
+        if grace_s > HANDOVER_S and await self._is_stood_by():
+            grace_s = HANDOVER_S  # one slow receiver would keep all the others waiting
+        _log.info("stopping", in_flight=self.sender.in_flight, unrecorded=self.recorder.unrecorded, grace_s=grace_s)
         drained = asyncio.create_task(self.sender.drain())
         await asyncio.wait([drained, recorder, *others], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
         drained.cancel()
@@ -361,7 +361,7 @@ class Incarnation:
         try:
             async with asyncio.timeout(ASK_S):
                 return await self._store.is_stood_by()
-        except (StoreAwayError, TimeoutError):
+        except (StoreAwayError, LifeLostError, TimeoutError):
             return False  # nobody could take over now
 
     # ── tasks ──

@@ -87,6 +87,7 @@ class MemoryStore:
         self._pause = pause or _yield
         self._sleep = sleep
         self._connections: dict[str, Connection] = {}
+        self._busy: set[str] = set()
         self._life: int | None = None
         self._epoch = 0
         self._owner_lost: Callable[[], None] | None = None
@@ -188,7 +189,7 @@ class MemoryStore:
             callback()
 
     async def is_stood_by(self) -> bool:
-        return await self._call("config", "is_stood_by", lambda _: any(c.is_alive for c in self._database.standbys))
+        return await self._call("reader", "is_stood_by", lambda _: any(c.is_alive for c in self._database.standbys))
 
     async def hold_ownership(self) -> None:
         database = self._database
@@ -576,6 +577,16 @@ class MemoryStore:
         between: bool = True,
     ) -> tuple[Any, T]:
         """Run `first` and `second`, others' work in between."""
+        assert session not in self._busy, f"{what}: a session does one thing at a time, and {session} is in use"
+        self._busy.add(session)
+        try:
+            return await self._calls_alone(session, what, first, second, between=between)
+        finally:
+            self._busy.discard(session)
+
+    async def _calls_alone(
+        self, session: str, what: str, first: Callable[[Connection], Any], second: Callable[[Connection], T], *, between: bool
+    ) -> tuple[Any, T]:  # fmt: skip
         connection = await self._connection(session)
         fate = self.fate(session, what)
         try:

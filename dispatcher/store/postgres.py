@@ -272,7 +272,7 @@ class PgStore:
             callback()
 
     async def is_stood_by(self) -> bool:
-        found: bool = await self._config.run(lambda c: c.fetchval(SQL.is_stood_by))
+        found: bool = await self._reader.run(lambda c: c.fetchval(SQL.is_stood_by))
         return found
 
     async def hold_ownership(self) -> None:
