@@ -28,7 +28,7 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that waits for ever fails where it waits, and what it began is ended. What hangs otherwise, pytest-timeout ends with its worker."""
+    """A test that waits for ever fails where it waits, and what it began is ended. (What holds the loop: pyproject.toml.)"""
     for item in items:
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
             item.obj = _within(item.obj)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -17,6 +18,7 @@ import pytest
 from aiohttp import web
 from standardwebhooks.webhooks import Webhook
 
+from bench.spawn import Spawned, spawn
 from dispatcher.domain.signing import new_private_key, new_secret, private_key, public_key
 from tests.rig import Rig, rig, until
 from tests.test_cli import Cli
@@ -41,12 +43,10 @@ class Laptop:
         return web.Response(status=self.status, text="thanks\n  a lot")
 
     @contextlib.asynccontextmanager
-    async def listening(
-        self, *args: str, stdin: int = asyncio.subprocess.DEVNULL
-    ) -> AsyncIterator[asyncio.subprocess.Process]:
-        process = await asyncio.create_subprocess_exec(
+    async def listening(self, *args: str, stdin: int = subprocess.DEVNULL) -> AsyncIterator[Spawned]:
+        process = await spawn(
             sys.executable, "-m", "dispatcher", "listen", "--forward-to", self.url, "--json", *args, stdin=stdin,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=os.environ | {"DISPATCHER_API_URL": self.web.url, "DISPATCHER_API_KEY": await self.web.key("acct")},
         )  # fmt: skip
         readers = [asyncio.create_task(self._read(process.stdout)), asyncio.create_task(self._hear(process.stderr))]

@@ -4,12 +4,14 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.spawn import spawn
 from dispatcher.engine.engine import Engine, State
 from dispatcher.sink import Behaviour
 from dispatcher.store import status as status_module
@@ -22,10 +24,10 @@ ROOT = Path(__file__).parent.parent
 
 
 async def status(dsn: str, *options: str) -> tuple[int, str]:
-    process = await asyncio.create_subprocess_exec(
+    process = await spawn(
         sys.executable, "-m", "dispatcher", "status", *options,
         cwd=ROOT, env=os.environ | {"DISPATCHER_DATABASE_URL": dsn},
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     out, err = await process.communicate()
     assert err == b""

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -27,6 +28,7 @@ from bench import load, rig
 from bench.histogram import Histogram
 from bench.rig import Bench
 from bench.scenario import Plot, Result, Scenario, Table
+from bench.spawn import spawn
 from dispatcher.domain.principal import OPERATOR
 from dispatcher.store import access
 from dispatcher.store.pool import NAME as PANELS_SESSIONS
@@ -213,9 +215,9 @@ async def _visitors(port: int | None, key: str, size: Size, endpoints: int) -> A
         await asyncio.sleep(min(JOINED_S, size.phase_s))
         yield looked
         return
-    process = await asyncio.create_subprocess_exec(
+    process = await spawn(
         sys.executable, "-c", VISITORS, f"http://127.0.0.1:{port}", key, str(size.pages_per_s), str(size.streams), str(endpoints),
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 26,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, limit=1 << 26,
     )  # fmt: skip
     assert process.stdin is not None
     assert process.stdout is not None

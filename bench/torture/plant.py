@@ -21,6 +21,7 @@ import asyncpg
 
 from bench import rig
 from bench.network import Network
+from bench.spawn import Spawned, spawn
 from bench.torture.producer import ACCOUNTS, AWAY
 from dispatcher import settings as settings_module
 from dispatcher.domain.retention import Span
@@ -60,7 +61,7 @@ class Kept:
         self.errors = directory / f"{name}.err"
         self.log = directory / f"{name}.log"
         self.statuses: Counter[int] = Counter()  # of its ends
-        self.process: asyncio.subprocess.Process | None = None
+        self.process: Spawned | None = None
         self._command = command
         self._env = {k: v for k, v in os.environ.items() if not k.startswith("DISPATCHER_")}
         self._env |= {f"DISPATCHER_{k.upper()}": str(v) for k, v in (env or {}).items()}
@@ -77,8 +78,8 @@ class Kept:
         while True:
             await self._may_run.wait()
             with self.log.open("ab") as log, self.errors.open("ab") as errors:
-                self.process = await asyncio.create_subprocess_exec(
-                    *self._command, cwd=ROOT, env=self._env, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=errors,
+                self.process = await spawn(
+                    *self._command, cwd=ROOT, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=errors,
                     start_new_session=True,
                 )  # fmt: skip
             self._running.set()

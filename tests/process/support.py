@@ -16,6 +16,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ from typing import Any
 import asyncpg
 import orjson
 
+from bench.spawn import Spawned, spawn
 from dispatcher.sink import Received
 from dispatcher.store.embedded import EmbeddedServer
 from tests.rig import PATIENCE_S, Rig, until
@@ -54,15 +56,15 @@ class Dispatcher:
         self._verb = verb
         self._root = root
         self._tasks: list[asyncio.Task[None]] = []
-        self.process: asyncio.subprocess.Process
+        self.process: Spawned
         self.lines: list[dict[str, Any]] = []
         self.errors = ""
 
     async def launch(self) -> "Dispatcher":
-        self.process = await asyncio.create_subprocess_exec(
+        self.process = await spawn(
             sys.executable, "-m", "dispatcher", self._verb,
             cwd=self._root, env=self._environment,
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self._tasks = [asyncio.create_task(self._read_log()), asyncio.create_task(self._read_errors())]
         return self

@@ -8,12 +8,14 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from bench.spawn import spawn
 from dispatcher.store.migrate import SCHEMA_VERSION
 from tests.process.support import ROOT, backends, dispatching, longest_silence, standing_by, terminate
 from tests.process.test_standby import RETRY, scene, standby
@@ -62,10 +64,10 @@ def new(tmp_path: Path) -> Path:
 async def verb(root: Path, dsn: str, *words: str) -> tuple[int, str]:
     """Run one verb of the version in `root`; return its exit status and what it said."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DISPATCHER_")}
-    process = await asyncio.create_subprocess_exec(
+    process = await spawn(
         sys.executable, "-m", "dispatcher", *words,
         cwd=root, env=environment | {"DISPATCHER_DATABASE_URL": dsn},
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
         async with asyncio.timeout(PATIENCE_S):

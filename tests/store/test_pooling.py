@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 import asyncpg
 import pytest
 
+from bench.spawn import spawn
 from dispatcher.errors import DatabaseAwayError, DatabaseRefusedError
 from dispatcher.ports import Batch
 from dispatcher.store import pooling
@@ -163,10 +164,10 @@ async def test_run_behind_a_transaction_pooler_ends_with_the_sentence(dsn: str, 
         assert d.errors.count("\n") == 1
         assert d.lines == []
         for verb in (["endpoint", "create", "acct", "https://example.com/"], ["migrate"], ["status"]):
-            process = await asyncio.create_subprocess_exec(
+            process = await spawn(
                 sys.executable, "-m", "dispatcher", *verb,
                 cwd=ROOT, env=os.environ | {"DISPATCHER_DATABASE_URL": pooler.dsn},
-                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )  # fmt: skip
             out, err = await process.communicate()
             assert (process.returncode, out) == (5, b""), err
