@@ -91,5 +91,5 @@ async def take(fed: Mapping[str, Fed], slices: int, slice_s: float, sink_pid: in
     """Give each so many turns, who was first in one round being last in the next."""
     for n in range(slices):
         for row in list(fed) if n % 2 == 0 else reversed(list(fed)):
-            next(iter(fed.values())).bench.tell(f"{told}: {row}, slice {n + 1} of {slices}")
+            fed[row].bench.tell(f"{told}: {row}, slice {n + 1} of {slices}")
             await fed[row].turn(slice_s, sink_pid)
