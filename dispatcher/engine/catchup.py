@@ -174,7 +174,7 @@ class CatchUp:
                 if event.id not in lane.holes or self._is_in_gap(lane, event):
                     continue
                 if self._is_due(lane, event, skip):
-                    if not lane.accepts(now):
+                    if not lane.accepts(now) or event.id in self._gaps.young:
                         passed = event.id - 1
                         break
                     if self._lanes.take(lane, event, now):
@@ -237,7 +237,7 @@ class CatchUp:
                 continue
             if not self._is_due(lane, event, skip):
                 continue
-            if not lane.accepts(now):
+            if not lane.accepts(now) or event.id in self._gaps.young:
                 passed = event.id - 1
                 break
             if self._lanes.take(lane, event, now):
@@ -261,9 +261,11 @@ class CatchUp:
         return lane.is_for(event)
 
     def _is_in_gap(self, lane: Lane, event: Event) -> bool:
-        """Tell whether the gap path is to deliver it. A lane that orders by key waits for young gaps only, which the very next read of the head
-        fills: from an old one an earlier event of a key is better taken now than found later. A look at an old gap tells who has had it."""
-        return event.id in (self._gaps if lane.keys is None else self._gaps.young)
+        """Tell whether the gap path is to deliver it. Not what goes by its key: from an old gap an earlier event of a key is better taken now
+        than found later (a look at an old gap tells who has had it), and at a young one a page ends: the very next read of the head fills it."""
+        if lane.keys is None or event.ordering_key is None:
+            return event.id in self._gaps
+        return False
 
     # ── what has priority ──
 
@@ -355,9 +357,9 @@ class CatchUp:
             return
         rest = page.events[-1].id + 1 if page.full else NEVER
         for n, (event, skip) in enumerate(zip(page.events, page.attempted or (), strict=True)):
-            if event.id in self._gaps.young or not self._is_due(lane, event, skip):
+            if not self._is_due(lane, event, skip):
                 continue
-            if not lane.accepts(now):
+            if not lane.accepts(now) or event.id in self._gaps.young:
                 keys.pass_over(key, event.id)
                 return
             keys.take(event, page.events[n + 1].id if n + 1 < len(page.events) else rest)

@@ -127,7 +127,8 @@ class ConfigWatcher:
             if self._lanes.remove(endpoint_id) is not None:
                 _log.info("endpoint.deleted", endpoint_id=endpoint_id)
         for endpoint_id in changes.forget:
-            # A read that is under way may have seen them: first it is applied, then all of it is let go of.
+            self._forget(endpoint_id)
+            # A read that is under way may have seen them, and may take its time: once it has been applied, all of that is let go of too.
             self._after_read(partial(self._forget, endpoint_id))
         self._seq = changes.seq
         self._looked.set()

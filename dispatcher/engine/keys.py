@@ -53,7 +53,7 @@ class Keys:
     def are_full(self) -> bool:
         return len(self._holds) >= KEYS_MAX
 
-    def holds(self, key: str) -> bool:
+    def holds(self, key: str | None) -> bool:
         return key in self._holds
 
     def hold(self, event: Event) -> None:

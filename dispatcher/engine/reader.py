@@ -16,6 +16,7 @@ saw may predate the commit, and only the lane's hands say then that an event is 
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from math import inf
 
 import structlog
 
@@ -300,18 +301,24 @@ class Reader:
             self._counters.events_unwanted += 1
         return len(wanting)
 
-    def _found(self, event: Event, skip: Sequence[int], now: float) -> int:
-        """Give an event that appeared in a gap to its lanes. A lagging lane with its cursor below meets it itself. Return how many want it."""
+    def _found(self, event: Event, skip: Sequence[int], now: float, unread_from: float = inf) -> int:
+        """Give an event that appeared in a gap to its lanes. A lagging lane with its cursor below meets it itself. Return how many want it.
+        Among young ids from `unread_from` on there may be an earlier event of its key, which has come since they were read."""
         wanting = self._lanes.wanting(event)
         for lane in wanting:
             if event.id in lane.hands or lane.id in skip or event.id in lane.holes:
                 continue
             if not lane.live and event.id > lane.cursor:
                 lane.passed_by(event)
-            elif lane.takes(now) and (lane.keys is None or not lane.holes):  # a hole may be an earlier one of its key
-                if not self._lanes.take(lane, event, now):
-                    lane.backlog += 1
-                    continue
+            elif lane.keys is not None and lane.keys.holds(event.ordering_key):
+                self._lanes.take(
+                    lane, event, now
+                )  # passes it over, also without room: what is next of its key is read from here on
+                lane.backlog += 1
+            elif lane.takes(now) and (
+                lane.keys is None or not (lane.holes or event.id > unread_from)
+            ):  # nor may a hole be one
+                self._lanes.take(lane, event, now)
                 if event.id <= self._position():
                     lane.late.add(event.id)
                 self._offered(lane)
@@ -372,14 +379,16 @@ class Reader:
             return False
         self._gate.begin()
         pages = await self._store.probe([(look.low, look.high) for look in looks], PAGE_ROWS, READ_BYTES_MAX)
-        now = self._clock.now()
+        now, unread_from = self._clock.now(), min(self.gaps.young, default=inf)
         came = False
         for look, page in zip(looks, pages, strict=True):
             assert page.attempted is not None
             self.gaps.looked(look, [event.id for event in page.events], page.full)
             for event, skip in zip(page.events, page.attempted, strict=True):
                 came = True
-                self._found(event, skip, now)
+                self._found(event, skip, now, unread_from)
+        if came and unread_from < inf:
+            self._rung = True  # the head is read before what was passed over for them
         self._counters.gap_reads += 1
         self._gate.applied()
         return came

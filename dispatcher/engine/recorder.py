@@ -421,9 +421,11 @@ class Recorder:
             if r.is_first:
                 r.lane.settle(r.event.id)
                 continue
-            r.lane.retry_hands.discard((r.event.id, r.run))
-            run = r.lane.runs.get(r.run)
-            if run is not None and r.number == 1:
+            if r.number > 1:
+                r.lane.retry_hands.discard((r.event.id, r.run))
+            elif run := r.lane.runs.get(
+                r.run
+            ):  # its retry may be in hand already, by a read that took as long as it had to wait
                 run.hands.pop(r.event.id, None)
 
     def _release_key(self, r: Delivery) -> None:

@@ -257,7 +257,7 @@ class Sender:
                 delivery = self._next(lane)
                 self._occupy(delivery, now)
                 self.answered(delivery, result)
-            self.offer(lane)
+            self._offer_or_look(lane)
             return
         can = (
             lane.work()
@@ -271,7 +271,14 @@ class Sender:
             self._start(lane, result, now)
         else:
             self._transport.release(result)
-        self.offer(lane)
+        self._offer_or_look(lane)
+
+    def _offer_or_look(self, lane: Lane) -> None:
+        """A connect has ended. While it was under way, a lane whose breaker isn't closed read nothing to probe with."""
+        if lane.work():
+            self.offer(lane)
+        else:
+            self._look(lane)
 
     def _next(self, lane: Lane) -> Delivery:
         """Take the next delivery out of the lane."""
@@ -491,11 +498,11 @@ class Sender:
         lane.breaker.abandoned(delivery.probe)
         if lane.gone:
             self._lanes.memory.let_go(event)
-        elif delivery.is_first:
+            return
+        if delivery.is_first:
             lane.put_back(event)
             if lane.held:
                 self._let_queue_go(lane)
-            self.offer(lane)
         else:
             self._lanes.memory.let_go(event)
             run = lane.runs.get(delivery.run)
@@ -505,6 +512,7 @@ class Sender:
                 lane.retry_hands.discard((event.id, delivery.run))
                 lane.next_retry_at = 0.0
             self._look(lane)
+        self.offer(lane)  # what waited for its place in flight
 
 
 def _has_moved(lane: Lane, origin: Origin) -> bool:

@@ -2,14 +2,15 @@
 
 import pytest
 
+from dispatcher.domain.ordering import Ordering
 from dispatcher.engine.catchup import RELOOK_US, CatchUp, ReadGate
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.gaps import Gaps
 from dispatcher.engine.lane import RETRIES_MAX
 from dispatcher.engine.lanes import Lanes, Memory
-from dispatcher.ports import RetryPage
-from tests.engine.build import LIMITS, make_endpoint, make_retry
+from dispatcher.ports import Page, RetryPage
+from tests.engine.build import LIMITS, make_endpoint, make_event, make_retry
 from tests.engine.test_runs import spec
 
 
@@ -81,3 +82,46 @@ async def test_retries_that_a_look_did_not_bring_are_not_asked_for_again_at_once
     assert not await catch_up.read_retries()
     catch_up.look_again()
     assert (len(looks), catch_up.is_wanted, catch_up.next_at()) == (1, False, 1 + RELOOK_US / 1e6)
+
+
+@pytest.mark.parametrize("kind", ["account", "holes", "keys"])
+async def test_a_page_of_keyed_events_ends_at_a_young_id(kind):
+    """It has come since the head was read, and what is after it by the same key would go before it."""
+    page = Page([make_event(n, ordering_key="k") for n in (10, 11, 12)], [(), (), ()], full=False)
+
+    class Log:
+        async def account(self, *args) -> Page:
+            return page
+
+        async def holes(self, *args) -> list[Page]:
+            return [page]
+
+        keys = holes
+
+    lanes, gaps = Lanes(LIMITS, Memory(100, 10_000)), Gaps()
+    lane = lanes.add(make_endpoint(ordering=Ordering()), 0.0, live=False, cursor=9)
+    lane.keys.know([], [])
+    if kind != "account":
+        lane.cursor = 12
+    if kind == "holes":
+        lane.holes.add(10, 12)
+    if kind == "keys":
+        lane.keys.know([("k", 5)], [])
+        for event in page.events:
+            lanes.take(lane, event, 0.0)
+        lane.keys.release("k", 5)
+    catch_up = CatchUp(
+        Log(), lanes, Clock(lambda: 1.0), Counters(), gaps, ReadGate(), head=lambda: 12, offered=lambda lane: None, wake=lambda: None
+    )  # fmt: skip
+
+    async def read() -> None:
+        catch_up.look(lane)
+        await (catch_up.read_keys() if kind == "keys" else catch_up.read_lagging())
+
+    gaps.young[10] = 1.0
+    await read()
+    assert lane.queued() == 0
+    assert {"account": lane.cursor == 9, "holes": 10 in lane.holes, "keys": lane.keys.to_read(1) == [("k", 10)]}[kind]
+    gaps.found_young(10)  # by the head
+    await read()
+    assert ([event.id for event in lane.queue], lane.keys.held_back.count()) == ([10], 2)

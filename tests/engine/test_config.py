@@ -1,6 +1,7 @@
 """What an account is told of an endpoint's trouble: the beginning and the end of it, or neither, whatever the database does meanwhile."""
 
 import asyncio
+import math
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,7 +10,9 @@ import pytest
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.config import ConfigWatcher
 from dispatcher.engine.counters import Counters
-from dispatcher.ports import StoreAwayError
+from dispatcher.engine.lanes import Lanes, Memory
+from dispatcher.ports import ConfigChanges, StoreAwayError
+from tests.engine.build import LIMITS, make_endpoint, make_event
 
 SINCE = 1_700_000_000_000_000
 
@@ -126,3 +129,26 @@ async def test_a_recovery_while_that_fails_asks_for_the_end_only() -> None:
         await it.write()
     await it.write()
     assert it.store.told == ["recovered"]
+
+
+async def test_what_is_erased_is_let_go_of_also_while_a_read_hangs():
+    """It was kept until the read had been applied, and sent meanwhile, for as long as a lost connection went unnoticed."""
+
+    class Erased:
+        async def config_changes(self, *args: Any) -> ConfigChanges:
+            return ConfigChanges(2, 0, forget=[1])
+
+    lanes = Lanes(LIMITS, Memory(100, 10_000))
+    lane = lanes.add(make_endpoint(), 0.0, live=True, cursor=0)
+    lanes.take(lane, make_event(5), 0.0)
+    later: list[Any] = []
+    watcher = ConfigWatcher(
+        cast(Any, Erased()), lanes, cast(Any, SimpleNamespace(lease_until=math.inf)), Clock(), Counters(), seq=1, epoch=1,
+        endpoints=(), head=lambda: 9, changed=lambda lane: None, after_read=later.append,
+    )  # fmt: skip
+    await watcher.look()
+    assert (lane.queued(), lane.live, lane.cursor) == (0, False, 4)
+    lanes.take(lane, make_event(4), 0.0)  # by that read
+    for action in later:
+        action()
+    assert (lane.queued(), lane.cursor) == (0, 3)

@@ -8,6 +8,7 @@ from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.lanes import Lanes, Memory
 from dispatcher.engine.reader import CROWDS_S, POLL_S, POLLS_AT_ONCE, POLLS_BEFORE_SLEEP, Reader
+from dispatcher.ports import Holders, Page
 from tests.engine.build import LIMITS, make_endpoint, make_event
 
 
@@ -30,6 +31,57 @@ def test_what_came_late_waits_for_an_earlier_hole_of_a_lane_that_orders_by_key(o
         assert (offered, [event.id for event in lane.queue], 160 in lane.holes) == ([lane], [160], False)
     else:
         assert (offered, list(lane.queue), list(lane.holes)) == ([], [], [(67, 67), (160, 160)])
+
+
+@pytest.mark.parametrize("ordering", [None, Ordering()])
+@pytest.mark.parametrize("young", [150, 170])
+async def test_what_an_old_gap_brings_lets_the_young_ids_before_it_go_first(ordering, young):
+    """Both may have come since the young ones were read, and the later one of a key went first."""
+
+    class Log:
+        async def holders(self) -> Holders:
+            return Holders(frozenset(), frozenset())
+
+        async def probe(self, ranges, rows, size) -> list[Page]:
+            assert ranges == [(160, 160)]
+            return [Page([make_event(160, ordering_key="k")], [()], full=False)]
+
+    lanes = Lanes(LIMITS, Memory(100, 10_000))
+    lane = lanes.add(make_endpoint(ordering=ordering), 0.0, live=True, cursor=0)
+    if lane.keys is not None:
+        lane.keys.know([], [])
+    reader = Reader(
+        Log(), lanes, Clock(lambda: 1.0), Counters(), offered=lambda lane: None, position=lambda: 200, configured=None,
+        doorbell=False, poll_s=1.0, gate=ReadGate(),
+    )  # fmt: skip
+    reader.head = 200
+    reader.gaps.restore([(160, 160)])
+    reader.gaps.young[young] = 1.0
+    reader._rung = False
+    assert await reader._read_gaps()
+    if ordering is not None and young < 160:
+        assert (lane.queued(), list(lane.holes), reader._rung) == (0, [(160, 160)], True)
+    else:
+        assert (lane.queued(), list(lane.holes)) == (1, [])
+
+
+def test_what_comes_late_goes_next_of_its_key_however_full_its_lane_is():
+    """As a hole it waited for room, and what its key held back went before it."""
+    lanes = Lanes(LIMITS, Memory(100, 10_000))
+    lane = lanes.add(make_endpoint(ordering=Ordering()), 0.0, live=True, cursor=0)
+    lane.keys.know([], [])
+    reader = Reader(
+        None, lanes, Clock(lambda: 1.0), Counters(), offered=lambda lane: None, position=lambda: 0, configured=None,
+        doorbell=False, poll_s=1.0, gate=ReadGate(),
+    )  # fmt: skip
+    for n in range(LIMITS.queue_max):
+        lanes.take(lane, make_event(100 + n, ordering_key=f"k{n}"), 1.0)
+    lanes.take(lane, make_event(150, ordering_key="k0"), 1.0)
+    assert not lane.takes(1.0)
+    reader._found(make_event(120, ordering_key="k0"), (), 1.0)
+    lane.keys.release("k0", 100)
+    assert lane.keys.to_read(1) == [("k0", 120)]
+    assert (lane.live, list(lane.holes), list(lane.keys.held_back)) == (True, [], [(120, 120), (150, 150)])
 
 
 async def test_with_the_doorbell_off_it_polls_as_it_does_with_it_on_before_it_would_sleep(monkeypatch):

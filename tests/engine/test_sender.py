@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from dispatcher.domain.breaker import BreakerState
 from dispatcher.domain.ordering import Ordering
+from dispatcher.domain.outcome import Fault, Outcome
+from dispatcher.domain.run import ORIGINAL
 from dispatcher.domain.url import Origin, Target
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
@@ -53,7 +56,7 @@ class Bench:
         self.recorder = Recorder(
             None, self.lanes, clock, counters, epoch=1, position=0, rows_max=5_000, wait_s=0.01, unrecorded_max=4
         )
-        self.transport = MemoryTransport(Limits(), lambda origin: self.receivers[origin.host])
+        self.transport = MemoryTransport(Limits(connect_s=10.0), lambda origin: self.receivers[origin.host])
         self.sender = Sender(
             self.transport, self.lanes, self.recorder, clock, counters, slots=10, rng=random.Random(1), look=self._look,
             disable=lambda lane, reason: None, failing=lambda lane, was_us: None, tell_failing=lambda lane: None,
@@ -88,6 +91,23 @@ async def test_a_lane_that_waited_for_a_token_is_looked_at_when_retry_after_is_o
     assert bench.looked == [pytest.approx(3.1)]
 
 
+@virtual
+async def test_a_lane_that_is_behind_reads_on_when_the_last_connect_has_ended():
+    """Its breaker's wait was over before, and while it connects it reads nothing to probe with: nobody looked again, it stood still for ever."""
+    refused = Dial(0.1, Outcome(Fault.CONNECT))
+    bench = Bench(("a.test", Scripted(dials=[refused, refused, refused, Dial(8.0, Outcome(Fault.CONNECT))])))
+    bench.lane.in_flight_limit = 4
+    bench.offer(1, 2, 3, 4, 5)
+    await asyncio.sleep(7.0)
+    assert (bench.lane.live, bench.lane.connecting, bench.lane.breaker.state) == (False, 1, BreakerState.OPEN)
+    assert bench.lane.breaker.until == pytest.approx(5.1)
+    assert not bench.lane.accepts(7.0)
+    bench.looked.clear()
+    await asyncio.sleep(1.5)
+    assert bench.lane.accepts(8.5)
+    assert bench.looked == [pytest.approx(8.0)]
+
+
 @pytest.mark.parametrize("first", [Reply(204), Reply(204, then="stale")], ids=["first", "once more"])
 def test_no_request_goes_to_the_old_host_when_the_url_has_changed(first):
     @virtual
@@ -109,6 +129,26 @@ def test_no_request_goes_to_the_old_host_when_the_url_has_changed(first):
         assert bench.lane.connecting == 0
 
     run()
+
+
+@virtual
+async def test_what_waited_for_a_retry_that_is_put_back_goes_on():
+    """A retry on a stale connection, and no new one to its URL: nobody offered what was queued behind it."""
+    old, new = Scripted(Reply(204, then="stale")), Scripted()
+    bench = Bench(("old.test", old), ("new.test", new), in_flight_max=1)
+    bench.offer(1)
+    await asyncio.sleep(0.1)
+    old.next_dial = Dial(1.0)
+    retry = DueRetry(make_event(2), ORIGINAL, 2, 0)
+    bench.lanes.memory.hold(retry.event)
+    bench.lane.retries.append(retry)
+    bench.sender.offer(bench.lane)
+    await asyncio.sleep(0.1)
+    bench.offer(3)
+    assert (bench.lane.in_flight, bench.lane.queued()) == (1, 1)
+    bench.lanes.configure(replace(bench.lane.endpoint, target=target_of("new.test")), 0.0, 0)
+    await asyncio.sleep(2.0)
+    assert (len(old.requests), len(new.requests), bench.lane.queued()) == (1, 1, 0)
 
 
 @virtual

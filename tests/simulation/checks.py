@@ -164,9 +164,16 @@ class Checker:
         return None
 
     def _holes_max(self) -> int:
-        """How many holes a lane's row may have, and after a start its memory: with those late in hand, and held back by their keys."""
+        """How many holes a lane's row may have, and after a start its memory: with those late in hand, also what was read ahead, and those
+        held back by their keys."""
         settings = self.world.plan.settings
-        hands_max = settings.queue_events_max + settings.in_flight_max + settings.unrecorded_max + settings.slots
+        hands_max = (
+            settings.queue_events_max
+            + settings.in_flight_max
+            + settings.unrecorded_max
+            + settings.slots
+            + lane.URGENT_MAX
+        )
         return lane.HOLES_MAX + keys.HELD_BACK_MAX + hands_max
 
     def invariant(self, event_ids: Iterable[int] | None = None) -> None:
