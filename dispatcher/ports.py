@@ -51,6 +51,17 @@ class Page:
 
 
 @dataclass(slots=True)
+class Summary:
+    """`events` of a type that an account has in the `n`-th range, from 0. `urgent`: some have priority."""
+
+    n: int
+    account_id: str
+    event_type: str
+    events: int
+    urgent: bool
+
+
+@dataclass(slots=True)
 class HeadPage(Page):
     """`events` holds ids of the young gaps that have appeared, then ids above the head. `last_id`: the last id handed out, read after
     this page's snapshot: so it bounds the *next* page, and the pages need one round trip each instead of two. `config_seq`: the newest
@@ -258,8 +269,13 @@ class Store(Protocol):
 
     async def holders(self) -> Holders: ...
 
-    async def probe(self, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int) -> list[Page]:
-        """Read ranges of ids, each from its low end; a page beyond the bounds comes back empty and full."""
+    async def probe(
+        self, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int, accounts: Sequence[str] | None = None
+    ) -> list[Page]:
+        """Read ranges of ids, each from its low end, of all accounts or of some; a page beyond the bounds comes back empty and full."""
+
+    async def summary(self, ranges: Sequence[tuple[int, int]]) -> list[Summary]:
+        """Tell what is in ranges of ids, by range, account and type."""
 
     async def account(
         self, account_id: str, after: int, upto: int, types: Sequence[str] | None, limit: int, bytes_max: int

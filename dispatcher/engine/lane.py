@@ -282,6 +282,12 @@ class Lane:
         if event.priority is not None and event.priority > 0:
             self.look_ahead(event.id - 1)
 
+    def passed_by_many(self, events: int, after: int, *, urgent: bool) -> None:
+        """Count events above `after`, of types that it wants, that it will read for itself; so many at most, if it has filters."""
+        self.backlog += events
+        if urgent:
+            self.look_ahead(after)
+
     def look_ahead(self, after: int) -> None:
         """There may be events with priority above `after` to read before all others."""
         self.urgent_after = after if self.urgent_after is None else min(self.urgent_after, after)

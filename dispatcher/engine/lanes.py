@@ -158,10 +158,14 @@ class Lanes:
         if not fresh:
             return
         since = min(s.since_id for s in fresh)
-        lane.fall_behind(head)
-        lane.go_back(since)
-        self.unsettled[lane] = None
+        self.go_back(lane, since, head)
         self.taking_up.update(s.id for s in fresh)
+
+    def go_back(self, lane: Lane, after: int, head: int) -> None:
+        """Make a lane read again what lies above `after`."""
+        lane.fall_behind(head)
+        lane.go_back(after)
+        self.unsettled[lane] = None
 
     def remove(self, endpoint_id: int) -> Lane | None:
         """Forget a deleted endpoint. POSTs in flight still end and are recorded."""

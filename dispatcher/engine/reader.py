@@ -14,7 +14,7 @@ saw may predate the commit, and only the lane's hands say then that an event is 
 """
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from math import inf
 
@@ -24,10 +24,10 @@ from dispatcher.domain.event import Event
 from dispatcher.engine.catchup import PAGE_ROWS, READ_BYTES_MAX, CatchUp, ReadGate
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
-from dispatcher.engine.gaps import Gaps
+from dispatcher.engine.gaps import Gaps, Look
 from dispatcher.engine.lane import Lane
-from dispatcher.engine.lanes import Lanes
-from dispatcher.ports import HeadPage, Started, Store
+from dispatcher.engine.lanes import CROWD, Lanes
+from dispatcher.ports import HeadPage, Page, Started, Store
 
 _log = structlog.get_logger(room="reader")
 
@@ -80,6 +80,7 @@ class Reader:
         self._crowds_at = 0.0  # when to look for one again
         self._wake = asyncio.Event()
         self._rung = True  # the head must be read
+        self._head_first = False  # … before anything else
         self._rings = 0
         self._rings_since = 0.0
         self._gate = gate
@@ -277,6 +278,7 @@ class Reader:
         self.gaps.passed(old_head, self.head, above, now)
         self.gaps.age(now)
         self._last_id = max(self._last_id, page.last_id)
+        self._head_first = self._head_first and more
         self._counters.events_read += applied
         return more
 
@@ -334,7 +336,9 @@ class Reader:
     async def _head_room(self) -> int:
         """Return how many rows the head may bring; 0 at the memory bound."""
         memory = self._lanes.memory
-        least = min(HEAD_ROWS, memory.events_max) // 4  # a read for a handful of rows costs what one for hundreds costs
+        least = max(
+            1, min(HEAD_ROWS, memory.events_max) // 4
+        )  # a read for a handful of rows costs what one for hundreds costs
         room = 0 if memory.is_full else memory.events_max - memory.events
         if room >= least:
             return min(self._head_rows, room)
@@ -358,6 +362,8 @@ class Reader:
     async def _read_other(self) -> bool:
         """Read one page of one other kind, the kinds taking turns; return whether it brought something or there is more."""
         self.catch_up.look_again()
+        if self._head_first:
+            return False  # it had no room
         for _ in range(len(self._others)):
             read = self._others[0]
             self._others.rotate(-1)
@@ -377,18 +383,64 @@ class Reader:
         looks = self.gaps.looks()
         if not looks or self._lanes.memory.is_full:
             return False
+        if looks[0].sums:
+            return await self._sum_up(looks)
         self._gate.begin()
         pages = await self._store.probe([(look.low, look.high) for look in looks], PAGE_ROWS, READ_BYTES_MAX)
+        for look, page in zip(looks, pages, strict=True):
+            self.gaps.looked(look, [event.id for event in page.events], page.full)
+        came = self._found_all(pages)
+        self._counters.gap_reads += 1
+        self._gate.applied()
+        return came
+
+    def _found_all(self, pages: Sequence[Page]) -> bool:
         now, unread_from = self._clock.now(), min(self.gaps.young, default=inf)
         came = False
-        for look, page in zip(looks, pages, strict=True):
+        for page in pages:
             assert page.attempted is not None
-            self.gaps.looked(look, [event.id for event in page.events], page.full)
             for event, skip in zip(page.events, page.attempted, strict=True):
                 came = True
                 self._found(event, skip, now, unread_from)
         if came and unread_from < inf:
-            self._rung = True  # the head is read before what was passed over for them
-        self._counters.gap_reads += 1
-        self._gate.applied()
+            self._rung = self._head_first = True  # it is read before what was passed over for it
         return came
+
+    async def _sum_up(self, looks: Sequence[Look]) -> bool:
+        """Look at what one large transaction left, all of which has come. A lane that has a crowd of it, or is behind anyway, reads it for
+        itself; the rest comes by its rows, and what nobody wants not at all."""
+        ranges = [(look.low, look.high) for look in looks]
+        self._gate.begin()
+        groups = await self._store.summary(ranges)
+        wanted = [
+            (group, lane)
+            for group in groups
+            for lane, since_id, until_id, _ in self._lanes.routes(group.account_id, group.event_type)
+            if since_id < ranges[group.n][1] and until_id >= ranges[group.n][0]
+        ]
+        of_lane = Counter[Lane]()
+        for group, lane in wanted:
+            of_lane[lane] += group.events
+        crowds = [lane for lane, events in of_lane.items() if events > CROWD]
+        by_rows = {
+            group.account_id for group, lane in wanted
+            if of_lane[lane] <= CROWD and (lane.live or lane.cursor >= ranges[group.n][0])
+        }  # fmt: skip
+        pages = await self._store.probe(ranges, PAGE_ROWS, READ_BYTES_MAX, sorted(by_rows)) if by_rows else []
+        self._counters.gap_reads += 1
+        if any(page.full for page in pages):
+            self.gaps.by_rows(looks)
+        else:
+            first = min(low for low, _ in ranges)
+            for lane in crowds:
+                if not lane.gone and (lane.live or lane.cursor >= first):
+                    self._lanes.go_back(lane, first - 1, self.head)
+            for group, lane in wanted:
+                if group.account_id not in by_rows:
+                    lane.passed_by_many(group.events, ranges[group.n][0] - 1, urgent=group.urgent)
+                self.catch_up.look(lane)
+            for n, look in enumerate(looks):
+                self.gaps.summed(look, sum(group.events for group in groups if group.n == n))
+            self._found_all(pages)
+        self._gate.applied()
+        return bool(groups)

@@ -38,6 +38,7 @@ from dispatcher.ports import (
     RunPage,
     Started,
     StoreAwayError,
+    Summary,
 )
 from dispatcher.store import standby
 from dispatcher.store.credentials import shape_of
@@ -237,11 +238,28 @@ class MemoryStore:
     async def holders(self) -> Holders:
         return await self._call("reader", "holders", lambda _: self._database.holders())
 
-    async def probe(self, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int) -> list[Page]:
-        return await self._call("reader", "probe", lambda _: self._ranges(None, ranges, limit, bytes_max))
+    async def probe(
+        self, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int, accounts: Sequence[str] | None = None
+    ) -> list[Page]:
+        return await self._call("reader", "probe", lambda _: self._ranges(accounts, ranges, limit, bytes_max))
+
+    async def summary(self, ranges: Sequence[tuple[int, int]]) -> list[Summary]:
+        def work(_: Connection) -> list[Summary]:
+            tables = self._database.tables
+            groups: dict[tuple[int, str, str], Summary] = {}
+            for n, (low, high) in enumerate(ranges):
+                for row in tables.between(low, high, len(tables.ids)):
+                    group = groups.setdefault(
+                        (n, row.account_id, row.type), Summary(n, row.account_id, row.type, 0, False)
+                    )
+                    group.events += 1
+                    group.urgent = group.urgent or (row.priority or 0) > 0
+            return list(groups.values())
+
+        return await self._call("reader", "summary", work)
 
     async def holes(self, account_id: str, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int) -> list[Page]:
-        return await self._call("reader", "holes", lambda _: self._ranges(account_id, ranges, limit, bytes_max))
+        return await self._call("reader", "holes", lambda _: self._ranges([account_id], ranges, limit, bytes_max))
 
     async def account(
         self, account_id: str, after: int, upto: int, types: Sequence[str] | None, limit: int, bytes_max: int
@@ -351,11 +369,14 @@ class MemoryStore:
         await self._call("reader", "disarm_doorbell", self._database.doorbell_lock.give_back)
 
     def _ranges(
-        self, account_id: str | None, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int
+        self, accounts: Sequence[str] | None, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int
     ) -> list[Page]:
         tables = self._database.tables
         found = [
-            (n, row) for n, (low, high) in enumerate(ranges) for row in tables.between(low, high, limit, account_id)
+            (n, row)
+            for n, (low, high) in enumerate(ranges)
+            for row in tables.between(low, high, len(tables.ids))
+            if accounts is None or row.account_id in accounts
         ]
         return self._dealt(found, len(ranges), limit, bytes_max)
 

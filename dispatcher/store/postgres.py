@@ -47,6 +47,7 @@ from dispatcher.ports import (
     RunRow,
     Started,
     StoreAwayError,
+    Summary,
 )
 from dispatcher.settings import Settings
 from dispatcher.store import standby
@@ -315,10 +316,17 @@ class PgStore:
             frozenset(row["holder"] for row in rows if row["prepared"]),
         )
 
-    async def probe(self, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int) -> list[Page]:
+    async def probe(
+        self, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int, accounts: Sequence[str] | None = None
+    ) -> list[Page]:
         lows, highs = [low for low, _ in ranges], [high for _, high in ranges]
-        rows = await self._reader.run(lambda c: c.fetch(SQL.probe, lows, highs, limit, bytes_max))
+        rows = await self._reader.run(lambda c: c.fetch(SQL.probe, lows, highs, limit, bytes_max, accounts))
         return self._paged(rows, len(ranges), limit, bytes_max)
+
+    async def summary(self, ranges: Sequence[tuple[int, int]]) -> list[Summary]:
+        lows, highs = [low for low, _ in ranges], [high for _, high in ranges]
+        rows = await self._reader.run(lambda c: c.fetch(SQL.summary, lows, highs))
+        return [Summary(row[0] - 1, *row[1:]) for row in rows]
 
     async def holes(self, account_id: str, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int) -> list[Page]:
         lows, highs = [low for low, _ in ranges], [high for _, high in ranges]

@@ -15,7 +15,7 @@ import pytest
 
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.engine import gaps as gaps_module
-from dispatcher.engine.gaps import Barrier, Gaps, Look
+from dispatcher.engine.gaps import LOOK_IDS_MAX, SUMMARY_IDS_MAX, Barrier, Gaps, Look
 from dispatcher.ports import Holders
 
 SEEDS = range(1_000)
@@ -661,4 +661,37 @@ def test_what_one_large_transaction_left_takes_turns_with_a_neighbours_late_even
     gaps.note_holders(holders("load neighbour"), now=0.1)
     gaps.note_holders(holders(), now=0.3)  # both at once
     first = {asked(gaps)[0] for _ in range(2)}
-    assert first == {(1, 20_000), (200_001, 200_250 - 1)}, "each begins every other look"
+    assert first == {(1, SUMMARY_IDS_MAX), (200_001, 200_250 - 1)}, "each begins every other look"
+
+
+def test_a_summary_closes_what_one_large_transaction_left():
+    gaps = closing(1, SUMMARY_IDS_MAX + LOOK_IDS_MAX)
+    (look,) = gaps.looks()
+    assert (look.low, look.high, look.sums) == (1, SUMMARY_IDS_MAX, True)
+    gaps.summed(look, 7)
+    assert (spans(gaps), gaps.closed_ids) == (
+        [(SUMMARY_IDS_MAX + 1, SUMMARY_IDS_MAX + LOOK_IDS_MAX)],
+        SUMMARY_IDS_MAX - 7,
+    )
+
+
+def test_where_a_summary_is_no_use_its_range_is_read_by_rows_and_the_next_is_summed_up():
+    gaps = closing(1, 2 * LOOK_IDS_MAX)
+    looks = gaps.looks()
+    gaps.by_rows(looks)
+    for found in ([5, 200], [300, SUMMARY_IDS_MAX]):
+        (look,) = gaps.looks()
+        assert (look.high, look.sums) == (SUMMARY_IDS_MAX, False)
+        gaps.looked(look, found, full=found[-1] < SUMMARY_IDS_MAX)
+    (look,) = gaps.looks()
+    assert (look.low, look.high, look.sums) == (SUMMARY_IDS_MAX + 1, 2 * SUMMARY_IDS_MAX, True)
+
+
+def test_what_may_still_come_is_not_summed_up():
+    """Who reads it for himself passes what has not come yet."""
+    gaps = Gaps()
+    gaps.restore([(1, 2 * LOOK_IDS_MAX)])
+    gaps.note_holders(holders("load other"), now=0.0)
+    gaps.note_holders(holders("load"), now=0.1)
+    (look,) = gaps.looks()
+    assert (look.high, look.closes, look.sums) == (LOOK_IDS_MAX, False, False)

@@ -1,14 +1,18 @@
 """The reader's decisions about one event, without a store."""
 
+from typing import Any
+
 import pytest
 
+from dispatcher.domain.endpoint import Endpoint
 from dispatcher.domain.ordering import Ordering
 from dispatcher.engine.catchup import ReadGate
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
+from dispatcher.engine.lane import Lane
 from dispatcher.engine.lanes import Lanes, Memory
 from dispatcher.engine.reader import CROWDS_S, POLL_S, POLLS_AT_ONCE, POLLS_BEFORE_SLEEP, Reader
-from dispatcher.ports import Holders, Page
+from dispatcher.ports import HeadPage, Holders, Page, Summary
 from tests.engine.build import LIMITS, make_endpoint, make_event
 
 
@@ -46,6 +50,10 @@ async def test_what_an_old_gap_brings_lets_the_young_ids_before_it_go_first(orde
             assert ranges == [(160, 160)]
             return [Page([make_event(160, ordering_key="k")], [()], full=False)]
 
+        async def holes(self, account, ranges, rows, size) -> list[Page]:
+            assert ranges == [(150, 150), (160, 160)]
+            return [Page([make_event(n, ordering_key="k")], [()], full=False) for n, _ in ranges]
+
     lanes = Lanes(LIMITS, Memory(100, 10_000))
     lane = lanes.add(make_endpoint(ordering=ordering), 0.0, live=True, cursor=0)
     if lane.keys is not None:
@@ -61,6 +69,11 @@ async def test_what_an_old_gap_brings_lets_the_young_ids_before_it_go_first(orde
     assert await reader._read_gaps()
     if ordering is not None and young < 160:
         assert (lane.queued(), list(lane.holes), reader._rung) == (0, [(160, 160)], True)
+        assert not await reader._read_other(), "the head has had no room yet"
+        reader._apply_head(HeadPage([make_event(150, ordering_key="k")], None, False, 200, 0))
+        assert list(lane.holes) == [(150, 150), (160, 160)]
+        await reader._read_other()
+        assert (lane.queued(), lane.queue[0].id) == (1, 150)
     else:
         assert (lane.queued(), list(lane.holes)) == (1, [])
 
@@ -82,6 +95,83 @@ def test_what_comes_late_goes_next_of_its_key_however_full_its_lane_is():
     lane.keys.release("k0", 100)
     assert lane.keys.to_read(1) == [("k0", 120)]
     assert (lane.live, list(lane.holes), list(lane.keys.held_back)) == (True, [], [(120, 120), (150, 150)])
+
+
+class Load:
+    """Ten ids of a transaction, all of which has come; nobody asks for its rows without a need."""
+
+    def __init__(self, *groups: Summary, rows: Page | None = None) -> None:
+        self.groups, self.rows = list(groups), rows
+        self.asked: list[Any] = []
+
+    async def holders(self) -> Holders:
+        return Holders(frozenset(), frozenset())
+
+    async def summary(self, ranges) -> list[Summary]:
+        assert ranges == [(101, 110)]
+        return self.groups
+
+    async def probe(self, ranges, rows, size, accounts=None) -> list[Page]:
+        self.asked.append(accounts)
+        return [self.rows]
+
+
+async def look_at(
+    log: Load, monkeypatch: pytest.MonkeyPatch, *endpoints: Endpoint, cursor: int = 200
+) -> tuple[Reader, list[Lane]]:
+    monkeypatch.setattr("dispatcher.engine.gaps.LOOK_IDS_MAX", 5)
+    monkeypatch.setattr("dispatcher.engine.reader.CROWD", 4)
+    lanes = Lanes(LIMITS, Memory(100, 10_000))
+    added = [lanes.add(endpoint, 0.0, live=cursor == 200, cursor=cursor) for endpoint in endpoints]
+    reader = Reader(
+        log, lanes, Clock(lambda: 1.0), Counters(), offered=lambda lane: None, position=lambda: 200, configured=None,
+        doorbell=False, poll_s=1.0, gate=ReadGate(),
+    )  # fmt: skip
+    reader.head = 200
+    reader.gaps.restore([(101, 110)])
+    assert await reader._read_gaps()
+    return reader, added
+
+
+async def test_a_lane_that_has_a_crowd_of_a_large_transaction_reads_it_for_itself(monkeypatch):
+    log = Load(Summary(0, "acc", "a.b", 5, False), Summary(0, "nobody", "a.b", 5, False))
+    reader, [lane] = await look_at(log, monkeypatch, make_endpoint())
+    assert (lane.live, lane.cursor, lane.backlog, lane in reader._lanes.unsettled) == (False, 100, 5, True)
+    assert (list(reader.gaps), log.asked, reader.catch_up.is_wanted) == ([], [], True)
+
+
+async def test_a_lane_that_is_behind_a_large_transaction_reads_it_anyway(monkeypatch):
+    log = Load(Summary(0, "acc", "a.b", 2, True))
+    reader, [lane] = await look_at(log, monkeypatch, make_endpoint(), cursor=50)
+    assert (lane.cursor, lane.backlog) == (50, 2)
+    assert (list(reader.gaps), log.asked) == ([], [])
+    lane.urgent_after = None
+    lane.passed_by_many(3, 100, urgent=True)
+    assert (lane.backlog, lane.urgent_after) == (5, 100)
+
+
+async def test_who_has_little_of_a_large_transaction_gets_it_by_its_rows(monkeypatch):
+    """Gone back for two events, ten thousand lanes would be behind, and their fresh events with them."""
+    log = Load(
+        Summary(0, "acc", "a.b", 2, False), Summary(0, "acc", "c.d", 8, False),
+        rows=Page([make_event(101), make_event(102), make_event(103, event_type="c.d")], [(), (), ()], full=False),
+    )  # fmt: skip
+    reader, [few, many] = await look_at(log, monkeypatch, make_endpoint(1, "a.b"), make_endpoint(2, "c.d"))
+    assert (few.live, [event.id for event in few.queue], few.late) == (True, [101, 102], {101, 102})
+    assert (many.live, many.cursor, many.queued()) == (False, 100, 0)
+    assert (list(reader.gaps), log.asked) == ([], [["acc"]])
+
+
+async def test_what_too_many_have_little_of_is_read_by_its_rows(monkeypatch):
+    log = Load(Summary(0, "acc", "a.b", 2, False), Summary(0, "other", "a.b", 8, False))
+    log.rows = Page([make_event(101)], [()], full=True)
+    reader, [few, many] = await look_at(log, monkeypatch, make_endpoint(1), make_endpoint(2, account_id="other"))
+    assert (few.queued(), many.live) == (0, True), "nothing has been done yet"
+    for found, full in (([101], True), ([102], False), ([109], False)):
+        log.rows = Page([make_event(n) for n in found], [()] * len(found), full=full)
+        assert await reader._read_gaps()
+    assert [event.id for event in few.queue] == [101, 102, 109]
+    assert (log.asked, list(reader.gaps)) == ([["acc"], None, None, None], [])
 
 
 async def test_with_the_doorbell_off_it_polls_as_it_does_with_it_on_before_it_would_sleep(monkeypatch):

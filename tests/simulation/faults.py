@@ -83,7 +83,17 @@ def _full_look_is_the_end(self: Gaps, look: Look, found: list[int], full: bool) 
     _looked(self, look, found, full and not look.closes)
 
 
-_looked, _cut = Gaps.looked, memory._cut
+def _sum_up_in_any_case(self: Gaps, looks: Any) -> None:
+    for look in looks:
+        self.summed(look, 0)
+
+
+def _go_back_when_behind(self: Lanes, lane: Lane, after: int, head: int) -> None:
+    if not lane.live:
+        _go_back(self, lane, after, head)
+
+
+_looked, _cut, _go_back = Gaps.looked, memory._cut, Lanes.go_back
 
 
 # ── the checkpoint ──
@@ -338,7 +348,7 @@ FAULTS = [
     Fault(
         "lose the recorder's last flush", [(Recorder, "stop", _stop_without_flush)], "were answered, and not recorded"
     ),
-    Fault("release a batch while a read is under way", [(ReadGate, "after", _after_at_once)], "second time", seed=69),
+    Fault("release a batch while a read is under way", [(ReadGate, "after", _after_at_once)], "second time", seed=10),
     Fault("forget what is in hand", [(CatchUp, "_is_due", _is_due_in_hand_or_not)], "second time", seed=65),
     Fault("forget what has an attempt", [(CatchUp, "_is_due", _is_due_attempted_or_not)], "second time"),
     Fault(
@@ -354,6 +364,12 @@ FAULTS = [
         "neither",
         needs=frozenset({"subscriptions"}),
         seed=5_421,
+    ),
+    Fault(
+        "take what nobody reads for himself as summed up", [(Gaps, "by_rows", _sum_up_in_any_case)], "neither", seed=28
+    ),
+    Fault(
+        "leave a lane at the head when it is to go back", [(Lanes, "go_back", _go_back_when_behind)], "neither", seed=41
     ),
     Fault("go on after the server lost its memory", [(MemoryStore, "_connection", _connection_of_any_life)], ""),
     Fault(
@@ -417,7 +433,10 @@ FAULTS = [
     Fault("keep events in memory", [(Memory, "let_go", _let_go_of_some)], "events"),
     Fault("call nobody when a share has room", [(Sender, "_call_next", _call_nobody)], "not settled"),
     Fault(
-        "forget who waits for more than a token", [(Sender, "_on_timer", _on_timer_as_it_was)], "not settled", seed=969
+        "forget who waits for more than a token",
+        [(Sender, "_on_timer", _on_timer_as_it_was)],
+        "not settled",
+        seed=1_533,
     ),
     Fault("send though its key is held", [(Keys, "holds", lambda self, key: False)], "by key", frozenset({"ordering"})),
     Fault(

@@ -269,6 +269,21 @@ async def test_probe_reads_several_ranges(world: World, store: Store) -> None:
     assert await store.probe([], MANY, HUGE) == []
 
 
+async def test_a_summary_tells_who_has_what_in_ranges(world: World, store: Store) -> None:
+    for account_id, event_type, priority in (
+        ("a", "x.y", None), ("b", "x.y", 0), ("a", "x.y", 3), ("a", "x.z", None), ("b", "x.y", -1), ("b", "x.y", 1),
+    ):  # fmt: skip
+        await world.insert(account_id=account_id, type=event_type, priority=priority)
+    groups = await store.summary([(2, 5), (6, 9), (20, 30)])
+    assert sorted((g.n, g.account_id, g.event_type, g.events, g.urgent) for g in groups) == [
+        (0, "a", "x.y", 1, True), (0, "a", "x.z", 1, False), (0, "b", "x.y", 2, False), (1, "b", "x.y", 1, True),
+    ]  # fmt: skip
+    assert await store.summary([]) == []
+    pages = await store.probe([(1, 4), (5, 9)], MANY, HUGE, ["a", "nobody"])
+    assert [ids(page) for page in pages] == [[1, 3, 4], []]
+    assert await store.probe([(1, 9)], MANY, HUGE, []) == [Page([], [], full=False)]
+
+
 async def test_ranges_share_one_bound(world: World, store: Store) -> None:
     await world.insert(10)  # payloads of 3 stored bytes
     ranges = [(2, 4), (6, 7), (9, 9)]

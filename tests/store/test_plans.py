@@ -50,7 +50,8 @@ STATEMENTS: dict[str, tuple[str, str, int]] = {
     # The young ids of head are looked for in every partition: `= ANY ($n)` of a generic plan isn't pruned. 0.1 ms at 30; LATERAL costs the same.
     "head": ("bigint, bigint, bigint, bigint[]", f"{HEAD - 200}, {LIMIT}, {BYTES}, '{{}}'", 2),
     "head_attempted": ("bigint, bigint, bigint, bigint[]", f"{HEAD - 200}, {LIMIT}, {BYTES}, '{{}}'", 2),
-    "probe": ("bigint[], bigint[], bigint, bigint", f"{NEAR}, {LIMIT}, {BYTES}", 1),
+    "probe": ("bigint[], bigint[], bigint, bigint, text[]", f"{NEAR}, {LIMIT}, {BYTES}, NULL", 1),
+    "summary": ("bigint[], bigint[]", f"{NEAR}", 1),
     "holes": ("text, bigint[], bigint[], bigint, bigint", f"'a5', {NEAR}, {LIMIT}, {BYTES}", 1),
     "account": ("text, bigint, bigint, text[], bigint, bigint", f"'a5', {HEAD - 300}, {HEAD}, NULL, {LIMIT}, {BYTES}", 1),
     "urgent": ("text, bigint, bigint, bigint, bigint", f"'a5', {HEAD - 300}, {HEAD}, {LIMIT}, {BYTES}", 1),
@@ -67,6 +68,7 @@ STATEMENTS: dict[str, tuple[str, str, int]] = {
 }  # fmt: skip
 RETURNED = {
     "probe": 12,
+    "summary": 12,
     "holes": 2,
     "account": 30,
     "urgent": 15,
