@@ -426,9 +426,13 @@ class Reader:
             group.account_id for group, lane in wanted
             if of_lane[lane] <= CROWD and (lane.live or lane.cursor >= ranges[group.n][0])
         }  # fmt: skip
-        pages = await self._store.probe(ranges, PAGE_ROWS, READ_BYTES_MAX, sorted(by_rows)) if by_rows else []
+        too_many = sum(group.events for group in groups if group.account_id in by_rows) >= PAGE_ROWS
+        pages: list[Page] = []
+        if by_rows and not too_many:
+            pages = await self._store.probe(ranges, PAGE_ROWS, READ_BYTES_MAX, sorted(by_rows))
+            too_many = any(page.full for page in pages)
         self._counters.gap_reads += 1
-        if any(page.full for page in pages):
+        if too_many:
             self.gaps.by_rows(looks)
         else:
             first = min(low for low, _ in ranges)

@@ -162,16 +162,19 @@ async def test_who_has_little_of_a_large_transaction_gets_it_by_its_rows(monkeyp
     assert (list(reader.gaps), log.asked) == ([], [["acc"]])
 
 
-async def test_what_too_many_have_little_of_is_read_by_its_rows(monkeypatch):
+@pytest.mark.parametrize("bound", ["rows", "bytes"])
+async def test_what_too_many_have_little_of_is_read_by_its_rows(bound, monkeypatch):
+    monkeypatch.setattr("dispatcher.engine.reader.PAGE_ROWS", 2 if bound == "rows" else 200)
     log = Load(Summary(0, "acc", "a.b", 2, False), Summary(0, "other", "a.b", 8, False))
     log.rows = Page([make_event(101)], [()], full=True)
     reader, [few, many] = await look_at(log, monkeypatch, make_endpoint(1), make_endpoint(2, account_id="other"))
     assert (few.queued(), many.live) == (0, True), "nothing has been done yet"
+    assert len(log.asked) == (bound == "bytes")
     for found, full in (([101], True), ([102], False), ([109], False)):
         log.rows = Page([make_event(n) for n in found], [()] * len(found), full=full)
         assert await reader._read_gaps()
     assert [event.id for event in few.queue] == [101, 102, 109]
-    assert (log.asked, list(reader.gaps)) == ([["acc"], None, None, None], [])
+    assert (log.asked[-3:], list(reader.gaps)) == ([None] * 3, [])
 
 
 async def test_with_the_doorbell_off_it_polls_as_it_does_with_it_on_before_it_would_sleep(monkeypatch):
