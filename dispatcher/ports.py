@@ -330,8 +330,6 @@ class Store(Protocol):
 
     async def disable_endpoint(self, endpoint_id: int, reason: str, failing_since_us: int | None) -> None: ...
 
-    async def wall_us(self) -> int: ...
-
 
 # ── partitions ──
 

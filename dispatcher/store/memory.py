@@ -554,9 +554,6 @@ class MemoryStore:
             self._hang_up(connection)
             raise StoreAwayError(f"config: {lock} is locked for longer than the lock timeout")
 
-    async def wall_us(self) -> int:
-        return await self._call("config", "wall", lambda _: self._database.now_us())
-
     def _endpoints(self, ids: Iterable[int]) -> list[Endpoint]:
         tables = self._database.tables
         of_endpoint: defaultdict[int, list[Subscription]] = defaultdict(list)

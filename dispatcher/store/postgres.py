@@ -574,9 +574,6 @@ class PgStore:
         since = None if failing_since_us is None else from_us(failing_since_us)
         await self._config.run(lambda c: c.execute(SQL.disable_endpoint, endpoint_id, reason, since, self._epoch))
 
-    async def wall_us(self) -> int:
-        return to_us(await self._config.run(lambda c: c.fetchval(SQL.wall)))
-
     def _endpoints(self, rows: Sequence[Any], run_rows: Sequence[Any]) -> list[Endpoint]:
         runs: defaultdict[int, list[Run]] = defaultdict(list)
         for row in run_rows:

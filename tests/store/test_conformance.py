@@ -83,7 +83,7 @@ async def test_events_come_whole_and_in_order(world: World, store: Store) -> Non
     payload = '{"text":  "two  spaces, ü and \\u0041 stay"}'
     await world.insert(account_id="å", type="a.b_1", payload=payload, occurred_us=NOW)
     await world.insert(2)
-    before = await store.wall_us()
+    before = (await store.config_changes(0, 1)).wall_us
     page = await read(store)
     assert ids(page) == [1, 2, 3]
     assert (page.full, page.last_id) == (False, 3)
@@ -335,7 +335,7 @@ async def test_account_reads_one_account_its_types_and_its_range(world: World, s
 
 async def test_due_retries_are_those_of_one_endpoint_oldest_first(world: World, store: Store) -> None:
     await world.insert(5)
-    now = await store.wall_us()
+    now = (await store.config_changes(0, 1)).wall_us
     rows = [
         retry(1, now - 1_000_000),
         retry(2, now - 3_000_000, number=4),
@@ -363,7 +363,7 @@ async def test_due_retries_are_those_of_one_endpoint_oldest_first(world: World, 
 async def test_pages_of_retries_are_bounded_together(world: World, store: Store) -> None:
     """Who comes after the bound is told to come again, also who has nothing."""
     await world.insert(2)
-    now = await store.wall_us()
+    now = (await store.config_changes(0, 1)).wall_us
     await store.record(Batch(1, retries=[retry(1, now - 2), retry(2, now - 1), retry(2, now - 1, endpoint_id=2)]))
     first, second, third = await store.due_retries([(1, MANY), (2, MANY), (3, MANY)], 4)
     assert ([r.event.id for r in first.retries], first.full) == ([1, 2], True)
@@ -382,7 +382,7 @@ async def test_a_retry_of_an_event_that_is_gone_ends_and_keeps_no_other_from_its
 ) -> None:
     """Erased while it was in flight. A lane whose breaker is open asks for one, and found the same nothing for ever."""
     await world.insert(3)
-    now = await store.wall_us()
+    now = (await store.config_changes(0, 1)).wall_us
     await store.record(Batch(1, retries=[retry(1, now - 3), retry(2, now - 2), retry(3, now - 1, endpoint_id=2)]))
     await world.forget_events([1])
     first, other = await store.due_retries([(1, 1), (2, 1)], HUGE)
@@ -398,7 +398,7 @@ async def test_a_retry_that_becomes_due_is_never_overlooked(world: World, store:
     await world.insert()
     for step_us in range(0, 3_000, 60):
         await store.record(Batch(1, settled_retries=[(1, 1, 0)]))
-        await store.record(Batch(1, retries=[retry(1, await store.wall_us() + step_us)]))
+        await store.record(Batch(1, retries=[retry(1, (await store.config_changes(0, 1)).wall_us + step_us)]))
         [page] = await store.due_retries([(1, MANY)], HUGE)
         assert page.retries or page.next_due_us is not None, step_us
 
@@ -1040,7 +1040,7 @@ CALLS: dict[str, Callable[[Store], Awaitable[Any]]] = {
     "listener": listen_for_ever,
     "reader": lambda store: read(store),
     "recorder": lambda store: store.record(Batch(1)),
-    "config": lambda store: store.wall_us(),
+    "config": lambda store: store.config_changes(0, 1),
 }
 
 

@@ -110,7 +110,7 @@ async def test_a_crash_ends_connections_transactions_and_life(database: MemoryDa
     with pytest.raises(TransactionOverError):
         tx.commit()
     with pytest.raises(LifeLostError):
-        await store.wall_us()
+        await store.config_changes(0, database.tables.epoch)
     assert database.tables.outbox == {}
     assert (await store.start("again")).epoch == 2
 
@@ -157,7 +157,7 @@ async def test_a_call_on_a_connection_that_ends_meanwhile_is_away(database: Memo
     for pauses, happened in ((1, False), (2, True)):
         store = MemoryStore(database)
         await store.start("test")
-        await store.wall_us()
+        await store.config_changes(0, database.tables.epoch)
         await store.record(Batch(database.tables.epoch))
         recording = asyncio.create_task(
             store.record(Batch(database.tables.epoch, attempts=[attempt(1, database.tables.epoch)]))

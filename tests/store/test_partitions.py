@@ -971,7 +971,7 @@ async def test_dead_letters_are_kept_for_their_time(world: World, store: Store, 
         "UPDATE webhook.dead_letter SET state = 'resent', resent_run = 1, state_changed_at = now() - interval '1 day' WHERE event_id = 2;"
         "UPDATE webhook.dead_letter SET state = 'discarded', state_changed_at = now() - interval '31 days' WHERE event_id = 3"
     )
-    month_ago_us = await store.wall_us() - 30 * DAY_S * 1_000_000
+    month_ago_us = (await store.config_changes(0, 1)).wall_us - 30 * DAY_S * 1_000_000
     after, deleted, still_open = 0, [], 0
     while True:
         swept = await partitions.sweep_dead_letters(after, month_ago_us, 2)
@@ -1012,7 +1012,7 @@ async def test_tests_statistics_and_runs_are_kept_for_their_time(
     await db.execute(
         "INSERT INTO webhook.event_key SELECT 'acct', n::text, n, now() - n * interval '1 day' FROM generate_series(0, 9) AS n"
     )
-    wall_us = await store.wall_us()
+    wall_us = (await store.config_changes(0, 1)).wall_us
     minute = wall_us // 60_000_000
     stats = [StatRow(endpoint, minute - 1_440 * n, 1, 0, 0, 5, [1]) for n in range(10)]
     await store.record(Batch(1, stats=stats))
