@@ -52,13 +52,14 @@ class Page:
 
 @dataclass(slots=True)
 class Summary:
-    """`events` of a type that an account has in the `n`-th range, from 0. `urgent`: some have priority."""
+    """What an account has of a type in some ranges: how many events, from which id to which; `urgent`: some have priority."""
 
-    n: int
     account_id: str
     event_type: str
     events: int
     urgent: bool
+    low: int
+    high: int
 
 
 @dataclass(slots=True)
@@ -270,12 +271,16 @@ class Store(Protocol):
     async def holders(self) -> Holders: ...
 
     async def probe(
-        self, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int, accounts: Sequence[str] | None = None
+        self,
+        ranges: Sequence[tuple[int, int]],
+        limit: int,
+        bytes_max: int,
+        of: tuple[Sequence[str], Sequence[str]] | None = None,
     ) -> list[Page]:
-        """Read ranges of ids, each from its low end, of all accounts or of some; a page beyond the bounds comes back empty and full."""
+        """Read ranges of ids, each from its low end; a page beyond the bounds is empty and full. `of`: accounts and types, if not all."""
 
     async def summary(self, ranges: Sequence[tuple[int, int]]) -> list[Summary]:
-        """Tell what is in ranges of ids, by range, account and type."""
+        """Tell what is in ranges of ids, by account and type."""
 
     async def account(
         self, account_id: str, after: int, upto: int, types: Sequence[str] | None, limit: int, bytes_max: int

@@ -318,10 +318,11 @@ class Gaps:
         for look in looks:
             look.gap.by_rows_to = look.high
 
-    def summed(self, look: Look, events: int) -> None:
-        """Take in what a summary saw of a range that closes: all that came in it will be read by whoever wants it."""
+    def summed(self, looks: Iterable[Look], events: int) -> None:
+        """Take in what a summary saw of ranges that close: all that came in them is read by whoever wants it."""
         self.closed_ids -= events
-        self.looked(look, [], full=False)
+        for look in looks:
+            self.looked(look, [], full=False)
 
     def looked(self, look: Look, found: list[int], full: bool) -> None:
         """Take in what a look saw: found ids leave the gap (at the bound of ranges they stay, and are skipped next time because they are

@@ -53,7 +53,7 @@ class Keys:
     def are_full(self) -> bool:
         return len(self._holds) >= KEYS_MAX
 
-    def holds(self, key: str | None) -> bool:
+    def holds(self, key: str) -> bool:
         return key in self._holds
 
     def hold(self, event: Event) -> None:
@@ -72,6 +72,10 @@ class Keys:
         hold.next_id = min(hold.next_id, event.id)
         self.held_back.add(event.id, event.id)
         self.held_back.shrink(HELD_BACK_MAX)
+
+    def read_from(self, key: str, event_id: int) -> None:
+        """Of a key that is held, something below what was held back may wait as a hole."""
+        self._holds[key].next_id = min(self._holds[key].next_id, event_id)
 
     def take(self, event: Event, next_id: int) -> None:
         """Take the next event of a free key; the one after it is at or above `next_id`, or there is none (NEVER)."""

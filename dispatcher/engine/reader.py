@@ -14,7 +14,7 @@ saw may predate the commit, and only the lane's hands say then that an event is 
 """
 
 import asyncio
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from math import inf
 
@@ -25,9 +25,10 @@ from dispatcher.engine.catchup import PAGE_ROWS, READ_BYTES_MAX, CatchUp, ReadGa
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.gaps import Gaps, Look
+from dispatcher.engine.keys import NEVER
 from dispatcher.engine.lane import Lane
 from dispatcher.engine.lanes import CROWD, Lanes
-from dispatcher.ports import HeadPage, Page, Started, Store
+from dispatcher.ports import HeadPage, Page, Started, Store, Summary
 
 _log = structlog.get_logger(room="reader")
 
@@ -305,21 +306,20 @@ class Reader:
 
     def _found(self, event: Event, skip: Sequence[int], now: float, unread_from: float = inf) -> int:
         """Give an event that appeared in a gap to its lanes. A lagging lane with its cursor below meets it itself. Return how many want it.
-        Among young ids from `unread_from` on there may be an earlier event of its key, which has come since they were read."""
+        A hole may be an earlier one of its key; among young ids from `unread_from` on there may be one that has come since they were read."""
         wanting = self._lanes.wanting(event)
         for lane in wanting:
             if event.id in lane.hands or lane.id in skip or event.id in lane.holes:
                 continue
             if not lane.live and event.id > lane.cursor:
                 lane.passed_by(event)
-            elif lane.keys is not None and lane.keys.holds(event.ordering_key):
-                self._lanes.take(
-                    lane, event, now
-                )  # passes it over, also without room: what is next of its key is read from here on
+            elif lane.keys is not None and event.ordering_key is not None and lane.keys.holds(event.ordering_key):
+                # Passed over, also where there is no room: the key's next is read from here on, or from a hole that may be an earlier one.
+                self._lanes.take(lane, event, now)
+                if lane.holes:
+                    lane.keys.read_from(event.ordering_key, lane.holes.lows[0])
                 lane.backlog += 1
-            elif lane.takes(now) and (
-                lane.keys is None or not (lane.holes or event.id > unread_from)
-            ):  # nor may a hole be one
+            elif lane.takes(now) and (lane.keys is None or not (lane.holes or event.id > unread_from)):
                 self._lanes.take(lane, event, now)
                 if event.id <= self._position():
                     lane.late.add(event.id)
@@ -412,39 +412,44 @@ class Reader:
         ranges = [(look.low, look.high) for look in looks]
         self._gate.begin()
         groups = await self._store.summary(ranges)
-        wanted = [
-            (group, lane)
-            for group in groups
-            for lane, since_id, until_id, _ in self._lanes.routes(group.account_id, group.event_type)
-            if since_id < ranges[group.n][1] and until_id >= ranges[group.n][0]
+        wanted: list[tuple[Summary, dict[Lane, None]]] = []
+        parts: dict[Lane, tuple[int, int]] = {}  # how many events there are for it, and from which id on
+        for group in groups:
+            routes = self._lanes.routes(group.account_id, group.event_type)
+            lanes = {
+                lane: None for lane, since_id, until_id, _ in routes if since_id < group.high and until_id >= group.low
+            }
+            wanted.append((group, lanes))
+            for lane in lanes:
+                events, low = parts.get(lane, (0, NEVER))
+                parts[lane] = events + group.events, min(low, group.low)
+        crowds = {lane: low for lane, (events, low) in parts.items() if events > CROWD}
+        little = {lane for lane, (_, low) in parts.items() if lane not in crowds and (lane.live or lane.cursor >= low)}
+        needed = [group for group, lanes in wanted if not little.isdisjoint(lanes)]
+        accounts, types = {group.account_id for group in needed}, {group.event_type for group in needed}
+        rest = [
+            (group, lanes)
+            for group, lanes in wanted
+            if group.account_id not in accounts or group.event_type not in types
         ]
-        of_lane = Counter[Lane]()
-        for group, lane in wanted:
-            of_lane[lane] += group.events
-        crowds = [lane for lane, events in of_lane.items() if events > CROWD]
-        by_rows = {
-            group.account_id for group, lane in wanted
-            if of_lane[lane] <= CROWD and (lane.live or lane.cursor >= ranges[group.n][0])
-        }  # fmt: skip
-        too_many = sum(group.events for group in groups if group.account_id in by_rows) >= PAGE_ROWS
-        pages: list[Page] = []
-        if by_rows and not too_many:
-            pages = await self._store.probe(ranges, PAGE_ROWS, READ_BYTES_MAX, sorted(by_rows))
+        events, pages = sum(group.events for group in groups), list[Page]()
+        too_many = events - sum(group.events for group, _ in rest) >= PAGE_ROWS
+        if needed and not too_many:
+            pages = await self._store.probe(ranges, PAGE_ROWS, READ_BYTES_MAX, (sorted(accounts), sorted(types)))
             too_many = any(page.full for page in pages)
         self._counters.gap_reads += 1
         if too_many:
             self.gaps.by_rows(looks)
         else:
-            first = min(low for low, _ in ranges)
-            for lane in crowds:
-                if not lane.gone and (lane.live or lane.cursor >= first):
-                    self._lanes.go_back(lane, first - 1, self.head)
-            for group, lane in wanted:
-                if group.account_id not in by_rows:
-                    lane.passed_by_many(group.events, ranges[group.n][0] - 1, urgent=group.urgent)
-                self.catch_up.look(lane)
-            for n, look in enumerate(looks):
-                self.gaps.summed(look, sum(group.events for group in groups if group.n == n))
+            for lane, low in crowds.items():
+                if not lane.gone and (lane.live or lane.cursor >= low):
+                    self._lanes.go_back(lane, low - 1, self.head)
+            for group, lanes in rest:
+                for lane in lanes:
+                    lane.passed_by_many(group.events, group.low - 1, urgent=group.urgent)
+            self.gaps.summed(looks, events)
             self._found_all(pages)
+            for lane in parts:
+                self.catch_up.look(lane)
         self._gate.applied()
         return bool(groups)

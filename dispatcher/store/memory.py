@@ -239,27 +239,37 @@ class MemoryStore:
         return await self._call("reader", "holders", lambda _: self._database.holders())
 
     async def probe(
-        self, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int, accounts: Sequence[str] | None = None
+        self,
+        ranges: Sequence[tuple[int, int]],
+        limit: int,
+        bytes_max: int,
+        of: tuple[Sequence[str], Sequence[str]] | None = None,
     ) -> list[Page]:
-        return await self._call("reader", "probe", lambda _: self._ranges(accounts, ranges, limit, bytes_max))
+        def wanted(row: LogRow) -> bool:
+            return of is None or (row.account_id in of[0] and row.type in of[1])
+
+        return await self._call("reader", "probe", lambda _: self._ranges(wanted, ranges, limit, bytes_max))
 
     async def summary(self, ranges: Sequence[tuple[int, int]]) -> list[Summary]:
         def work(_: Connection) -> list[Summary]:
             tables = self._database.tables
-            groups: dict[tuple[int, str, str], Summary] = {}
-            for n, (low, high) in enumerate(ranges):
+            groups: dict[tuple[str, str], list[LogRow]] = {}
+            for low, high in ranges:
                 for row in tables.between(low, high, len(tables.ids)):
-                    group = groups.setdefault(
-                        (n, row.account_id, row.type), Summary(n, row.account_id, row.type, 0, False)
-                    )
-                    group.events += 1
-                    group.urgent = group.urgent or (row.priority or 0) > 0
-            return list(groups.values())
+                    groups.setdefault((row.account_id, row.type), []).append(row)
+            return [
+                Summary(*key, len(rows), any((row.priority or 0) > 0 for row in rows), min(row.id for row in rows), max(row.id for row in rows))
+                for key, rows in groups.items()
+            ]  # fmt: skip
 
         return await self._call("reader", "summary", work)
 
     async def holes(self, account_id: str, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int) -> list[Page]:
-        return await self._call("reader", "holes", lambda _: self._ranges([account_id], ranges, limit, bytes_max))
+        return await self._call(
+            "reader",
+            "holes",
+            lambda _: self._ranges(lambda row: row.account_id == account_id, ranges, limit, bytes_max),
+        )
 
     async def account(
         self, account_id: str, after: int, upto: int, types: Sequence[str] | None, limit: int, bytes_max: int
@@ -369,14 +379,14 @@ class MemoryStore:
         await self._call("reader", "disarm_doorbell", self._database.doorbell_lock.give_back)
 
     def _ranges(
-        self, accounts: Sequence[str] | None, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int
+        self, wanted: Callable[[LogRow], bool], ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int
     ) -> list[Page]:
         tables = self._database.tables
         found = [
             (n, row)
             for n, (low, high) in enumerate(ranges)
             for row in tables.between(low, high, len(tables.ids))
-            if accounts is None or row.account_id in accounts
+            if wanted(row)
         ]
         return self._dealt(found, len(ranges), limit, bytes_max)
 

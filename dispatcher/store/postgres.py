@@ -317,16 +317,20 @@ class PgStore:
         )
 
     async def probe(
-        self, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int, accounts: Sequence[str] | None = None
+        self,
+        ranges: Sequence[tuple[int, int]],
+        limit: int,
+        bytes_max: int,
+        of: tuple[Sequence[str], Sequence[str]] | None = None,
     ) -> list[Page]:
         lows, highs = [low for low, _ in ranges], [high for _, high in ranges]
-        rows = await self._reader.run(lambda c: c.fetch(SQL.probe, lows, highs, limit, bytes_max, accounts))
+        accounts, types = of or (None, None)
+        rows = await self._reader.run(lambda c: c.fetch(SQL.probe, lows, highs, limit, bytes_max, accounts, types))
         return self._paged(rows, len(ranges), limit, bytes_max)
 
     async def summary(self, ranges: Sequence[tuple[int, int]]) -> list[Summary]:
         lows, highs = [low for low, _ in ranges], [high for _, high in ranges]
-        rows = await self._reader.run(lambda c: c.fetch(SQL.summary, lows, highs))
-        return [Summary(row[0] - 1, *row[1:]) for row in rows]
+        return [Summary(*row) for row in await self._reader.run(lambda c: c.fetch(SQL.summary, lows, highs))]
 
     async def holes(self, account_id: str, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int) -> list[Page]:
         lows, highs = [low for low, _ in ranges], [high for _, high in ranges]

@@ -81,7 +81,9 @@ FROM (
         FROM unnest($1::bigint[], $2::bigint[]) WITH ORDINALITY AS r (low, high, n)
         CROSS JOIN LATERAL (
             SELECT id, account_id, type, payload, created_at, occurred_at, ordering_key, expires_at, priority, traceparent
-            FROM webhook.outbox WHERE id >= r.low AND id <= r.high AND ($5::text[] IS NULL OR account_id = ANY ($5)) ORDER BY id LIMIT $3
+            FROM webhook.outbox
+            WHERE id >= r.low AND id <= r.high AND ($5::text[] IS NULL OR (account_id = ANY ($5) AND type = ANY ($6::text[])))
+            ORDER BY id LIMIT $3
         ) AS o
         ORDER BY r.n, o.id
         LIMIT $3
@@ -94,11 +96,11 @@ WHERE b.bytes - b.size < $4
 ORDER BY b.n, b.id;
 
 -- name: summary
--- What came in ranges of ids, without its rows: of 5,000,000, of which one account has most, 4,000 at a time instead of 200.
-SELECT r.n, o.account_id, o.type, count(*) AS events, coalesce(max(o.priority), 0) > 0 AS urgent
-FROM unnest($1::bigint[], $2::bigint[]) WITH ORDINALITY AS r (low, high, n)
-CROSS JOIN LATERAL (SELECT account_id, type, priority FROM webhook.outbox WHERE id >= r.low AND id <= r.high) AS o
-GROUP BY r.n, o.account_id, o.type;
+-- What came in ranges of ids, without its rows: of 5,000,000, of which one account has most, 4,000 at a time instead of 200. OFFSET keeps it LATERAL.
+SELECT o.account_id, o.type, count(*), coalesce(max(o.priority), 0) > 0, min(o.id), max(o.id)
+FROM unnest($1::bigint[], $2::bigint[]) AS r (low, high)
+CROSS JOIN LATERAL (SELECT id, account_id, type, priority FROM webhook.outbox WHERE id >= r.low AND id <= r.high OFFSET 0) AS o
+GROUP BY o.account_id, o.type;
 
 -- name: account
 -- A page for lanes that are behind. $3 bounds how far one page scans when the lane's types are rare.

@@ -668,7 +668,7 @@ def test_a_summary_closes_what_one_large_transaction_left():
     gaps = closing(1, SUMMARY_IDS_MAX + LOOK_IDS_MAX)
     (look,) = gaps.looks()
     assert (look.low, look.high, look.sums) == (1, SUMMARY_IDS_MAX, True)
-    gaps.summed(look, 7)
+    gaps.summed([look], 7)
     assert (spans(gaps), gaps.closed_ids) == (
         [(SUMMARY_IDS_MAX + 1, SUMMARY_IDS_MAX + LOOK_IDS_MAX)],
         SUMMARY_IDS_MAX - 7,

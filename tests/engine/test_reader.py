@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from dispatcher.domain.endpoint import Endpoint
+from dispatcher.domain.endpoint import Endpoint, Subscription
 from dispatcher.domain.ordering import Ordering
 from dispatcher.engine.catchup import ReadGate
 from dispatcher.engine.clock import Clock
@@ -92,16 +92,22 @@ def test_what_comes_late_goes_next_of_its_key_however_full_its_lane_is():
     lanes.take(lane, make_event(150, ordering_key="k0"), 1.0)
     assert not lane.takes(1.0)
     reader._found(make_event(120, ordering_key="k0"), (), 1.0)
-    lane.keys.release("k0", 100)
-    assert lane.keys.to_read(1) == [("k0", 120)]
     assert (lane.live, list(lane.holes), list(lane.keys.held_back)) == (True, [], [(120, 120), (150, 150)])
+    lane.add_hole(110)
+    reader._found(make_event(160, ordering_key="k0"), (), 1.0)
+    lane.keys.release("k0", 100)
+    assert lane.keys.to_read(1) == [("k0", 110)], "the hole may be an earlier one of it"
 
 
 class Load:
     """Ten ids of a transaction, all of which has come; nobody asks for its rows without a need."""
 
-    def __init__(self, *groups: Summary, rows: Page | None = None) -> None:
-        self.groups, self.rows = list(groups), rows
+    def __init__(self, *groups: tuple[str, str, int], rows: Page | None = None) -> None:
+        self.groups = [
+            Summary(account, event_type, events, account == "urgent", 103, 107)
+            for account, event_type, events in groups
+        ]
+        self.rows = rows
         self.asked: list[Any] = []
 
     async def holders(self) -> Holders:
@@ -111,8 +117,8 @@ class Load:
         assert ranges == [(101, 110)]
         return self.groups
 
-    async def probe(self, ranges, rows, size, accounts=None) -> list[Page]:
-        self.asked.append(accounts)
+    async def probe(self, ranges, rows, size, of=None) -> list[Page]:
+        self.asked.append(of)
         return [self.rows]
 
 
@@ -134,15 +140,22 @@ async def look_at(
 
 
 async def test_a_lane_that_has_a_crowd_of_a_large_transaction_reads_it_for_itself(monkeypatch):
-    log = Load(Summary(0, "acc", "a.b", 5, False), Summary(0, "nobody", "a.b", 5, False))
-    reader, [lane] = await look_at(log, monkeypatch, make_endpoint())
-    assert (lane.live, lane.cursor, lane.backlog, lane in reader._lanes.unsettled) == (False, 100, 5, True)
+    log = Load(("acc", "a.b", 3), ("acc", "c.d", 2), ("nobody", "a.b", 5))
+    reader, [lane] = await look_at(log, monkeypatch, make_endpoint(1, "*", "a.*"))
+    assert (lane.live, lane.cursor, lane.backlog, lane in reader._lanes.unsettled) == (False, 102, 5, True)
     assert (list(reader.gaps), log.asked, reader.catch_up.is_wanted) == ([], [], True)
 
 
+@pytest.mark.parametrize("ends", [102, 103])
+async def test_a_subscription_that_ended_before_it_wants_nothing_of_it(ends, monkeypatch):
+    log = Load(("acc", "a.b", 5))
+    _, [lane] = await look_at(log, monkeypatch, make_endpoint(1, Subscription(100, "*", 0, until_id=ends)))
+    assert lane.live is (ends == 102)
+
+
 async def test_a_lane_that_is_behind_a_large_transaction_reads_it_anyway(monkeypatch):
-    log = Load(Summary(0, "acc", "a.b", 2, True))
-    reader, [lane] = await look_at(log, monkeypatch, make_endpoint(), cursor=50)
+    log = Load(("urgent", "a.b", 2))
+    reader, [lane] = await look_at(log, monkeypatch, make_endpoint(account_id="urgent"), cursor=50)
     assert (lane.cursor, lane.backlog) == (50, 2)
     assert (list(reader.gaps), log.asked) == ([], [])
     lane.urgent_after = None
@@ -153,20 +166,18 @@ async def test_a_lane_that_is_behind_a_large_transaction_reads_it_anyway(monkeyp
 async def test_who_has_little_of_a_large_transaction_gets_it_by_its_rows(monkeypatch):
     """Gone back for two events, ten thousand lanes would be behind, and their fresh events with them."""
     log = Load(
-        Summary(0, "acc", "a.b", 2, False), Summary(0, "acc", "c.d", 8, False),
-        rows=Page([make_event(101), make_event(102), make_event(103, event_type="c.d")], [(), (), ()], full=False),
-    )  # fmt: skip
-    reader, [few, many] = await look_at(log, monkeypatch, make_endpoint(1, "a.b"), make_endpoint(2, "c.d"))
-    assert (few.live, [event.id for event in few.queue], few.late) == (True, [101, 102], {101, 102})
-    assert (many.live, many.cursor, many.queued()) == (False, 100, 0)
-    assert (list(reader.gaps), log.asked) == ([], [["acc"]])
+        ("acc", "a.b", 2), ("acc", "c.d", 8), rows=Page([make_event(103), make_event(104)], [(), ()], full=False)
+    )
+    reader, [few, many] = await look_at(log, monkeypatch, make_endpoint(1, "a.b"), make_endpoint(2))
+    assert (few.live, [event.id for event in few.queue], few.late) == (True, [103, 104], {103, 104})
+    assert (many.live, many.cursor, many.queued(), many.backlog) == (False, 102, 0, 10)
+    assert (list(reader.gaps), log.asked) == ([], [(["acc"], ["a.b"])])
 
 
 @pytest.mark.parametrize("bound", ["rows", "bytes"])
 async def test_what_too_many_have_little_of_is_read_by_its_rows(bound, monkeypatch):
     monkeypatch.setattr("dispatcher.engine.reader.PAGE_ROWS", 2 if bound == "rows" else 200)
-    log = Load(Summary(0, "acc", "a.b", 2, False), Summary(0, "other", "a.b", 8, False))
-    log.rows = Page([make_event(101)], [()], full=True)
+    log = Load(("acc", "a.b", 2), ("other", "a.b", 8), rows=Page([make_event(101)], [()], full=True))
     reader, [few, many] = await look_at(log, monkeypatch, make_endpoint(1), make_endpoint(2, account_id="other"))
     assert (few.queued(), many.live) == (0, True), "nothing has been done yet"
     assert len(log.asked) == (bound == "bytes")

@@ -84,8 +84,7 @@ def _full_look_is_the_end(self: Gaps, look: Look, found: list[int], full: bool) 
 
 
 def _sum_up_in_any_case(self: Gaps, looks: Any) -> None:
-    for look in looks:
-        self.summed(look, 0)
+    self.summed(looks, 0)
 
 
 def _go_back_when_behind(self: Lanes, lane: Lane, after: int, head: int) -> None:

@@ -275,13 +275,14 @@ async def test_a_summary_tells_who_has_what_in_ranges(world: World, store: Store
     ):  # fmt: skip
         await world.insert(account_id=account_id, type=event_type, priority=priority)
     groups = await store.summary([(2, 5), (6, 9), (20, 30)])
-    assert sorted((g.n, g.account_id, g.event_type, g.events, g.urgent) for g in groups) == [
-        (0, "a", "x.y", 1, True), (0, "a", "x.z", 1, False), (0, "b", "x.y", 2, False), (1, "b", "x.y", 1, True),
+    assert sorted((g.account_id, g.event_type, g.events, g.urgent, g.low, g.high) for g in groups) == [
+        ("a", "x.y", 1, True, 3, 3), ("a", "x.z", 1, False, 4, 4), ("b", "x.y", 3, True, 2, 6),
     ]  # fmt: skip
+    assert [g.urgent for g in await store.summary([(1, 2), (4, 5)])] == [False] * 3
     assert await store.summary([]) == []
-    pages = await store.probe([(1, 4), (5, 9)], MANY, HUGE, ["a", "nobody"])
-    assert [ids(page) for page in pages] == [[1, 3, 4], []]
-    assert await store.probe([(1, 9)], MANY, HUGE, []) == [Page([], [], full=False)]
+    pages = await store.probe([(1, 4), (5, 9)], MANY, HUGE, (["a", "nobody"], ["x.y"]))
+    assert [ids(page) for page in pages] == [[1, 3], []]
+    assert await store.probe([(1, 9)], MANY, HUGE, ([], ["x.y"])) == [Page([], [], full=False)]
 
 
 async def test_ranges_share_one_bound(world: World, store: Store) -> None:
@@ -479,7 +480,7 @@ async def test_a_lost_reader_gives_the_doorbell_back(world: World, store: Store)
     await world.sever(store, "reader")
     async with world.begin() as tx:
         await tx.insert()  # silent again
-        await insisting(store.wall_us)
+        await insisting(lambda: store.config_changes(0, 1))
         assert await insisting(store.arm_doorbell) is False
 
 

@@ -50,7 +50,7 @@ STATEMENTS: dict[str, tuple[str, str, int]] = {
     # The young ids of head are looked for in every partition: `= ANY ($n)` of a generic plan isn't pruned. 0.1 ms at 30; LATERAL costs the same.
     "head": ("bigint, bigint, bigint, bigint[]", f"{HEAD - 200}, {LIMIT}, {BYTES}, '{{}}'", 2),
     "head_attempted": ("bigint, bigint, bigint, bigint[]", f"{HEAD - 200}, {LIMIT}, {BYTES}, '{{}}'", 2),
-    "probe": ("bigint[], bigint[], bigint, bigint, text[]", f"{NEAR}, {LIMIT}, {BYTES}, NULL", 1),
+    "probe": ("bigint[], bigint[], bigint, bigint, text[], text[]", f"{NEAR}, {LIMIT}, {BYTES}, NULL, NULL", 1),
     "summary": ("bigint[], bigint[]", f"{NEAR}", 1),
     "holes": ("text, bigint[], bigint[], bigint, bigint", f"'a5', {NEAR}, {LIMIT}, {BYTES}", 1),
     "account": ("text, bigint, bigint, text[], bigint, bigint", f"'a5', {HEAD - 300}, {HEAD}, NULL, {LIMIT}, {BYTES}", 1),
@@ -68,7 +68,7 @@ STATEMENTS: dict[str, tuple[str, str, int]] = {
 }  # fmt: skip
 RETURNED = {
     "probe": 12,
-    "summary": 12,
+    "summary": 10,  # accounts
     "holes": 2,
     "account": 30,
     "urgent": 15,
@@ -152,7 +152,7 @@ async def test_rows_are_found_by_an_index_and_nothing_else(reader: tuple[asyncpg
             partitions.add(table)
         if table.startswith(("outbox", "retry")):
             for n, sort in enumerate(above):
-                if "Sort" in sort["Node Type"] and not young_ids(node):
+                if "Sort" in sort["Node Type"] and not young_ids(node) and name != "summary":  # of few ids, and counted
                     between = [other["Node Type"] for other in above[n:]]
                     assert "Limit" in between, f"the log is sorted: {between}"
         assert kind not in ("Hash Join", "Merge Join", "Materialize"), f"{kind} reads a whole side"
