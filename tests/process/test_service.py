@@ -210,8 +210,12 @@ async def test_panel_and_api_alone_are_not_ready_without_their_database(dsn):
 
 async def test_a_second_signal_ends_panel_and_api_at_once(dsn):
     async with dispatching(dsn, verb="web", web_listen="127.0.0.1:0") as made:
+        made.signal(
+            signal.SIGSTOP
+        )  # so that it hears both at once: with nobody to wait for it may have ended in between
         made.signal(signal.SIGTERM)
         made.signal(signal.SIGINT)  # another: two of a kind would be one
+        made.signal(signal.SIGCONT)
         assert await made.ended() > 128, made
         assert len(made.all("signal.forced")) == 1
         assert "Traceback" not in made.errors

@@ -221,6 +221,8 @@ async def test_the_owners_network_is_cut_and_heals(dsn: str) -> None:
 async def test_one_of_two_standbys_takes_over_and_the_other_after_it(dsn: str) -> None:
     async with two(dsn) as (s, first, second), standby(dsn, "third") as third:
         await standing_by(s.r.db, 2)
+        for waiting in (second, third):
+            await waiting.said("standby.waiting")  # a session is named before its first look
         killed_at = time.time()
         await first.kill()
         await until(lambda: s.of("second") or s.of("third"), what="a POST by either")
