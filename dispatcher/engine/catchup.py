@@ -26,6 +26,9 @@ from dispatcher.ports import DueRetry, Page, RetryPage, RunPage, Store
 
 PAGE_ROWS = 200  # a page must not hold up the head
 READ_BYTES_MAX = 4 << 20
+# How much of the memory is left when they stop reading, in what the head needs at the least: a page of 200 rows more leaves that.
+CATCH_UP_LEAVES = 4  # lanes that are behind, and runs
+DUE_LEAVES = 2  # what is next of a key, due, or has priority
 RELOOK_US = 20_000
 KEY_ROWS = 2  # the next event of a key, and whether there is another
 SCAN_IDS_MAX = 200_000  # how many ids one page of a lagging lane may pass over
@@ -125,6 +128,7 @@ class CatchUp:
             elif at < inf and at != lane.look_at:
                 lane.look_at = at
                 heapq.heappush(self._look_times, (at, lane.id))
+                self._wake()
 
     def note_retry(self, lane: Lane, due_us: int) -> None:
         """A retry row is there, due at `due_us`."""
@@ -146,7 +150,7 @@ class CatchUp:
     # ── lagging lanes ──
 
     async def read_lagging(self) -> bool:
-        while self._lagging and not self._lanes.memory.is_full:
+        while self._lagging and self._lanes.memory.leaves(CATCH_UP_LEAVES):
             lane = next(iter(self._lagging))
             del self._lagging[lane]
             room = 0 if lane.gone else lane.room(self._clock.now())
@@ -271,7 +275,7 @@ class CatchUp:
 
     async def read_urgent(self) -> bool:
         """Read what has priority above the cursor of a lagging lane, up to the head."""
-        while self._urgent and not self._lanes.memory.is_full:
+        while self._urgent and self._lanes.memory.leaves(DUE_LEAVES):
             lane = next(iter(self._urgent))
             del self._urgent[lane]
             room = 0 if lane.gone else lane.urgent_room(self._clock.now())
@@ -310,7 +314,7 @@ class CatchUp:
 
     async def read_keys(self) -> bool:
         """Read what is next of the keys of a lane that are free; before anything else, which keys its retries hold."""
-        while self._keyed and not self._lanes.memory.is_full:
+        while self._keyed and self._lanes.memory.leaves(DUE_LEAVES):
             lane = next(iter(self._keyed))
             del self._keyed[lane]
             if lane.gone or lane.keys is None:
@@ -376,7 +380,7 @@ class CatchUp:
         """Read due retries, of as many lanes as fit into a page: of a failing one it is a single one, to probe with."""
         wanted: list[tuple[Lane, int, int]] = []  # with its room, and where it stands
         rows = 0
-        while self._retrying and rows < PAGE_ROWS and not self._lanes.memory.is_full:
+        while self._retrying and rows < PAGE_ROWS and self._lanes.memory.leaves(DUE_LEAVES):
             lane = next(iter(self._retrying))
             del self._retrying[lane]
             room = 0 if lane.gone else lane.retry_room(self._clock.now())
@@ -439,7 +443,7 @@ class CatchUp:
 
     async def read_runs(self) -> bool:
         """Read a page of a resend or replay: the same look at a range of the log as a lagging lane's, for the queue of the lower class."""
-        while self._running and not self._lanes.memory.is_full:
+        while self._running and self._lanes.memory.leaves(CATCH_UP_LEAVES):
             lane = next(iter(self._running))
             del self._running[lane]
             now = self._clock.now()

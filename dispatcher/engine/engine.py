@@ -256,7 +256,7 @@ class Incarnation:
         )
         partitions = engine._partitions
         self.janitor = None if partitions is None else Janitor(
-            partitions, self.lanes, clock, counters, settings, epoch=started.epoch, look=self.reader.catch_up.look,
+            partitions, self.lanes, clock, counters, settings, epoch=started.epoch, look=self.reader.catch_up.look, after_read=gate.after,
         )  # fmt: skip
         self.recorder.head = lambda: self.reader.head
         self.recorder.gaps = self.reader.gaps
@@ -404,7 +404,7 @@ class Incarnation:
 
     def _endpoint_changed(self, lane: Lane) -> None:
         self.reader.catch_up.look(lane)
-        self.sender.offer(lane)
+        self.sender.changed(lane)
 
     def _piled_up(self, yes: bool) -> None:
         if yes:

@@ -66,6 +66,7 @@ class Janitor:
         *,
         epoch: int,
         look: Callable[[Lane], None],
+        after_read: Callable[[Callable[[], None]], None] = lambda action: action(),
     ) -> None:
         self._partitions = partitions
         self._lanes = lanes
@@ -73,6 +74,7 @@ class Janitor:
         self._counters = counters
         self._settings = settings
         self._epoch = epoch
+        self._after_read = after_read
         self._look = look
         self._provisioner = Provisioner(partitions, clock, counters, retention_days=settings.retention_days)
         self._expiring = Patience(EXPIRE_S, EXPIRE_MAX_S)
@@ -143,7 +145,7 @@ class Janitor:
                 lane.stalled = False
                 self._look(lane)
             if expired is not None:
-                self._ask_for_keys()
+                self._after_read(self._ask_for_keys)
             self._expiring.tried(self._clock.now(), had=expired is not None)
         if expired is None:
             _log.info("partition.not_now", low=leaf.low, high=leaf.high, lanes=len(stalled))
@@ -262,7 +264,7 @@ class Janitor:
         if swept.deliveries:
             self._counters.deliveries_expired += swept.deliveries
             _log.warning("retries.expired", deliveries=swept.deliveries, why="their events are gone")
-            self._ask_for_keys()
+            self._after_read(self._ask_for_keys)  # a read that is under way may know them still
         if self._clock.now() - self._keys_swept_at >= KEYS_SWEEP_S:
             await self._sweep_kind("event_keys", shape.wall_us - KEYS_DAYS * DAY_S * 1_000_000, SWEEP_ROWS)
             self._keys_swept_at = self._clock.now()

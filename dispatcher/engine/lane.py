@@ -90,7 +90,7 @@ class Lane:
         "in_flight_max", "in_ready", "key_policy", "keys", "last_success", "late", "latency_s", "limits", "live",
         "look_at", "low_in_flight", "may_expire", "moved", "next_retry_at", "pace", "paced_successes", "payloads", "queue",
         "requests", "retries", "retry_hands", "retry_policy", "row", "runs", "runs_done", "stalled", "stat", "timer_at",
-        "turn", "untried", "urgent", "urgent_after", "urgent_turns",
+        "turn", "untried", "urgent", "urgent_after", "urgent_turns", "waits_for",
     )  # fmt: skip
 
     queue: deque[Event]  # fresh events without priority
@@ -158,6 +158,7 @@ class Lane:
         # No outcome since it was made, and it isn't known to have failed before.
         self.untried = endpoint.failing_since_us is None
         self.in_ready = False
+        self.waits_for: object = None  # the share in whose line it is
         self.timer_at = float("inf")
         self.failing_since_us = endpoint.failing_since_us
         self.failing_told = endpoint.failing_told
@@ -201,6 +202,8 @@ class Lane:
             if run is not None:
                 if spec.state is RunState.RUNNING and not run.is_running:
                     self.next_retry_at = 0.0  # its retries were passed over meanwhile
+                if spec.rate_per_s != run.spec.rate_per_s:
+                    run.next_at = float("-inf")  # it was for the rate before
                 run.spec = spec
             elif spec.id not in self.runs_done:
                 self.runs[spec.id] = LaneRun(spec)
@@ -340,6 +343,8 @@ class Lane:
                 self.add_hole(event.id)
             else:
                 cursor = min(cursor, event.id - 1)
+                if event.priority is not None and event.priority > 0:
+                    self.look_ahead(event.id - 1)
         self.queue.clear()
         self.urgent.clear()
         self.go_back(cursor)

@@ -12,6 +12,7 @@ from dispatcher.domain.event import TOLD_TO_OTHERS, Event
 from dispatcher.domain.filters import Condition, Payloads
 from dispatcher.engine.lane import Lane, LaneLimits
 
+HEAD_EVENTS_MIN = 250
 CROWD = 64  # so many events of a lane's are no crowd, however few the others have
 TYPES_CACHED_MAX = 1_000  # per account; producers may invent types without end
 
@@ -21,13 +22,16 @@ Route = tuple[Lane, int, int, Condition | None]  # lane, since_id, until_id, wha
 class Memory:
     """Counts events and payload bytes in memory. An event counts once, however many lanes hold it."""
 
-    __slots__ = ("bytes", "bytes_max", "events", "events_max")
+    __slots__ = ("bytes", "bytes_max", "events", "events_max", "head_bytes", "head_events")
 
     def __init__(self, events_max: int, bytes_max: int) -> None:
         self.events = 0
         self.bytes = 0
         self.events_max = events_max
         self.bytes_max = bytes_max
+        # What the head reads at the least: a read for a handful of rows costs what one for hundreds costs.
+        self.head_events = max(1, min(HEAD_EVENTS_MIN, events_max // 8))
+        self.head_bytes = bytes_max // 32
 
     def hold(self, event: Event) -> None:
         if event.holders == 0:
@@ -49,6 +53,12 @@ class Memory:
     @property
     def is_full(self) -> bool:
         return self.events >= self.events_max or self.bytes >= self.bytes_max
+
+    def leaves(self, times: int) -> bool:
+        """Tell whether so much is free, in what the head needs at the least. Who reads old events stops earlier than it: lanes that are behind
+        and slow would take each place that it waits for, and nobody would get a new event for as long as they have a backlog."""
+        events, size = self.events + times * self.head_events, self.bytes + times * self.head_bytes
+        return events < self.events_max and size < self.bytes_max
 
 
 class Lanes:

@@ -21,7 +21,7 @@ from math import inf
 import structlog
 
 from dispatcher.domain.event import Event
-from dispatcher.engine.catchup import PAGE_ROWS, READ_BYTES_MAX, CatchUp, ReadGate
+from dispatcher.engine.catchup import CATCH_UP_LEAVES, PAGE_ROWS, READ_BYTES_MAX, CatchUp, ReadGate
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.gaps import Gaps, Look
@@ -142,10 +142,11 @@ class Reader:
             idle_polls += 1
             if self._lanes.memory.is_full:
                 await self._wait(FULL_WAIT_S)
-            elif self.catch_up.is_wanted:
+            elif self.catch_up.is_wanted and self._lanes.memory.leaves(CATCH_UP_LEAVES):
                 await asyncio.sleep(0)
             elif self.asleep:
-                await self._wait(self._asleep_since + ASLEEP_POLL_S - self._clock.now())
+                longest_s = self._asleep_since + ASLEEP_POLL_S - self._clock.now()
+                await self._wait(min(longest_s, FULL_WAIT_S) if self.catch_up.is_wanted else longest_s)
             elif idle_polls <= POLLS_AT_ONCE:
                 await asyncio.sleep(0)
             elif idle_polls < POLLS_BEFORE_SLEEP:
@@ -313,6 +314,8 @@ class Reader:
                 continue
             if not lane.live and event.id > lane.cursor:
                 lane.passed_by(event)
+                if lane.urgent_after is not None:
+                    self.catch_up.look(lane)
             elif lane.keys is not None and event.ordering_key is not None and lane.keys.holds(event.ordering_key):
                 # Passed over, also where there is no room: the key's next is read from here on, or from a hole that may be an earlier one.
                 self._lanes.take(lane, event, now)
@@ -336,11 +339,8 @@ class Reader:
     async def _head_room(self) -> int:
         """Return how many rows the head may bring; 0 at the memory bound."""
         memory = self._lanes.memory
-        least = max(
-            1, min(HEAD_ROWS, memory.events_max) // 4
-        )  # a read for a handful of rows costs what one for hundreds costs
         room = 0 if memory.is_full else memory.events_max - memory.events
-        if room >= least:
+        if room >= memory.head_events:
             return min(self._head_rows, room)
         now = self._clock.now()
         if now >= self._crowds_at:
@@ -350,7 +350,7 @@ class Reader:
                 self.catch_up.look(lane)
                 self._counters.crowded_out += 1
                 if not memory.is_full:
-                    return min(self._head_rows, least)
+                    return min(self._head_rows, memory.head_events)
             self._crowds_at = now + CROWDS_S
         self._rung = True  # come back for the head
         self._counters.memory_waits += 1

@@ -113,10 +113,22 @@ class Sender:
 
     def offer(self, lane: Lane) -> None:
         """A lane has something to send, or something that kept it from sending has changed."""
-        if not lane.in_ready and not lane.gone:
-            lane.in_ready = True
-            self._line.append(lane)
-            self.pump_soon()
+        if lane.in_ready:
+            if lane.waits_for is None or not self.shares.waits_in_vain(lane, self._clock.now()):
+                return
+            lane.waits_for = None
+        elif lane.gone:
+            return
+        lane.in_ready = True
+        self._line.append(lane)
+        self.pump_soon()
+
+    def changed(self, lane: Lane) -> None:
+        """The lane's configuration has changed: what it has to wait for may be something that was due while it was held, and has no timer."""
+        now = self._clock.now()
+        if (at := lane.ready_at(now)) > now:
+            self._wake_lane_at(lane, at)
+        self.offer(lane)
 
     def pump_soon(self) -> None:
         if not self._pumping:

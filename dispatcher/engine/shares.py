@@ -10,7 +10,7 @@ ones of one origin had a tenth of their rate.
 Who finds a share full waits in its line, and is called when there is room. Everything here is atomic.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dispatcher.domain.url import Origin
 from dispatcher.engine.lane import SLOW_S, Lane
@@ -55,13 +55,15 @@ class Shares:
         """Return a share that the lane's next POST would count into, and that has no room for it."""
         if lane.is_ordinary:
             return None
+        return next((share for share in self._of(lane, now) if not share.has_room), None)
+
+    def _of(self, lane: Lane, now: float) -> Iterator[Share]:
         target = lane.endpoint.target
         here = self._origins.get(target.origin) if target is not None else None
         for kind in _kinds(lane, now):
-            for shares in (self._all, here):
-                if shares is not None and not shares[kind].has_room:
-                    return shares[kind]
-        return None
+            yield self._all[kind]
+            if here is not None:
+                yield here[kind]
 
     def take(self, lane: Lane, now: float) -> Sequence[Share]:
         """Count a POST of the lane; return what to give back when it ends."""
@@ -86,7 +88,12 @@ class Shares:
 
     def wait(self, lane: Lane, share: Share) -> None:
         """Let the lane wait for a share that was full a moment ago."""
+        lane.waits_for = share
         share.line.append(lane)
+
+    def waits_in_vain(self, lane: Lane, now: float) -> bool:
+        """Tell whether its next POST would not count into the share that the lane waits for, any more."""
+        return lane.waits_for is not None and all(share is not lane.waits_for for share in self._of(lane, now))
 
     def call(self) -> list[Lane]:
         """Return the first of each line whose share has room. To be asked after every turn, because who was called may have no use for the room
@@ -95,7 +102,8 @@ class Shares:
         for share in list(self._called):
             while share.line:
                 lane = share.line.popleft()
-                if not lane.gone:
+                if lane.waits_for is share and not lane.gone:  # else it left the line for another
+                    lane.waits_for = None
                     called.append(lane)
                     break
             self._note(share)

@@ -125,3 +125,33 @@ async def test_a_page_of_keyed_events_ends_at_a_young_id(kind):
     gaps.found_young(10)  # by the head
     await read()
     assert ([event.id for event in lane.queue], lane.keys.held_back.count()) == ([10], 2)
+
+
+async def test_lanes_that_are_behind_leave_the_head_its_room():
+    """They took each place that it waited for, and nobody got a new event for as long as they had a backlog."""
+    asked = []
+
+    class Log:
+        async def account(self, *args) -> Page:
+            asked.append("account")
+            return Page([make_event(20)], [()], full=False)
+
+        async def due_retries(self, *args, **options) -> list[RetryPage]:
+            asked.append("retries")
+            return [RetryPage([], False, None)]
+
+    lanes = Lanes(LIMITS, Memory(80, 10_000))
+    lane = lanes.add(make_endpoint(), 0.0, live=False, cursor=9)
+    lane.urgent_after = None
+    clock = Clock(lambda: 1.0)
+    clock.sync(1_000_000)
+    catch_up = CatchUp(
+        Log(), lanes, clock, Counters(), Gaps(), ReadGate(), head=lambda: 12, offered=lambda lane: None, wake=lambda: None
+    )  # fmt: skip
+    catch_up.note_retry(lane, 900_000)
+    catch_up.look(lane)
+    for held, expected in ((65, []), (45, ["retries"]), (39, ["retries", "account"])):
+        lanes.memory.events = held
+        await catch_up.read_retries()
+        await catch_up.read_lagging()
+        assert asked == expected

@@ -345,3 +345,16 @@ def test_lanes_are_found_by_their_id():
 @pytest.mark.parametrize("state", EndpointState)
 def test_a_draft_wants_no_lane(state):
     assert is_wanted(make_endpoint(state=state)) == (state is not EndpointState.DRAFT)
+
+
+def test_who_reads_old_events_leaves_room_for_the_head():
+    memory = Memory(events_max=80, bytes_max=3_200)
+    assert (memory.head_events, memory.head_bytes) == (10, 100)
+    for held, leaves in ((39, 4), (40, 3), (59, 2), (60, 1), (79, 0)):
+        memory.events = held
+        assert (memory.leaves(leaves), memory.leaves(leaves + 1)) == (True, False)
+    memory.events, memory.bytes = 0, 2_900
+    assert (memory.leaves(2), memory.leaves(3)) == (True, False)
+    memory.bytes = 3_200
+    assert not memory.leaves(0)
+    assert memory.is_full

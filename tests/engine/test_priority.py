@@ -70,3 +70,14 @@ def test_what_is_let_go_of_is_read_ahead_again():
         lanes.take(lane, event(n, priority), 0.0)
     lanes.fall_behind(lane, 9, drop=True)
     assert (lane.cursor, lane.urgent_after, lane.queued(), lanes.memory.events) == (4, 4, 0, 0)
+
+
+def test_what_was_read_ahead_and_let_go_of_alone_is_read_ahead_again():
+    """It is above the cursor, which doesn't move for it: it waited for all that is before it."""
+    lanes = Lanes(LIMITS, Memory(100, 10_000))
+    lane = lanes.add(make_endpoint(), 0.0, live=False, cursor=4)
+    lane.urgent_after = None
+    for n in (40, 30):
+        lanes.take(lane, event(n, 1), 0.0)
+    lanes.fall_behind(lane, 50, drop=True)
+    assert (lane.cursor, lane.urgent_after, lane.queued()) == (4, 29, 0)

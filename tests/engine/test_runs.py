@@ -150,3 +150,13 @@ def test_the_lower_class_leaves_room_in_flight(limit):
     lane.low_in_flight = allowed
     assert lane.work() == 1, "the fresh one only"
     assert not any(lane.retry_turn() for _ in range(20))
+
+
+def test_another_rate_holds_at_once():
+    """A run of one event in a thousand seconds that was set to a hundred a second waited for what was left of the thousand."""
+    lane = lane_with(spec(7, rate_per_s=0.001))
+    lane.runs[7].took(1, 100.0)
+    lane.configure(make_endpoint(runs=(spec(7, rate_per_s=0.001, attempted=1),)), 101.0)
+    assert lane.next_run_at() == 1_100.0
+    lane.configure(make_endpoint(runs=(spec(7, rate_per_s=100.0),)), 101.0)
+    assert lane.next_run_at() <= 101.0

@@ -1,6 +1,7 @@
 """The sender against receivers in memory, on virtual time: who waits for what, and where a request may go."""
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from dispatcher.domain.breaker import BreakerState
+from dispatcher.domain.endpoint import EndpointState
 from dispatcher.domain.ordering import Ordering
 from dispatcher.domain.outcome import Fault, Outcome
 from dispatcher.domain.run import ORIGINAL
@@ -281,3 +283,41 @@ async def test_other_failures_set_no_pace():
     bench.offer(1, 2)
     await asyncio.sleep(0.2)
     assert (bench.lane.pace, bench.sender._counters.throttled, bench.sender._counters.failed) == (None, 0, 2)
+
+
+# Configuration
+
+
+@virtual
+async def test_a_lane_that_was_told_to_wait_while_it_was_held_is_looked_at_then():
+    """The timer for its token came while it was paused, and nobody set the one for Retry-After: it stood still for ever."""
+    bench = Bench(("a.test", Scripted(Reply(429, "100"))), rate_per_s=0.1, rate_burst=1)
+    live = bench.lane.endpoint
+    bench.offer(1, 2)
+    await asyncio.sleep(0.5)
+    assert bench.lane.blocked_until == pytest.approx(100.0)
+    bench.lanes.configure(replace(live, state=EndpointState.PAUSED), 0.5, 0)
+    bench.sender.changed(bench.lane)
+    await asyncio.sleep(19.5)
+    assert bench.lane.timer_at == math.inf, "the timer for the token has gone by"
+    bench.lanes.configure(live, 20.0, 0)
+    bench.sender.changed(bench.lane)
+    bench.looked.clear()
+    await asyncio.sleep(81.0)
+    assert bench.looked == [pytest.approx(100.0)]
+
+
+@virtual
+async def test_who_waits_for_a_share_of_an_origin_that_it_has_left_is_served():
+    well, shares = Scripted(), []
+    bench = Bench(("hangs.test", Scripted()), ("well.test", well))
+    while (full := bench.sender.shares.full(bench.lane, 0.0)) is None or full.origin is None:
+        shares += bench.sender.shares.take(bench.lane, 0.0)
+        bench.sender.shares.set_slots(4 * len(shares))
+    bench.offer(1)
+    await asyncio.sleep(1.0)
+    assert bench.lane.waits_for is full
+    bench.lanes.configure(replace(bench.lane.endpoint, target=target_of("well.test")), 0.0, 0)
+    bench.sender.changed(bench.lane)
+    await asyncio.sleep(1.0)
+    assert (len(well.requests), bench.lane.waits_for) == (1, None)

@@ -134,3 +134,24 @@ def test_more_slots_call_who_waits():
     shares.wait(waiting, shares.full(waiting, 0.0))
     shares.set_slots(8)
     assert shares.call() == [waiting]
+
+
+@pytest.mark.parametrize("becomes", ["another origin's", "ordinary"])
+def test_who_waits_in_vain_is_not_called(becomes):
+    shares = Shares(SLOTS, SOCKETS)
+    taken = [shares.take(lane_at("a.test"), 0.0) for _ in range(2)]
+    moved, waiting = lane_at("a.test", endpoint_id=2), lane_at("a.test", endpoint_id=3)
+    for lane in (moved, waiting):
+        shares.wait(lane, shares.full(lane, 0.0))
+    assert not shares.waits_in_vain(moved, 0.0)
+    if becomes == "ordinary":
+        moved.untried = False
+    else:
+        moved.configure(lane_at("b.test", endpoint_id=2).endpoint, 0.0)
+    assert shares.waits_in_vain(moved, 0.0)
+    moved.waits_for = None  # it goes into another line
+    shares.give_back(taken[0])
+    assert shares.call() == [waiting]
+    shares.give_back(taken[1])
+    assert shares.call() == []
+    assert not shares._origins

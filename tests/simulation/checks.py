@@ -586,7 +586,7 @@ class SenderWatch:
                 )
                 and not self._is_over(earlier, a_lane.id)
                 and checker.came_before(earlier, event)
-                and earlier.id not in incarnation.reader.gaps.ever_old
+                and not incarnation.reader.gaps.comes_late(earlier.id, a_lane.hands[event.id])
             ):
                 return f"event {earlier.id} goes before it by key {key}, and is not settled"
         return None

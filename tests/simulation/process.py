@@ -19,7 +19,7 @@ from dispatcher.engine import engine as engine_module
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.delivery import Delivery
 from dispatcher.engine.engine import Engine
-from dispatcher.engine.gaps import Gap, Gaps
+from dispatcher.engine.gaps import Gap, Gaps, Look
 from dispatcher.engine.sender import Sender
 from dispatcher.ports import Connection, FencedError
 from dispatcher.store.memory import Fate, MemoryStore
@@ -145,11 +145,21 @@ class WatchedStore(MemoryStore):
 
 
 class WatchedGaps(Gaps):
-    """Remembers which ids were ever in a gap that is looked at now and then only: an event found there comes late."""
+    """Remembers which ids were ever in a gap that is looked at now and then only: an event there comes late, until a look has found it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ever_old = IdRanges()
+        self.found: dict[int, float] = {}  # when a look did
+
+    def comes_late(self, event_id: int, at: float) -> bool:
+        """Tell whether nobody could know of it at `at`."""
+        return event_id in self.ever_old and self.found.get(event_id, at) >= at
+
+    def looked(self, look: Look, found: list[int], full: bool) -> None:
+        for event_id in found:
+            self.found.setdefault(event_id, PROCESS.get().world.loop.time())
+        super().looked(look, found, full)
 
     def restore(self, ranges: Iterable[tuple[int, int]]) -> None:
         ranges = list(ranges)
