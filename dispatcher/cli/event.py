@@ -91,7 +91,7 @@ def show(context: Context, reference: str, json_out: bool) -> None:
         shown["expires_at"] = f"{shown['expires_at']:%Y-%m-%d %H:%M:%S} UTC"
     options = [f"{label} {shown[name]}" for name, label in _OPTIONS.items() if shown[name] is not None]
     if options:
-        click.echo("  " + ", ".join(options))
+        say("  " + ", ".join(options))
     if not shown["in_log"]:
         say("It is gone from the outbox, by retention or an erasure; this is what its dead letters and attempts tell.")
     if not shown["deliveries"]:

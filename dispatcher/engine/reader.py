@@ -28,6 +28,7 @@ from dispatcher.engine.gaps import Gaps, Look
 from dispatcher.engine.keys import NEVER
 from dispatcher.engine.lane import Lane
 from dispatcher.engine.lanes import CROWD, Lanes
+from dispatcher.errors import DatabaseRefusedError
 from dispatcher.ports import HeadPage, Page, Started, Store, Summary
 
 _log = structlog.get_logger(room="reader")
@@ -257,6 +258,11 @@ class Reader:
 
     def _apply_head(self, page: HeadPage) -> bool:
         """Give a page's events to their lanes, as many as may be at once; return whether there is more to read."""
+        if page.last_id < self._last_id:
+            raise DatabaseRefusedError(
+                f"the ids of webhook.outbox went back, from {self._last_id} to {page.last_id}, while events were read: was a backup restored "
+                "under a running dispatcher? Start it again, and it says what to do"
+            )
         now = self._clock.now()
         old_head, attempted = self.head, page.attempted
         offers = applied = 0

@@ -255,7 +255,8 @@ class Recorder:
                     runs.setdefault(run, (lane, set()))
             self._end_minutes(minute)
         for run, (lane, done) in runs.items():
-            row = run.row(lane.id, done)
+            is_busy = run.spec.state is RunState.CANCELED and any(of == run.spec.id for _, of in lane.retry_hands)
+            row = run.row(lane.id, done, is_busy=is_busy)
             if row != run.written or row.ended:
                 run.written = row
                 batch.runs.append(row)
@@ -297,8 +298,9 @@ class Recorder:
     def _end_minutes(self, minute: int) -> None:
         """Hand over what is over, or at the end everything; a bounded number of lanes, those that began first."""
         over: list[tuple[Lane, Stat]] = []
+        is_last = self._stopping and not self._results  # else more of the same minute would find its row written
         for lane, stat in self._minutes.items():
-            if (stat.minute == minute and not self._stopping) or len(over) == STATS_MAX:
+            if (stat.minute == minute and not is_last) or len(over) == STATS_MAX:
                 break
             over.append((lane, stat))
         for lane, stat in over:

@@ -67,10 +67,11 @@ class LaneRun:
         open_hands = self.hands.keys() - done
         return min(min(open_hands) - 1, self.cursor) if open_hands else self.cursor
 
-    def row(self, endpoint_id: int, done: AbstractSet[int]) -> RunRow:
-        """Say how far it is, once the results of `done` are recorded."""
+    def row(self, endpoint_id: int, done: AbstractSet[int], *, is_busy: bool = False) -> RunRow:
+        """Say how far it is, once the results of `done` are recorded. `is_busy`: it was canceled, and a retry of it is under way, of which no
+        row is left to tell."""
         mark, canceled = self.mark(done), self.spec.state is RunState.CANCELED
-        ended = mark >= self.spec.upto_id or (canceled and not self.hands.keys() - done)
+        ended = not is_busy and (mark >= self.spec.upto_id or (canceled and not self.hands.keys() - done))
         return RunRow(
             self.spec.id, endpoint_id, mark, self.attempted, self.delivered, self.dead, ended=ended, canceled=canceled
         )

@@ -44,6 +44,7 @@ from dispatcher.engine.lanes import Lanes
 from dispatcher.engine.line import Line
 from dispatcher.engine.recorder import Recorder
 from dispatcher.engine.shares import Shares
+from dispatcher.engine.stats import LONGEST_US
 from dispatcher.ports import Connection, Transport
 
 _log = structlog.get_logger(room="sender")
@@ -397,7 +398,7 @@ class Sender:
         now = self._clock.now()
         latency_s = now - delivery.started
         self._vacate(delivery)
-        delivery.outcome, delivery.duration_us = outcome, int(latency_s * 1e6)
+        delivery.outcome, delivery.duration_us = outcome, min(int(latency_s * 1e6), LONGEST_US)
         if outcome.fault is None:
             delivery.decision = DELIVER
             self._counters.delivered += 1

@@ -8,7 +8,7 @@ revoked. Whose a row is, is in the statement: an account's principal finds its o
 import hashlib
 import secrets
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from dispatcher.domain.principal import OPERATOR, Principal
@@ -59,6 +59,8 @@ class Login:
     principal: Principal
     expires_at: datetime
     proxy_user: str | None = None
+    by_link: bool = False
+    key_expires_at: datetime | None = None  # of the key that it was made with
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +87,22 @@ def check_account_id(account_id: str) -> str:
 
 
 async def create_key(
-    db: Connection, principal: Principal, *, account_id: str | None, name: str = "", ttl_s: float | None = None
-) -> tuple[Key, str]:
-    """Make a key of an account, or without one an operator's; return it with its text, which is not to be had again."""
+    db: Connection, principal: Principal, *, account_id: str | None, name: str = "", ttl_s: float | None = None,
+    until: datetime | None = None,
+) -> tuple[Key, str]:  # fmt: skip
+    """Make a key of an account, or without one an operator's; return it with its text, which is not to be had again. `until`: when the key
+    ends with which it is made, which it may not outlive."""
     if account_id is not None:
         check_account_id(account_id)
     if len(name) > 200 or not name.isprintable():
         raise InputError("a key's name has at most 200 printable characters", field="name")
     if ttl_s is not None and not 0 < ttl_s <= 10 * 365 * 86_400:
         raise InputError("a key lives for ten years at most, or for ever", field="ttl_s")
+    if until is not None and (ttl_s is None or datetime.now(UTC) + timedelta(seconds=ttl_s) > until):
+        raise InputError(
+            f"the key that makes it ends at {until:%Y-%m-%d %H:%M:%S} UTC; give it a life that is over by then",
+            field="ttl_s",
+        )
     text = KEY_PREFIX + secrets.token_urlsafe(32)
     row = await db.fetchrow(
         ACCESS.insert_key, principal.within(account_id), name, text[:SHOWN], _hash(text), principal.actor, ttl_s
@@ -123,15 +132,15 @@ async def revoke_key(db: Connection, principal: Principal, key_id: int) -> Key:
     return Key(**row)
 
 
-async def bearer(db: Connection, text: str) -> tuple[int, Principal] | None:
-    """Return the key's id and whose it is; None if it is no key, or none any more."""
+async def bearer(db: Connection, text: str) -> tuple[int, Principal, datetime | None] | None:
+    """Return the key's id, whose it is and when it ends; None if it is no key, or none any more."""
     row = await db.fetchrow(ACCESS.key_by_hash, _hash(text))
     if row is None:
         return None
     if row["is_stale"]:
         await db.execute(ACCESS.note_use, row["id"])
     named = f" ({row['name']})" if row["name"] else ""
-    return row["id"], Principal(f"key {row['id']}{named}", row["account_id"])
+    return row["id"], Principal(f"key {row['id']}{named}", row["account_id"]), row["expires_at"]
 
 
 # ── links ──
@@ -176,7 +185,7 @@ async def login_by_key(db: Connection, text: str, session_s: int) -> Login | Non
     found = await bearer(db, text)
     if found is None:
         return None
-    key_id, principal = found
+    key_id, principal, _ = found
     return await _insert_login(db, principal, session_s, key_id=key_id)
 
 
@@ -198,7 +207,9 @@ async def login(db: Connection, login_id: int) -> Login | None:
     row = await db.fetchrow(ACCESS.login, login_id) if 0 < login_id <= _MAX_ID else None
     if row is None:
         return None
-    return Login(row["id"], Principal(row["actor"], row["account_id"]), row["expires_at"], row["proxy_user"])
+    return Login(
+        row["id"], Principal(row["actor"], row["account_id"]), row["expires_at"], row["proxy_user"], row["by_link"], row["key_expires_at"]
+    )  # fmt: skip
 
 
 async def end_login(db: Connection, login_id: int) -> None:

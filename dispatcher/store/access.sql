@@ -22,7 +22,7 @@ WHERE id = $2 AND ($1::text IS NULL OR account_id = $1)
 RETURNING id, account_id, name, prefix, created_at, created_by, expires_at, last_used_at, revoked_at;
 
 -- name: key_by_hash
-SELECT id, account_id, name, coalesce(last_used_at < clock_timestamp() - interval '1 minute', true) AS is_stale
+SELECT id, account_id, name, expires_at, coalesce(last_used_at < clock_timestamp() - interval '1 minute', true) AS is_stale
 FROM webhook.api_key
 WHERE hash = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > clock_timestamp());
 
@@ -59,7 +59,7 @@ VALUES ($1, $2, $3, $4, $5, clock_timestamp() + $6::integer * interval '1 second
 RETURNING id, expires_at;
 
 -- name: login
-SELECT s.id, s.account_id, s.actor, s.proxy_user, s.expires_at
+SELECT s.id, s.account_id, s.actor, s.proxy_user, s.expires_at, s.link_id IS NOT NULL AS by_link, k.expires_at AS key_expires_at
 FROM webhook.login AS s
 LEFT JOIN webhook.api_key AS k ON k.id = s.key_id
 LEFT JOIN webhook.login_link AS l ON l.id = s.link_id

@@ -12,7 +12,7 @@ from typing import Any
 
 import asyncpg
 
-from dispatcher.errors import BusyError, DatabaseAwayError
+from dispatcher.errors import BusyError, DatabaseAwayError, InputError
 from dispatcher.store.session import Connection, is_away
 from dispatcher.store.sql import SQL
 
@@ -48,6 +48,8 @@ class Pool:
             raise
         try:
             yield lent
+        except asyncpg.DataError as exc:  # a NUL, a number beyond its column
+            raise InputError("something in it is no text or number that the database can hold") from exc
         except asyncpg.QueryCanceledError as exc:
             raise BusyError(f"this takes longer than {timeout_s:g} s; ask for less, or try again later") from exc
         except Exception as exc:

@@ -122,8 +122,9 @@ WHERE d.id = ANY (ARRAY(SELECT x.id FROM webhook.dead_letter AS x WHERE x.endpoi
   AND ($5::text[] IS NULL OR d.type = ANY ($5::text[]) OR d.type ^@ ANY ($6::text[]))
   AND CASE WHEN $8::text IS NULL THEN true ELSE webhook.passes($8::text::jsonb, d.type, d.payload) END
   AND EXISTS (SELECT FROM webhook.outbox AS o WHERE o.id = d.event_id OFFSET 0)
-  AND NOT ($7 AND EXISTS (
-      SELECT FROM webhook.attempt AS a WHERE a.event_id = d.event_id AND a.endpoint_id = $2 AND a.fault IS NULL OFFSET 0
+  AND NOT ($7 AND EXISTS (  -- as in run_page_failed: what the run passes over would be taken and never sent
+      SELECT FROM webhook.attempt AS a
+      WHERE a.event_id = d.event_id AND a.endpoint_id = $2 AND (a.fault IS NULL OR a.number = 0) OFFSET 0
   ))
   AND NOT ($7 AND EXISTS (SELECT FROM webhook.retry AS r WHERE r.endpoint_id = $2 AND r.event_id = d.event_id OFFSET 0));
 

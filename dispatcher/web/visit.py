@@ -13,14 +13,17 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, urlsplit
 
 import orjson
+import structlog
 from aiohttp import web
 from aiohttp.web import StreamResponse
 
 from dispatcher.domain.principal import Principal
+from dispatcher.errors import BusyError, DatabaseAwayError
 from dispatcher.store import access
 from dispatcher.store.access import Login
 from dispatcher.store.admin import Admin
@@ -32,6 +35,8 @@ from dispatcher.web.turns import others_first
 
 if TYPE_CHECKING:
     from dispatcher.web.app import Web
+
+_log = structlog.get_logger(room="web")
 
 BODY_BYTES_MAX = 65_536
 BODY_S = 10.0  # a body must have come by then
@@ -70,6 +75,7 @@ class Visit:
         self.login: Login | None = None
         self.body = b""
         self.subject = " ".join(f"{name}={value}" for name, value in request.match_info.items())
+        self.key_expires_at: datetime | None = None  # of the key that it came by
         self._principal: Principal | None = None
 
     # ── who ──
@@ -95,7 +101,9 @@ class Visit:
         address = self.request.remote or ""
         if not self.web.trusts(address):
             return address
-        for hop in reversed(self.request.headers.get("X-Forwarded-For", "").split(",")):
+        for hop in reversed(
+            ",".join(self.request.headers.getall("X-Forwarded-For", [])).split(",")
+        ):  # each proxy may add a line
             try:
                 address = str(ipaddress.ip_address(hop.strip()))
             except ValueError:
@@ -186,7 +194,7 @@ class Visit:
         if self.login is not None and self.login.proxy_user != (self.proxy_user if self.login.proxy_user else None):
             self.login = None  # the proxy has somebody else before it now
         if self.login is not None:
-            self._principal = self.login.principal
+            self._principal, self.key_expires_at = self.login.principal, self.login.key_expires_at
 
     @property
     def proxy_user(self) -> str | None:
@@ -194,7 +202,8 @@ class Visit:
         header = self.web.settings.web_login_header
         if header is None or not self.web.trusts(self.request.remote or ""):
             return None
-        user = self.request.headers.get(header, "").strip()
+        named = self.request.headers.getall(header, [])
+        user = named[0].strip() if len(named) == 1 else ""  # of two, one is the client's own
         return user if user and user.isprintable() and len(user) <= 200 else None
 
     async def _by_key(self, authorization: str) -> None:
@@ -205,7 +214,7 @@ class Visit:
             async with self.db() as db:
                 found = await access.bearer(db, text)
             if found is not None:
-                self._principal = found[1]
+                _, self._principal, self.key_expires_at = found
                 return
         self.count_failure()
         raise ProblemError(401, "this is no key, or none any more", headers={"WWW-Authenticate": "Bearer"})
@@ -326,6 +335,12 @@ class Route:
             status = visit.web.status_of(exc)
             raise
         finally:
-            async with visit.db() as db:
-                await access.end_change(db, change_id, status, visit.subject)
+            try:
+                async with visit.db() as db:
+                    await access.end_change(db, change_id, status, visit.subject)
+            except (BusyError, DatabaseAwayError) as exc:
+                # It is done, or it failed, as the answer says: said to have failed, it would be made once more.
+                _log.warning(
+                    "change.end_unknown", change=change_id, action=self.change, status=status, error=exc.message
+                )
         return response

@@ -12,6 +12,7 @@ from dispatcher.engine.counters import Counters
 from dispatcher.engine.lane import Lane
 from dispatcher.engine.lanes import Lanes, Memory
 from dispatcher.engine.reader import CROWDS_S, POLL_S, POLLS_AT_ONCE, POLLS_BEFORE_SLEEP, Reader
+from dispatcher.errors import DatabaseRefusedError
 from dispatcher.ports import HeadPage, Holders, Page, Summary
 from tests.engine.build import LIMITS, make_endpoint, make_event
 
@@ -252,3 +253,15 @@ async def test_at_the_memory_bound_crowds_are_looked_for_now_and_then_and_fall_b
     now[0] += CROWDS_S
     assert await reader._head_room() > 0
     assert (crowd.live, crowd.queued(), lanes.memory.events) == (False, 0, len(others))
+
+
+def test_ids_that_go_back_end_it():
+    """A backup that was restored under it: what is new was never read, and nobody was told."""
+    reader = Reader(
+        None, Lanes(LIMITS, Memory(100, 10_000)), Clock(lambda: 1.0), Counters(), offered=None, position=lambda: 0, configured=None,
+        doorbell=False, poll_s=1.0, gate=ReadGate(),
+    )  # fmt: skip
+    reader._apply_head(HeadPage([], None, False, 200, 0))
+    reader._apply_head(HeadPage([], None, False, 200, 0))
+    with pytest.raises(DatabaseRefusedError, match="from 200 to 30"):
+        reader._apply_head(HeadPage([], None, False, 30, 0))

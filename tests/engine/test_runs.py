@@ -160,3 +160,10 @@ def test_another_rate_holds_at_once():
     assert lane.next_run_at() == 1_100.0
     lane.configure(make_endpoint(runs=(spec(7, rate_per_s=100.0),)), 101.0)
     assert lane.next_run_at() <= 101.0
+
+
+def test_a_canceled_one_waits_for_its_retry_in_flight():
+    """Forgotten before, it did not count what came of it."""
+    run = LaneRun(spec(state=RunState.CANCELED))
+    assert not run.row(1, set(), is_busy=True).ended
+    assert run.row(1, set()).ended

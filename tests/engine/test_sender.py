@@ -21,6 +21,7 @@ from dispatcher.engine.lane import Lane
 from dispatcher.engine.lanes import Lanes, Memory
 from dispatcher.engine.recorder import Recorder
 from dispatcher.engine.sender import Sender
+from dispatcher.engine.stats import LONGEST_US
 from dispatcher.ports import DueRetry, Limits
 from dispatcher.transport.memory import Dial, MemoryTransport, Reply, Scripted
 from tests.engine.build import LIMITS, SECRET, make_endpoint, make_event
@@ -321,3 +322,17 @@ async def test_who_waits_for_a_share_of_an_origin_that_it_has_left_is_served():
     bench.sender.changed(bench.lane)
     await asyncio.sleep(1.0)
     assert (len(well.requests), bench.lane.waits_for) == (1, None)
+
+
+@virtual
+async def test_a_post_that_a_suspended_process_found_answered_has_a_duration_that_fits():
+    bench = Bench(("a.test", Scripted(Reply(204, head_s=1.0))))
+    sent = []
+    post = bench.sender._post
+    bench.sender._post = lambda delivery, connection: (sent.append(delivery), post(delivery, connection))
+    bench.offer(1)
+    await asyncio.sleep(0.5)
+    sent[0].started -= 3_600.0
+    await asyncio.sleep(1.0)
+    assert bench.recorder._results[0].duration_us == LONGEST_US
+    assert bench.recorder._build(bench.recorder._results, checkpoint=False).attempts[0].duration_us == LONGEST_US

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import aiohttp
 import orjson
 import pytest
 import structlog
+from multidict import CIMultiDict
 
 from dispatcher import log
 from dispatcher import settings as settings_module
@@ -50,10 +51,10 @@ class Site:
         return self.server.web
 
     async def ask(
-        self, method: str, path: str, *, key: str | None = None, cookie: str | None = None, headers: dict[str, str] | None = None,
+        self, method: str, path: str, *, key: str | None = None, cookie: str | None = None, headers: Mapping[str, str] | None = None,
         json: Any = None, form: Any = None, data: bytes | None = None,
     ) -> Answer:  # fmt: skip
-        sent = dict(headers or {})
+        sent = CIMultiDict(headers or {})
         if key is not None:
             sent["Authorization"] = f"Bearer {key}"
         if cookie is not None:
@@ -83,10 +84,13 @@ class Site:
         answer = await self.ask("POST", "/login", form={"key": key})
         assert answer.status == 303, answer.text
         cookie = cookie_of(answer)
+        return cookie, await self.csrf(cookie)
+
+    async def csrf(self, cookie: str) -> str:
         page = await self.ask("GET", "/api/v1/docs", cookie=cookie)
         token = re.search(r'name="csrf-token" content="([^"]+)"', page.text)
         assert token is not None
-        return cookie, token[1]
+        return token[1]
 
     async def query(self, statement: str, *values: Any) -> list[Any]:
         async with connected(self.dsn) as db:

@@ -1,5 +1,7 @@
 """Recipients and alerts by panel and API."""
 
+import re
+
 import pytest
 
 from dispatcher.domain.principal import OPERATOR, Principal
@@ -105,3 +107,10 @@ async def test_names_are_shown_as_text(operator: Browser):
     page = (await operator.get("/alerts")).text
     assert "&lt;i&gt;acct&lt;/i&gt;" in page
     assert "<i>acct" not in page
+
+
+async def test_an_address_that_is_corrected_is_still_of_its_account(operator: Browser):
+    """The form came back without the account: the customer would have been told of all."""
+    answer = await operator.post("/alerts/recipients", [("address", "nobody"), ("account_id", "acct_42")])
+    assert answer.status == 400
+    assert re.search(r'id="account_id" name="account_id" value="acct_42"', answer.text)

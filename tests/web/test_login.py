@@ -7,8 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from multidict import CIMultiDict
 
 from dispatcher.domain import verify
+from dispatcher.errors import BusyError
+from dispatcher.store import access
 from dispatcher.web import sessions
 from dispatcher.web.limits import FAILURES_MAX
 from tests.web.conftest import Site, cookie_of, site
@@ -309,3 +312,58 @@ def test_what_is_secret_is_compared_in_constant_time(module: Any, accepts: Any, 
     blind = SimpleNamespace(compare_digest=lambda a, b: False, digest=hmac.digest)
     monkeypatch.setattr(module, "hmac", blind)
     assert not accepts()
+
+
+async def test_a_portal_link_is_no_way_to_a_key(web: Site):
+    """Which would live on when the link, and the login by it, are over."""
+    answer = await web.ask("GET", await link(web))
+    cookie = cookie_of(answer)
+    csrf = await web.csrf(cookie)
+    made = await web.ask("POST", "/api/v1/keys", cookie=cookie, headers={"X-CSRF-Token": csrf}, json={})
+    assert (made.status, made.json["code"]) == (403, "forbidden")
+    assert [
+        row["created_by"]
+        for row in await web.query("SELECT created_by FROM webhook.api_key WHERE created_by LIKE 'link%'")
+    ] == []
+
+
+async def test_a_key_makes_none_that_outlives_it(web: Site):
+    made = (await web.ask("POST", "/api/v1/keys", key=await web.key(), json={"account_id": "acct", "ttl_s": 600})).json
+    by_cookie = await web.login(made["key"])
+    for ttl_s, status in ((None, 400), (700, 400), (500, 201)):
+        answer = await web.ask("POST", "/api/v1/keys", key=made["key"], json={"ttl_s": ttl_s})
+        assert (answer.status, answer.json.get("field")) == (status, "ttl_s" if status == 400 else None)
+        again = await web.ask(
+            "POST", "/api/v1/keys", cookie=by_cookie[0], headers={"X-CSRF-Token": by_cookie[1]}, json={"ttl_s": ttl_s}
+        )
+        assert again.status == status
+
+
+@pytest.mark.parametrize(
+    "lines", [["192.0.2.7, 10.0.0.3"], ["1.1.1.1", "192.0.2.7", "10.0.0.3"], ["1.1.1.1, 192.0.2.7", "10.0.0.3"]]
+)
+async def test_a_proxy_that_adds_a_line_of_its_own_is_believed(dsn: str, lines: list[str]):
+    """Read from the first line only, the address was the client's own word."""
+    async with site(dsn, web_trusted_proxies="127.0.0.1,10.0.0.0/8") as web:
+        hops = CIMultiDict([("X-Forwarded-For", line) for line in lines])
+        await web.ask("POST", "/api/v1/keys", key=await web.key(), json={}, headers=hops)
+        assert [row["address"] for row in await web.query("SELECT address FROM webhook.audit")] == ["192.0.2.7"]
+
+
+async def test_what_was_done_is_answered_though_its_end_cant_be_written(web: Site, monkeypatch: pytest.MonkeyPatch):
+    """Answered 503, it would be done twice."""
+
+    async def busy(*args: object) -> None:
+        raise BusyError("no connection is free")
+
+    monkeypatch.setattr(access, "end_change", busy)
+    answer = await web.ask("POST", "/api/v1/keys", key=await web.key(), json={"account_id": "acct"})
+    assert (answer.status, answer.json["account_id"]) == (201, "acct")
+    assert [row["status"] for row in await web.query("SELECT status FROM webhook.audit")] == [None]
+
+
+@pytest.mark.parametrize("path", ["/catalogue?cursor=%00", "/api/v1/audit?account_id=%00"])
+async def test_what_the_database_can_not_take_is_no_fault_of_ours(web: Site, path: str):
+    key = await web.key()
+    cookie, _ = await web.login(key)
+    assert (await web.ask("GET", path, cookie=cookie)).status == 400

@@ -567,3 +567,15 @@ def test_the_javascript_shown_verifies_and_refuses():
     for body, code in (("{}", 0), ("{ }", 1)):
         script = f"{SNIPPETS['JavaScript']}\nverify({secret!r}, {headers}, Buffer.from({body!r}));"
         assert subprocess.run(["node", "-e", script], capture_output=True, check=False).returncode == code
+
+
+async def test_a_filter_that_the_catalogue_has_lost_is_not_dropped(customer: Browser):
+    """Saved without it, everything would be sent."""
+    async with connected(customer.web.dsn) as db:
+        endpoint = await people.endpoint(db, filters='{"gone": ["one"]}')
+    setup = f"/endpoints/{endpoint}/setup"
+    assert 'name="filter.gone"' in (await customer.get(setup)).text
+    fields = [("url", "https://a.example/hook"), ("type", "message.sent")]
+    answer = await customer.post(setup, [*fields, ("filter.gone", "one")])
+    assert (answer.status, "gone" in answer.text) == (400, True), "what can't be kept is said"
+    await customer.ok(setup, [*fields, ("filter.gone", "")])

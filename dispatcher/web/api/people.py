@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from dispatcher.errors import ForbiddenError
 from dispatcher.store import access, erasure, search
 from dispatcher.web.api import models
 from dispatcher.web.api.operation import Call, Operation
@@ -40,11 +41,16 @@ async def list_keys(call: Call) -> Any:
 async def create_key(call: Call) -> Any:
     """Make a key
 
-    Its text is in this answer and nowhere else."""
+    Its text is in this answer and nowhere else. It may not outlive the key that makes it; a portal link's login makes none."""
     body: models.NewKey = call.body
-    async with call.visit.db() as db:
+    visit = call.visit
+    if visit.login is not None and visit.login.by_link and not call.principal.is_operator:
+        raise ForbiddenError(
+            "a login by a portal link makes no keys, which would outlive it: use a key of the account, or ask who runs this"
+        )
+    async with visit.db() as db:
         made, text = await access.create_key(
-            db, call.principal, account_id=body.account_id, name=body.name, ttl_s=body.ttl_s
+            db, call.principal, account_id=body.account_id, name=body.name, ttl_s=body.ttl_s, until=visit.key_expires_at
         )
     call.visit.subject = f"key_id={made.id} account_id={made.account_id or '–'}"
     return asdict(made) | {"key": text}
@@ -119,8 +125,9 @@ async def erase(call: Call) -> Any:
         async with web.pool.connection(long=True) as db:
             await erasure.erase_account(db, web.settings, account_id)
 
-    async with call.visit.db() as db:
+    async with call.visit.db(long=True) as db:
         web.jobs.check_room()
+        await erasure.look_at_account(db, account_id)  # a wrong name is told, not erased
         begun = await erasure.begin_account(db, account_id)
     web.jobs.start(f"erase account {account_id}", work)
     return begun

@@ -14,7 +14,7 @@ TOLD = 50  # rows
 
 async def show(visit: Visit) -> StreamResponse:
     async with visit.db() as db:
-        return await _page(visit, db)
+        return await _page(visit, db, account_id=visit.query.get("account_id", "").strip() or None)
 
 
 async def add(visit: Visit) -> StreamResponse:
@@ -25,7 +25,7 @@ async def add(visit: Visit) -> StreamResponse:
         except DispatcherError as exc:
             if visit.wants_json or not visit.principal.sees(account_id):
                 raise
-            return await _page(visit, db, problem=exc, typed=address)
+            return await _page(visit, db, account_id=account_id, problem=exc, typed=address)
     visit.subject = f"recipient_id={made.id} account_id={made.account_id or '–'}"
     return visit.redirect("/alerts")
 
@@ -44,10 +44,9 @@ async def put_operator_account(visit: Visit) -> StreamResponse:
 
 
 async def _page(
-    visit: Visit, db: Connection, *, problem: DispatcherError | None = None, typed: str = ""
+    visit: Visit, db: Connection, *, account_id: str | None, problem: DispatcherError | None = None, typed: str = ""
 ) -> StreamResponse:
     is_operator = visit.principal.is_operator
-    account_id = visit.query.get("account_id", "").strip() or None
     recipients = await alerts.recipients(db, visit.principal, account_id=account_id)
     data: dict[str, Any] = {
         "account_id": account_id,

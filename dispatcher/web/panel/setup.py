@@ -4,6 +4,7 @@ What step 1 saves is a draft, or beside a live endpoint an edit that waits; noth
 that going live needs one, the store decides (store/admin.py): this page only shows it, and an operator may go around it.
 """
 
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
 
@@ -77,7 +78,7 @@ async def save(visit: Visit) -> StreamResponse:
         admin = visit.admin(db)
         view = await admin.get(_endpoint_id(visit))
         types = await event_types.find(db, limit=TYPES_MAX)
-        config = _read(visit, types)
+        config = _read(visit, types, shown(view.to_test)["filters"] or ())
         try:
             await admin.update(view.id, _checked(config))
         except (InputError, ProblemError) as exc:
@@ -161,7 +162,7 @@ def _page(
         "account_id": account_id, "config": config, "endpoint": endpoint, "tests": tests or [], "preview": preview,
         "preview_problem": preview_problem, "test_type": test_type, "chosen": chosen or {},
         "groups": {name: [one.as_dict() for one in group] for name, group in groups.items()},
-        "filter_names": sorted({name for one in types for name in one.filter_fields}),
+        "filter_names": sorted({name for one in types for name in one.filter_fields} | set(config.get("filters") or ())),
         "other_types": [pattern for pattern in config["event_types"] if pattern not in known],
         "samples": [TEST_TYPE, *(one.name for one in types if one.sample is not None and one.name != TEST_TYPE)],
     }  # fmt: skip
@@ -180,11 +181,12 @@ def _page(
     )
 
 
-def _read(visit: Visit, types: list[EventType]) -> dict[str, Any]:
-    """Return what was typed, as the options that a form has: text where a number was expected stays text, for `_checked` to refuse."""
+def _read(visit: Visit, types: list[EventType], filtered: Iterable[str] = ()) -> dict[str, Any]:
+    """Return what was typed, as the options that a form has: text where a number was expected stays text, for `_checked` to refuse. `filtered`:
+    fields that the endpoint filters by already, which the catalogue may have lost."""
     form = visit.form
     patterns = [*visit.form_list("type"), *_words(form.get("other_types", ""))]
-    names = {name for one in types for name in one.filter_fields}
+    names = {name for one in types for name in one.filter_fields} | set(filtered)
     filters = {name: _lines(form.get(f"filter.{name}", "")) for name in sorted(names)}
     headers: dict[str, str | None] = dict.fromkeys(visit.form_list("remove_header"))
     for line in _lines(form.get("headers", "")):
