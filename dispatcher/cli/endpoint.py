@@ -1,6 +1,7 @@
 """`dispatcher endpoint …`: create, test, go live; then look after it."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -204,10 +205,11 @@ def test(context: Context, endpoint_id: int, event_type: str, json_out: bool) ->
 async def _test(settings: Settings, endpoint_id: int, event_type: str) -> tuple[EndpointView, Trial]:
     async with connected(settings) as connection:
         transport = make_transport(settings)
+        lent = connection, Admin(connection, settings)
         try:
             return await try_and_record(
-                connection, Admin(connection, settings), transport, settings, endpoint_id, event_type, "dispatcher endpoint test"
-            )  # fmt: skip
+                lambda: nullcontext(lent), transport, settings, endpoint_id, event_type, "dispatcher endpoint test"
+            )
         finally:
             await transport.close()
 

@@ -59,7 +59,7 @@ from dispatcher.store.session import Connection
 from dispatcher.web import api, login, panel, receiver
 from dispatcher.web.jobs import Jobs
 from dispatcher.web.kept import Kept
-from dispatcher.web.limits import FailedLogins
+from dispatcher.web.limits import FailedLogins, Trials
 from dispatcher.web.pages import StaticFiles, Templates
 from dispatcher.web.problems import ProblemError, problem_of, problem_of_http
 from dispatcher.web.requests import Requests, counting
@@ -111,6 +111,7 @@ class Web:
         self.minutes = Kept(read_minutes, for_s=MINUTES_S)
         self.streams = Streams(pool, streams_max=settings.web_streams_max)
         self.failed_logins = FailedLogins()
+        self.trials = Trials()
         self.jobs = Jobs()
         self.receivers = receiver.Receivers()
         self.headers = security_headers(settings)

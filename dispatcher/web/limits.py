@@ -1,10 +1,38 @@
-"""A bound on failed logins: by address, in memory. Keys can't be guessed; this keeps whoever tries from costing much."""
+"""Bounds in memory. On failed logins, by address: keys can't be guessed; this keeps whoever tries from costing much. And on tests under way."""
 
 import ipaddress
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dispatcher.errors import BusyError
 
 FAILURES_MAX = 10
 WINDOW_S = 300.0
 ADDRESSES_MAX = 10_000
+TRIALS_OF_ACCOUNT_MAX = 5
+TRIALS_MAX = 100
+
+
+class Trials:
+    """Tests under way. Each may take a minute, and its sockets are the deliveries' too."""
+
+    def __init__(self) -> None:
+        self._of: Counter[str | None] = Counter()
+
+    @contextmanager
+    def under_way(self, account_id: str | None) -> Iterator[None]:
+        """Count one of an account's, None: of the operators'. Raises BusyError where there are too many."""
+        of_account_max = TRIALS_MAX if account_id is None else TRIALS_OF_ACCOUNT_MAX
+        if self._of[account_id] >= of_account_max or self._of.total() >= TRIALS_MAX:
+            raise BusyError("too many tests are under way; try again when one has ended")
+        self._of[account_id] += 1
+        try:
+            yield
+        finally:
+            self._of[account_id] -= 1
+            if not self._of[account_id]:
+                del self._of[account_id]
 
 
 class FailedLogins:

@@ -6,6 +6,8 @@ the repaired receiver, at the minute's bound, or when it has taken half a minute
 """
 
 import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,12 +41,17 @@ async def check_tests_lately(db: Connection, endpoint_id: int) -> int:
     return left
 
 
+Lend = Callable[[], AbstractAsyncContextManager[tuple[Connection, Admin]]]
+
+
 async def try_and_record(
-    db: Connection, admin: Admin, transport: Transport, settings: Settings, endpoint_id: int, event_type: str, sent_by: str
-) -> tuple[EndpointView, Trial]:  # fmt: skip
-    """Send the sample of an event type to what the endpoint is to be, and keep what came of it. No transaction is open meanwhile."""
-    view = await admin.get(endpoint_id)
-    data = await sample_of(db, event_type, view, sent_by)
+    lend: Lend, transport: Transport, settings: Settings, endpoint_id: int, event_type: str, sent_by: str
+) -> tuple[EndpointView, Trial]:
+    """Send the sample of an event type to what the endpoint is to be, and keep what came of it. No connection is held meanwhile: a receiver may
+    take its endpoint's whole timeout."""
+    async with lend() as (db, admin):
+        view = await admin.get(endpoint_id)
+        data = await sample_of(db, event_type, view, sent_by)
     trial = await try_endpoint(
         transport,
         parse_url(view.to_test["url"], settings.address_policy),
@@ -57,21 +64,38 @@ async def try_and_record(
         shape=make_shape(view.to_test),
     )
     outcome = trial.outcome
-    await admin.record_test(
-        view,
-        passed=trial.passed,
-        duration_us=trial.duration_us,
-        status=outcome.status,
-        fault=outcome.fault.value if outcome.fault else None,
-        verdict=trial.verdict,
-        request=trial.request,
-        response_head=trial.trace.head or None,
-        event_type=event_type,
-        at_fault=trial.at_fault,
-        timing=trial.trace.timing_ms(),
-        response_body=trial.trace.body or None,
-    )
+    async with lend() as (_, admin):
+        await admin.record_test(
+            view,
+            passed=trial.passed,
+            duration_us=trial.duration_us,
+            status=outcome.status,
+            fault=outcome.fault.value if outcome.fault else None,
+            verdict=trial.verdict,
+            request=trial.request,
+            response_head=trial.trace.head or None,
+            event_type=event_type,
+            at_fault=trial.at_fault,
+            timing=trial.trace.timing_ms(),
+            response_body=trial.trace.body or None,
+        )
     return view, trial
+
+
+async def try_of(visit: Visit, endpoint_id: int, event_type: str) -> Trial:
+    """Make a test for a visitor, if not too many are under way. Whose the endpoint is, was asked before."""
+
+    @asynccontextmanager
+    async def lend() -> AsyncIterator[tuple[Connection, Admin]]:
+        async with visit.db() as db:
+            yield db, visit.admin(db)
+
+    web = visit.web
+    with web.trials.under_way(visit.principal.account_id):
+        _, trial = await try_and_record(
+            lend, web.transport, web.settings, endpoint_id, event_type, visit.principal.actor
+        )
+    return trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +111,7 @@ class TypesTried:
 
 
 async def try_types(visit: Visit, endpoint_id: int) -> TypesTried:
-    """Test every type that the endpoint is to get and that has a sample. Between two tests it gives its connection back: there are few
-    for what takes long."""
-    web = visit.web
+    """Test every type that the endpoint is to get and that has a sample."""
     async with visit.db() as db:
         view = await visit.admin(db).get(endpoint_id)
         left_of_minute = await check_tests_lately(db, endpoint_id)
@@ -106,10 +128,7 @@ async def try_types(visit: Visit, endpoint_id: int) -> TypesTried:
         if time.monotonic() > until:
             break
         try:
-            async with visit.db(long=True) as db:
-                _, trial = await try_and_record(
-                    db, visit.admin(db), web.transport, web.settings, endpoint_id, name, visit.principal.actor
-                )
+            trial = await try_of(visit, endpoint_id, name)
         except BusyError:
             if not tried:
                 raise

@@ -9,6 +9,8 @@ import pytest
 
 from dispatcher.sink import Behaviour, Sink
 from dispatcher.web import trial
+from dispatcher.web.limits import TRIALS_OF_ACCOUNT_MAX
+from tests.rig import until
 from tests.web.conftest import Site
 from tests.web.test_panel import HTML, Browser, is_open
 
@@ -143,3 +145,22 @@ async def test_types_without_samples_can_not_be_tested_so(customer: Browser):
         "Test all"
         not in (await customer.web.ask("GET", f"{endpoint}/setup", cookie=customer.cookie, headers=HTML)).text
     )
+
+
+async def test_receivers_that_say_nothing_keep_nobody_else_from_long_work(customer: Browser, sink: Sink):
+    """Two tests under way had both connections for what takes long, of every account and of the operators."""
+    sink.set_behaviour("/hook", Behaviour(mode="hang"))
+    endpoint = await draft(customer, f"{sink.url}/hook")
+    tests = [asyncio.create_task(customer.post(f"{endpoint}/test")) for _ in range(TRIALS_OF_ACCOUNT_MAX)]
+    try:
+        await until(lambda: sum(customer.web.web.trials._of.values()) == TRIALS_OF_ACCOUNT_MAX)
+        pool = customer.web.web.pool
+        async with pool.connection(long=True), pool.connection(long=True), pool.connection() as db:
+            assert await db.fetchval("SELECT 1") == 1
+        assert (await customer.post(f"{endpoint}/test")).status == 503, "one more of this account"
+        await sink.stop()
+        assert {(await made).status for made in tests} == {303}
+    finally:
+        for made in tests:
+            made.cancel()
+    assert not customer.web.web.trials._of

@@ -9,7 +9,7 @@ from dispatcher.web.api import models
 from dispatcher.web.api.operation import Call, Operation
 from dispatcher.web.api.paging import after_id, before_id, page
 from dispatcher.web.problems import ProblemError
-from dispatcher.web.trial import check_tests_lately, shown_test, shown_trial, try_and_record, try_types
+from dispatcher.web.trial import check_tests_lately, shown_test, shown_trial, try_of, try_types
 from dispatcher.web.visit import Who
 
 _OPTIONS = (*models.EndpointOptions.model_fields, "url")
@@ -91,17 +91,11 @@ async def test_endpoint(call: Call) -> Any:
     draft, or the edit that
     waits. A passed test belongs to that exact configuration."""
     body: models.Testing = call.body
-    web = call.visit.web
     async with call.visit.db() as db:
         admin = call.visit.admin(db)
         await admin.get(call.endpoint_id)
         await check_tests_lately(db, call.endpoint_id)
-    # On a connection of the long ones: it is held for as long as the POST takes, up to the endpoint's timeout.
-    async with call.visit.db(long=True) as db:
-        _, trial = await try_and_record(
-            db, call.visit.admin(db), web.transport, web.settings, call.endpoint_id, body.type, call.principal.actor
-        )
-    return shown_trial(body.type, trial)
+    return shown_trial(body.type, await try_of(call.visit, call.endpoint_id, body.type))
 
 
 async def test_chosen_types(call: Call) -> Any:

@@ -92,14 +92,10 @@ async def test(visit: Visit) -> StreamResponse:
 
 async def send_test(visit: Visit, endpoint_id: int, event_type: str) -> StreamResponse:
     """Send one test, and show what came of it."""
-    web = visit.web
     async with visit.db() as db:
         await visit.admin(db).get(endpoint_id)
         await trial.check_tests_lately(db, endpoint_id)
-    async with visit.db(long=True) as db:  # held for as long as the POST takes
-        await trial.try_and_record(
-            db, visit.admin(db), web.transport, web.settings, endpoint_id, event_type, visit.principal.actor
-        )
+    await trial.try_of(visit, endpoint_id, event_type)
     return visit.redirect(f"/endpoints/{endpoint_id}/setup?type={quote(event_type)}#test")
 
 
