@@ -150,13 +150,14 @@ async def _tail(
         shown: dict[tuple[Any, ...], None] = {}
         endpoint_ids = None if endpoint_id is None else [endpoint_id]
         while loop.time() < deadline:
-            for attempt in await opened.events.tail(since - timedelta(seconds=15), endpoint_ids, TAIL_WINDOW_IDS):
+            for attempt in await opened.events.tail(
+                since - timedelta(seconds=15), endpoint_ids, TAIL_WINDOW_IDS, failures=failures
+            ):
                 key = (attempt["event_id"], attempt["endpoint_id"], attempt["run"], attempt["number"])
                 if key in shown or attempt["started_at"] < since - timedelta(seconds=15):
                     continue
                 shown[key] = None
-                if not failures or attempt["fault"] is not None:
-                    _print_attempt(attempt, json_out)
+                _print_attempt(attempt, json_out)
             while len(shown) > 100_000:
                 del shown[next(iter(shown))]
             since = max(since, await opened.now() - timedelta(seconds=1))

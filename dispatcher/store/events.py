@@ -175,13 +175,19 @@ class Events:
         }  # fmt: skip
 
     async def tail(
-        self, since: datetime | timedelta, endpoint_ids: Sequence[int] | None, window_ids: int, limit: int = 1_000
+        self,
+        since: datetime | timedelta,
+        endpoint_ids: Sequence[int] | None,
+        window_ids: int,
+        limit: int = 1_000,
+        *,
+        failures: bool = False,
     ) -> list[dict[str, Any]]:
-        """Return attempts of the log's newest `window_ids` that began after `since`, or less than so long ago; the newest `limit` of them,
-        oldest first. Whose the endpoints are, was asked before."""
+        """Return attempts (`failures`: only those that failed) of the log's newest `window_ids` that began after `since`, or less than so long
+        ago; the newest `limit` of them, oldest first. Whose the endpoints are, was asked before."""
         at, back = (None, since) if isinstance(since, timedelta) else (since, None)
         last_id = await self._db.fetchval(ADMIN.last_id)
-        rows = await self._db.fetch(ADMIN.tail, at, endpoint_ids, last_id - window_ids, back, limit)
+        rows = await self._db.fetch(ADMIN.tail, at, endpoint_ids, last_id - window_ids, back, limit, failures)
         return [dict(row) for row in reversed(rows)]
 
     async def account_for(self) -> list[dict[str, Any]]:

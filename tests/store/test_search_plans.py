@@ -75,7 +75,7 @@ ASKED: dict[str, tuple[str, list[Any], int]] = {
     ),
     "retries of a delivery": (SEARCH.retries_of, [10, 777], 1),
     "how some stand": (ADMIN.stands, [[11, 12, 13], 10_001], 400),
-    "the newest attempts of some": (ADMIN.tail, [None, [10, 20], EVENTS - 2_000, timedelta(days=1), 500], 2 * 2_000 + 500),
+    "the newest attempts of some": (ADMIN.tail, [None, [10, 20], EVENTS - 2_000, timedelta(days=1), 500, False], 2 * 2_000 + 500),
     "letters": (LETTERS.walk, ["a1", 39_000, LOOKED_AT, None, "open", None, []], 2_000),
     "letters of all": (LETTERS.walk, [None, 39_000, LOOKED_AT, 7, "open", ["no.such"], []], 2_000),
     "letters open": (LETTERS.walk_open, [10, 39_000, LOOKED_AT, None, []], 2_000),

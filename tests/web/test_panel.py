@@ -579,3 +579,35 @@ async def test_a_filter_that_the_catalogue_has_lost_is_not_dropped(customer: Bro
     answer = await customer.post(setup, [*fields, ("filter.gone", "one")])
     assert (answer.status, "gone" in answer.text) == (400, True), "what can't be kept is said"
     await customer.ok(setup, [*fields, ("filter.gone", "")])
+
+
+async def test_who_edits_what_another_has_changed_meanwhile_is_told(customer: Browser):
+    """The form has every field: the second to save would have put back all that the first had changed."""
+    async with connected(customer.web.dsn) as db:
+        endpoint = await people.endpoint(db)
+    setup = f"/endpoints/{endpoint}/setup"
+    base = re.search(r'name="base" value="([0-9a-f]{16})"', (await customer.get(setup)).text)
+    assert base is not None
+    fields = [("url", "https://a.example/hook"), ("all_types", "1"), ("base", base[1])]
+    await customer.ok(setup, [*fields, ("name", "first")])
+    answer = await customer.post(setup, [*fields, ("name", "second")])
+    assert (answer.status, "somebody has changed it" in answer.text, 'value="second"' in answer.text) == (
+        400,
+        True,
+        True,
+    )
+    base = re.search(r'name="base" value="([0-9a-f]{16})"', answer.text)
+    assert base is not None
+    await customer.ok(setup, [*fields[:2], ("base", base[1]), ("name", "second")])
+    assert 'value="second"' in (await customer.get(setup)).text
+
+
+async def test_failures_are_found_among_many_that_did_not_fail(customer: Browser):
+    async with connected(customer.web.dsn) as db:
+        endpoint = await people.endpoint(db)
+        failed, *_ = ids = await people.emit(db, 4)
+        await people.attempted(db, endpoint, [failed], fault="status")
+        for event in ids[1:]:
+            await people.attempted(db, endpoint, [event])
+        rows = await Admin(db, customer.web.settings).events.tail(timedelta(minutes=1), None, 2_000, 2, failures=True)
+    assert [row["event_id"] for row in rows] == [failed]

@@ -9,7 +9,7 @@ from tests.conftest import connected
 
 ASKED = {  # parameter types, arguments, what bounds the descent
     "tail": (
-        ADMIN.tail, "timestamptz, bigint[], bigint, interval, integer", "NULL, '{7,8}', 2000, '15 s', 500", "(event_id > '2000'",
+        ADMIN.tail, "timestamptz, bigint[], bigint, interval, integer, boolean", "NULL, '{7,8}', 2000, '15 s', 500, false", "(event_id > '2000'",
     ),
     "first_posts": (OVERVIEW.first_posts, "bigint, integer", "1000, 500", "(event_id > "),
     "lately": (STATS.lately, "integer", "5", "(minute >= "),

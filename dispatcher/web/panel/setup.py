@@ -4,16 +4,18 @@ What step 1 saves is a draft, or beside a live endpoint an edit that waits; noth
 that going live needs one, the store decides (store/admin.py): this page only shows it, and an operator may go around it.
 """
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
 
+import orjson
 from aiohttp.web import StreamResponse
 from pydantic import ValidationError
 
 from dispatcher.domain.shape import CREDENTIALS, SHAPE, shown
 from dispatcher.engine.trial import TEST_TYPE
-from dispatcher.errors import ForbiddenError, InputError
+from dispatcher.errors import ForbiddenError, InputError, StateError
 from dispatcher.store import event_types, search
 from dispatcher.store.admin import DEFAULTS, EndpointView
 from dispatcher.store.event_types import EventType
@@ -80,8 +82,12 @@ async def save(visit: Visit) -> StreamResponse:
         types = await event_types.find(db, limit=TYPES_MAX)
         config = _read(visit, types, shown(view.to_test)["filters"] or ())
         try:
+            if visit.form.get("base", _base(view)) != _base(view):
+                raise StateError(
+                    "somebody has changed it since you opened this page. Below is what you typed: saved again, it replaces theirs"
+                )
             await admin.update(view.id, _checked(config))
-        except (InputError, ProblemError) as exc:
+        except (InputError, ProblemError, StateError) as exc:
             return await _edit_page(visit, db, view, typed=_typed(shown(view.to_test), config), problem=exc)
     return visit.redirect(f"/endpoints/{view.id}/setup#test")
 
@@ -137,10 +143,15 @@ async def _edit_page(
     known = {} if view.as_dict()["sealed"] else await search.tested_types(db, view.id, view.test_hash)
     config = shown(view.to_test) if typed is None else typed
     return _page(
-        visit, types, config, account_id=view.account_id, problem=problem, endpoint=view.as_dict(),
+        visit, types, config, account_id=view.account_id, problem=problem, endpoint=view.as_dict() | {"base": _base(view)},
         tests=[trial.shown_test(row) for row in tests], preview=preview, preview_problem=preview_problem, test_type=event_type,
         chosen={name: known.get(name) for name in chosen},
     )  # fmt: skip
+
+
+def _base(view: EndpointView) -> str:
+    """Return what tells one version of its configuration from another."""
+    return hashlib.sha256(orjson.dumps(shown(view.to_test), option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
 def _page(
