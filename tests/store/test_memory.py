@@ -198,7 +198,7 @@ async def test_a_cancelled_call_gives_its_connection_up(database: MemoryDatabase
 
 async def test_a_server_that_is_down_is_away_and_comes_back(database: MemoryDatabase, store: MemoryStore) -> None:
     database.is_up = False
-    for call in (store.wall_us, store.holders, store.hold_ownership):
+    for call in (lambda: store.config_changes(0, 1), store.holders, store.hold_ownership):
         with pytest.raises(StoreAwayError):
             await call()
     database.is_up = True

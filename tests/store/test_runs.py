@@ -165,7 +165,7 @@ async def test_dead_letters_are_read_from_their_own_copies(world: World, store: 
 async def test_retries_of_idle_runs_are_passed_over(world: World, store: Store) -> None:
     await world.add_endpoint()
     await world.insert(3)
-    later = await store.wall_us() + 3_600_000_000
+    later = (await store.config_changes(0, 1)).wall_us + 3_600_000_000
     rows = [
         RetryRow(1, 1, 7, 2, NOW, NOW, "x"),
         RetryRow(1, 2, 0, 2, NOW, NOW, "x"),
