@@ -97,7 +97,7 @@ async def test_requests_are_counted_by_area_and_status_and_answers_are_timed(web
         await until(lambda: web.server.streams == 1)
         assert counts == before, "it is counted when it ends"
     await until(lambda: web.server.streams == 0, what="its client has left")
-    assert counts["stream", "2xx"] == before["stream", "2xx"] + 1
+    await until(lambda: counts["stream", "2xx"] == before["stream", "2xx"] + 1, what="its end has been counted")
     assert {area for area, _ in counts} == {"api", "panel", "receiver", "stream", "static", "health"}
 
 
