@@ -40,6 +40,10 @@ class RefusedError(Exception):
 # ── reading ──
 
 
+Ranges = Sequence[tuple[int, int]]  # of ids, from … to, both in
+Kinds = tuple[Sequence[str], Sequence[str]]  # events of these accounts, and of these types
+
+
 @dataclass(slots=True)
 class Page:
     """Events in id order. `full`: cut by its row or byte bound, so there may be more. `attempted`, if asked for, has for each event
@@ -270,16 +274,10 @@ class Store(Protocol):
 
     async def holders(self) -> Holders: ...
 
-    async def probe(
-        self,
-        ranges: Sequence[tuple[int, int]],
-        limit: int,
-        bytes_max: int,
-        of: tuple[Sequence[str], Sequence[str]] | None = None,
-    ) -> list[Page]:
-        """Read ranges of ids, each from its low end; a page beyond the bounds is empty and full. `of`: accounts and types, if not all."""
+    async def probe(self, ranges: Ranges, limit: int, bytes_max: int, of: Kinds | None = None) -> list[Page]:
+        """Read ranges of ids, each from its low end; a page beyond the bounds is empty and full. `of`: some kinds only."""
 
-    async def summary(self, ranges: Sequence[tuple[int, int]]) -> list[Summary]:
+    async def summary(self, ranges: Ranges) -> list[Summary]:
         """Tell what is in ranges of ids, by account and type."""
 
     async def account(

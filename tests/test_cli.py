@@ -163,6 +163,13 @@ def test_force_is_loud(run: Cli) -> None:
     assert sql(run.dsn, "SELECT state_reason FROM webhook.endpoint")[0]["state_reason"] == "forced without a test"
 
 
+def test_what_a_producer_wrote_is_no_command_to_a_terminal(run: Cli) -> None:
+    sent = run.json("event", "send", "acct", "message.sent", "{}", "--ordering-key", "k\x1b[2J")
+    shown = run.ok("event", "show", str(sent["id"]))
+    assert "[2J" in shown
+    assert "\x1b" not in shown
+
+
 def test_event_send_and_show(run: Cli) -> None:
     endpoint = run.json("endpoint", "create", "a", "https://example.com/", "--live")["id"]
     sent = run.json("event", "send", "a", "message.sent", '{"n":  1}')

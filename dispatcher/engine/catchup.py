@@ -267,9 +267,7 @@ class CatchUp:
     def _is_in_gap(self, lane: Lane, event: Event) -> bool:
         """Tell whether the gap path is to deliver it. Not what goes by its key: from an old gap an earlier event of a key is better taken now
         than found later (a look at an old gap tells who has had it), and at a young one a page ends: the very next read of the head fills it."""
-        if lane.keys is None or event.ordering_key is None:
-            return event.id in self._gaps
-        return False
+        return (lane.keys is None or event.ordering_key is None) and event.id in self._gaps
 
     # ── what has priority ──
 

@@ -425,9 +425,8 @@ class Recorder:
                 continue
             if r.number > 1:
                 r.lane.retry_hands.discard((r.event.id, r.run))
-            elif run := r.lane.runs.get(
-                r.run
-            ):  # its retry may be in hand already, by a read that took as long as it had to wait
+            elif run := r.lane.runs.get(r.run):
+                # Its retry may be in hand already, by a read that took as long as it had to wait.
                 run.hands.pop(r.event.id, None)
 
     def _release_key(self, r: Delivery) -> None:

@@ -3,9 +3,7 @@
 from dispatcher.ports import StatRow
 
 MINUTE_US = 60_000_000
-BUCKETS = 20  # of durations: < 1 ms, < 2 ms, < 4 ms, …; the last reaches beyond every timeout, so nothing is clamped
-
-
+BUCKETS = 20  # of durations: < 1 ms, < 2 ms, < 4 ms, …; the last reaches beyond every timeout
 LONGEST_US = (1 << BUCKETS - 1) * 1_000 - 1  # eight minutes; a process that was suspended over a POST measures any time
 
 

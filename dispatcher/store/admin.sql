@@ -356,8 +356,8 @@ SELECT endpoint_id, run, number, started_at, duration_us, status, fault, respons
 FROM webhook.attempt WHERE event_id = $1 AND endpoint_id > $2 AND ($3::bigint IS NULL OR endpoint_id <= $3) ORDER BY endpoint_id, run, number;
 
 -- name: tail
--- The newest $5 attempts since $1, or of the last $4, of events above $3; of endpoints $2, NULL for all; only failures, if $6. The bound is a value, so that the plan is
--- made for it: where it was asked for by a subquery, a third of the log was expected above it, and a join of all of it was planned.
+-- The newest $5 attempts since $1, or of the last $4, of events above $3; of endpoints $2, NULL for all; only failures, if $6.
+-- The bound is a value, so that the plan is made for it: where it was asked for by a subquery, a third of the log was expected above it, and a join of all of it was planned.
 SELECT t.*, o.account_id, o.type, o.created_at
 FROM (
     SELECT event_id, endpoint_id, run, number, started_at, duration_us, status, fault

@@ -31,8 +31,10 @@ from dispatcher.ports import (
     FencedError,
     HeadPage,
     Holders,
+    Kinds,
     LifeLostError,
     Page,
+    Ranges,
     Recorded,
     RetryPage,
     RunPage,
@@ -238,19 +240,13 @@ class MemoryStore:
     async def holders(self) -> Holders:
         return await self._call("reader", "holders", lambda _: self._database.holders())
 
-    async def probe(
-        self,
-        ranges: Sequence[tuple[int, int]],
-        limit: int,
-        bytes_max: int,
-        of: tuple[Sequence[str], Sequence[str]] | None = None,
-    ) -> list[Page]:
+    async def probe(self, ranges: Ranges, limit: int, bytes_max: int, of: Kinds | None = None) -> list[Page]:
         def wanted(row: LogRow) -> bool:
             return of is None or (row.account_id in of[0] and row.type in of[1])
 
         return await self._call("reader", "probe", lambda _: self._ranges(wanted, ranges, limit, bytes_max))
 
-    async def summary(self, ranges: Sequence[tuple[int, int]]) -> list[Summary]:
+    async def summary(self, ranges: Ranges) -> list[Summary]:
         def work(_: Connection) -> list[Summary]:
             tables = self._database.tables
             groups: dict[tuple[str, str], list[LogRow]] = {}

@@ -38,9 +38,11 @@ from dispatcher.ports import (
     FencedError,
     HeadPage,
     Holders,
+    Kinds,
     LaneRow,
     LifeLostError,
     Page,
+    Ranges,
     Recorded,
     RetryPage,
     RunPage,
@@ -316,19 +318,13 @@ class PgStore:
             frozenset(row["holder"] for row in rows if row["prepared"]),
         )
 
-    async def probe(
-        self,
-        ranges: Sequence[tuple[int, int]],
-        limit: int,
-        bytes_max: int,
-        of: tuple[Sequence[str], Sequence[str]] | None = None,
-    ) -> list[Page]:
+    async def probe(self, ranges: Ranges, limit: int, bytes_max: int, of: Kinds | None = None) -> list[Page]:
         lows, highs = [low for low, _ in ranges], [high for _, high in ranges]
         accounts, types = of or (None, None)
         rows = await self._reader.run(lambda c: c.fetch(SQL.probe, lows, highs, limit, bytes_max, accounts, types))
         return self._paged(rows, len(ranges), limit, bytes_max)
 
-    async def summary(self, ranges: Sequence[tuple[int, int]]) -> list[Summary]:
+    async def summary(self, ranges: Ranges) -> list[Summary]:
         lows, highs = [low for low, _ in ranges], [high for _, high in ranges]
         return [Summary(*row) for row in await self._reader.run(lambda c: c.fetch(SQL.summary, lows, highs))]
 

@@ -101,9 +101,8 @@ class Visit:
         address = self.request.remote or ""
         if not self.web.trusts(address):
             return address
-        for hop in reversed(
-            ",".join(self.request.headers.getall("X-Forwarded-For", [])).split(",")
-        ):  # each proxy may add a line
+        hops = ",".join(self.request.headers.getall("X-Forwarded-For", []))  # each proxy may add a line
+        for hop in reversed(hops.split(",")):
             try:
                 address = str(ipaddress.ip_address(hop.strip()))
             except ValueError:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dispatcher.domain.ordering import Ordering
 from dispatcher.domain.retention import DAY_S, MARGIN_IDS, Span
 from dispatcher.domain.run import Run, RunSource, RunState
 from dispatcher.engine.clock import Clock
@@ -16,7 +17,7 @@ from dispatcher.engine.janitor import Janitor, _has_in_hand, _is_open_below
 from dispatcher.engine.lanes import Lanes, Memory
 from dispatcher.engine.provision import Patience, Provisioner
 from dispatcher.engine.runs import LaneRun
-from dispatcher.ports import LogShape, Parent, RefusedError, SweptDeadLetters
+from dispatcher.ports import LogShape, Parent, RefusedError, SweptDeadLetters, SweptRetries
 from dispatcher.settings import Settings
 from dispatcher.store.memory import MemoryStore
 from dispatcher.store.memory_database import MemoryDatabase
@@ -413,3 +414,23 @@ async def test_old_rows_are_swept_page_by_page_once_an_hour(monkeypatch: pytest.
 
 async def _now(work: Any) -> Any:
     return work()
+
+
+async def test_keys_are_asked_for_once_a_read_that_is_under_way_has_been_applied():
+    """Asked for before, that read told of the retries that are gone, and the key that one had held stood still."""
+    lanes, later = Lanes(LIMITS, Memory(1, 1)), []
+    lane = lanes.add(make_endpoint(ordering=Ordering()), 0.0, live=True, cursor=0)
+
+    class Swept:
+        async def sweep_retries(self, after: Any, rows: int) -> SweptRetries:
+            return SweptRetries(1, None)
+
+    janitor = Janitor(
+        Swept(), lanes, Clock(lambda: 1.0), Counters(), Settings(), epoch=1, look=lambda lane: None, after_read=later.append
+    )  # fmt: skip
+    janitor._keys_swept_at = janitor._swept_at = 1.0
+    await janitor._sweep(None)
+    lane.keys.know([], [])  # by the read
+    for action in later:
+        action()
+    assert not lane.keys.are_known

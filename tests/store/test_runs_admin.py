@@ -443,3 +443,14 @@ async def test_no_statement_reads_a_big_table_from_end_to_end(db: asyncpg.Connec
         await db.execute(f"PREPARE s_{name} AS {getattr(runs.RUNS, name)}")
         plan = await db.fetchval(f"EXPLAIN (FORMAT JSON) EXECUTE s_{name} ({values})")
         assert "Seq Scan" not in plan, f"{name}: {plan}"
+
+
+async def test_a_run_over_failures_takes_no_dead_letter_that_it_passes_over(db: asyncpg.Connection) -> None:
+    """Of an event that has expired once: taken, it was never sent, and never open again."""
+    to = await endpoint(db)
+    ids = await emit(db, 2)
+    await died(db, to, ids, run=5)
+    await attempted(db, to, ids[:1], number=0, fault="expired")
+    run = await runs.create(db, await runs.select(db, to), 5.0)
+    taken = await db.fetch("SELECT event_id FROM webhook.dead_letter WHERE resent_run = $1", run.id)
+    assert [row["event_id"] for row in taken] == ids[1:]

@@ -1,6 +1,7 @@
 """Who gets in, how, and with what cookie."""
 
 import asyncio
+import contextlib
 import hmac
 import re
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from dispatcher.domain import verify
 from dispatcher.errors import BusyError
 from dispatcher.store import access
 from dispatcher.web import sessions
-from dispatcher.web.limits import FAILURES_MAX
+from dispatcher.web.limits import FAILURES_MAX, TRIALS_MAX, TRIALS_OF_ACCOUNT_MAX, Trials
 from tests.web.conftest import Site, cookie_of, site
 
 HTML = {"Accept": "text/html"}
@@ -367,3 +368,20 @@ async def test_what_the_database_can_not_take_is_no_fault_of_ours(web: Site, pat
     key = await web.key()
     cookie, _ = await web.login(key)
     assert (await web.ask("GET", path, cookie=cookie)).status == 400
+
+
+async def test_an_account_that_there_is_nothing_of_is_not_erased(web: Site):
+    answer = await web.ask("POST", "/api/v1/erasures", key=await web.key(), json={"account_id": "acct_4Z"})
+    assert (answer.status, "acct_4Z" in answer.json["detail"]) == (404, True)
+    assert await web.query("SELECT FROM webhook.erasure") == []
+
+
+def test_tests_under_way_have_a_bound_for_all_and_one_for_each_account():
+    trials = Trials()
+    with contextlib.ExitStack() as stack:
+        for n in range(TRIALS_MAX):
+            stack.enter_context(trials.under_way(f"acct_{n // TRIALS_OF_ACCOUNT_MAX}" if n % 2 else None))
+        for account in ("new", None):
+            with pytest.raises(BusyError), trials.under_way(account):
+                pass
+    assert not trials._of
