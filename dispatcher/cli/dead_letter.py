@@ -27,7 +27,7 @@ from dispatcher.domain.text import amount
 from dispatcher.errors import InputError, StateError
 from dispatcher.settings import Settings
 from dispatcher.store import dead_letters
-from dispatcher.store.dead_letters import STATES, Filter, Total
+from dispatcher.store.dead_letters import STATES, Filter, Skipped, Total
 from dispatcher.store.runs import RunView
 
 FAULTS = [
@@ -181,7 +181,9 @@ def resend(
         return
     ask(f"Send {amount(sum(one.letters for one in sendable), 'dead letter')} again?", yes=yes)
     with bar(total=sum(one.letters for one in sendable), quiet=json_out, what="taking up") as step:
-        made = run_async(_resend(settings, fixed, sendable, rate_per_s, note, step))
+        made, skipped = run_async(_resend(settings, fixed, sendable, rate_per_s, note, step))
+    for left in skipped:
+        say(f"Not sent, {amount(left.letters, 'dead letter')}: {left.why}.", err=True)
     if json_out:
         print_json([run.as_dict() for run in made])
         return
@@ -193,14 +195,9 @@ def resend(
 
 async def _resend(
     settings: Settings, chosen: Filter, totals: list[Total], rate_per_s: float | None, note: str, step: Callable[[int], None]
-) -> list[RunView]:  # fmt: skip
-    made = []
+) -> tuple[list[RunView], list[Skipped]]:  # fmt: skip
     async with connected(settings) as connection:
-        for one in totals:
-            run = await dead_letters.resend(connection, chosen, one.endpoint_id, rate_per_s, note, step=step)
-            if run is not None:
-                made.append(run)
-    return made
+        return await dead_letters.resend_each(connection, chosen, totals, rate_per_s, note, step=step)
 
 
 @dead_letter.command()

@@ -290,7 +290,11 @@ def show(context: Context, endpoint_id: int, show_secret: bool, subscriptions: b
             | ({"secret": s.secret if s.public_key is None else None} if show_secret else {})
             for s in view.signing
         ]
-        revealed = {"extra_signature_key": view.to_test["extra_signature_key"]} if show_secret else {}
+        revealed = (
+            dict(zip(("extra_signature_key", "proposed_extra_signature_key"), view.extra_keys, strict=True))
+            if show_secret
+            else {}
+        )
         print_json(view.as_dict() | details.as_dict() | {"secrets": secrets} | revealed)
         return
     for label, value in _described(view, details, secret=show_secret, subscriptions=subscriptions):

@@ -116,7 +116,7 @@ def described(view: EndpointView, *, reveal: bool) -> Iterator[tuple[str, str]]:
     for name, value in visible.pop("headers").items():
         yield "header", f"{name}: {value}"
     if reveal:
-        visible["extra_signature_key"] = view.to_test["extra_signature_key"]
+        visible["extra_signature_key"], visible["extra_signature_key of the edit"] = view.extra_keys
     for name, value in visible.items():
         if value is not None:
             yield name, value

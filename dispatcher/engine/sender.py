@@ -51,7 +51,8 @@ _log = structlog.get_logger(room="sender")
 
 TURN_POSTS = 4  # a lane's POSTs per turn
 TURNS_AT_ONCE = 200  # then answers have their turn: ten thousand new lanes in the line, of which none got a slot, took 130 ms at once
-CONNECTS_AT_ONCE = 16  # one costs 0.3 ms: three thousand endpoints that can't be reached, tried again in clumps, held the loop for 50 to 90 ms
+# One costs 0.3 ms, most of it in the next turn: three thousand that cannot be reached, tried again in clumps, held the loop for 50 to 90 ms.
+CONNECTS_AT_ONCE = 4
 _EXPIRED, _SETTLE_EXPIRED = Outcome(Fault.EXPIRED), Decision(Verdict.EXPIRED)
 
 

@@ -169,6 +169,13 @@ class EndpointView:
         return open_credentials(self.stored_proposal, draft_place(self.id), self.keyring)
 
     @property
+    def extra_keys(self) -> tuple[str | None, str | None]:
+        """The key of the extra signature that is in force, and that of the edit that waits, where it has another."""
+        now = self.credentials["extra_signature_key"]
+        then = None if self.proposed is None else self.proposed_credentials["extra_signature_key"]
+        return now, None if then == now else then
+
+    @property
     def to_test(self) -> dict[str, Any]:
         """The configuration that a test is about, with its credentials."""
         if self.proposed is None:
@@ -258,6 +265,7 @@ class Admin:
         self._keyring = settings.keyring
         self._principal = principal
         self.events = Events(connection, settings, principal)
+        self._by = "by operator" if principal.is_operator else "by its account"  # reason of a state
 
     # ── endpoints: configuration and the gate before going live ──
 
@@ -469,7 +477,7 @@ class Admin:
             if view.state != "live":
                 raise StateError(f"endpoint {endpoint_id} is {view.state}; only live endpoints can be paused")
             at = await self._last_id()
-            await self._db.execute(ADMIN.put_state, endpoint_id, "paused", "by operator", at)
+            await self._db.execute(ADMIN.put_state, endpoint_id, "paused", self._by, at)
             if skip:
                 await self._db.execute(ADMIN.close_subscriptions, endpoint_id, [], at)
         return await self.get(endpoint_id)
@@ -498,7 +506,7 @@ class Admin:
                     f"endpoint {endpoint_id} is {view.state}; only live and paused endpoints can be disabled"
                 )
             at = await self._last_id()
-            await self._db.execute(ADMIN.put_state, endpoint_id, "disabled", reason or "by operator", at)
+            await self._db.execute(ADMIN.put_state, endpoint_id, "disabled", reason or self._by, at)
             await self._tell(view, "endpoint.disabled", "by_operator")
         return await self.get(endpoint_id)
 
@@ -553,7 +561,7 @@ class Admin:
             retries = await self._db.fetchrow(ADMIN.retries, endpoint_id)
             if _is_skipping(view, intervals):
                 await self._skip_unheld(view, at)
-            await self._db.execute(ADMIN.put_state, endpoint_id, "deleted", "by operator", at)
+            await self._db.execute(ADMIN.put_state, endpoint_id, "deleted", self._by, at)
             await self._db.execute(ADMIN.cancel_runs, endpoint_id)
             await self._db.execute(ADMIN.delete_subscriptions, endpoint_id)
             await self._db.execute(ADMIN.delete_secrets, endpoint_id)

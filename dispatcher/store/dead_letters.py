@@ -172,6 +172,34 @@ async def resend(
     return await runs.get(connection, run_id)
 
 
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An endpoint to which nothing was sent again, and why: a sentence."""
+
+    endpoint_id: int
+    letters: int
+    why: str
+
+
+async def resend_each(
+    connection: Connection, chosen: Filter, totals: Sequence[Total], rate_per_s: float | None, note: str = "", *, step: Step = lambda n: None
+) -> tuple[list[RunView], list[Skipped]]:  # fmt: skip
+    """Send what was counted again, a run for each endpoint. One that can't have its own doesn't stop the others; StateError if none can."""
+    made, skipped = list[RunView](), list[Skipped]()
+    for one in totals:
+        try:
+            if one.why_not is not None:
+                raise StateError(f"endpoint {one.endpoint_id} {one.why_not}")
+            run = await resend(connection, chosen, one.endpoint_id, rate_per_s, note, step=step)
+        except (StateError, NotFoundError) as exc:
+            skipped.append(Skipped(one.endpoint_id, one.letters, exc.message))
+        else:
+            made += [] if run is None else [run]
+    if skipped and not made:
+        raise StateError(f"none of these dead letters can be sent: {skipped[0].why}")
+    return made, skipped
+
+
 async def discard(connection: Connection, chosen: Filter, *, step: Step = lambda n: None) -> int:
     """Give up the chosen open dead letters with their payloads, irrevocably. Return how many; what was done before an interruption stays."""
     count, after = 0, 0

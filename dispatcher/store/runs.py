@@ -29,13 +29,10 @@ from dispatcher.store.sql import load
 
 RUNS = load(Path(__file__).with_name("runs.sql"))
 
-UNFINISHED_MAX = 20  # of one endpoint: each costs its lane a page in turn
+UNFINISHED_MAX = 20  # of one endpoint: each costs its lane a page in turn, and has a row in every checkpoint
 COUNT_MAX = 10_000_000  # deliveries of one run
 COUNT_TIMEOUT_S = 60
 RATE_MAX = 100_000
-OPEN_MAX = (
-    1_000  # resends and replays of an endpoint that have not ended: each is read, and has a row in every checkpoint
-)
 SHORTER = "with --since and --until"
 # How far ids and times may disagree: an id is taken a moment before the time is, and moments can be long on a busy
 # server.
@@ -290,10 +287,6 @@ async def insert(
         raise InputError("a note has at most 500 printable characters")
     await connection.execute(RUNS.lock_target, endpoint_id)
     await target(connection, endpoint_id)
-    if await connection.fetchval(RUNS.open_runs_of, endpoint_id, OPEN_MAX) == OPEN_MAX:
-        raise StateError(
-            f"endpoint {endpoint_id} has {OPEN_MAX:,} resends and replays that have not ended; wait for them, or cancel some"
-        )
     await connection.execute(
         RUNS.insert_run, run_id, endpoint_id, source.value, after_id, upto_id, list(patterns), only_failed, rate_per_s, total, note,
         rule,

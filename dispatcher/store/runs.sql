@@ -17,13 +17,6 @@ WHERE e.id = $1;
 -- So that neither a delete nor another run slips in between the look at the endpoint and the new run's row.
 SELECT FROM webhook.endpoint WHERE id = $1 FOR NO KEY UPDATE;
 
--- name: open_runs_of
--- Counts no further than its bound.
-SELECT count(*) FROM (
-    SELECT FROM webhook.run_progress AS p JOIN webhook.run AS r ON r.id = p.run_id
-    WHERE p.finished_at IS NULL AND r.endpoint_id = $1 LIMIT $2
-) AS o;
-
 -- name: is_dispatching
 SELECT coalesce(heartbeat_at > clock_timestamp() - interval '5 seconds', false) FROM webhook.checkpoint;
 

@@ -62,9 +62,10 @@ async def logout(visit: Visit) -> StreamResponse:
 
 
 async def _end(visit: Visit, db: Connection) -> None:
-    """End the login that the browser came with."""
+    """End the login that the browser came with, and what is streamed to it by this process."""
     if visit.login is not None:
         await access.end_login(db, visit.login.id)
+        visit.web.streams.end(visit.login)
 
 
 def _next(visit: Visit) -> str:

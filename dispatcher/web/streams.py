@@ -37,6 +37,7 @@ from dispatcher.web.problems import ProblemError
 from dispatcher.web.turns import others_first
 
 if TYPE_CHECKING:
+    from dispatcher.store.access import Login
     from dispatcher.web.visit import Visit
 
 _log = structlog.get_logger(room="web")
@@ -95,7 +96,7 @@ class Streams:
                 503, "there are too many live streams; the page works without", headers={"Retry-After": "30"}
             )
         self._open += 1
-        stream = _Stream(lambda: visit.request.transport is None)
+        stream = _Stream(lambda: visit.request.transport is None, visit.login)
         try:
             looker = self._looker(kind, look, every_s)
             found = looker.topic(topic, kept, repeated)
@@ -118,13 +119,23 @@ class Streams:
             found = self._lookers[kind] = _Looker(self._pool, look, every_s, self._looking, self._topics_made)
         return found
 
+    def end(self, login: "Login") -> None:
+        """End the streams of a login that is over."""
+        for stream in self._streams():
+            if stream.login is not None and stream.login.id == login.id:
+                stream.is_over = True
+                stream.wake.set()
+
     async def close(self) -> None:
         """End every stream; browsers connect again in a moment."""
         self._closing.set()
+        for stream in self._streams():
+            stream.wake.set()
+
+    def _streams(self) -> Iterator["_Stream"]:
         for looker in self._lookers.values():
             for topic in looker.topics.values():
-                for stream in topic.streams:
-                    stream.wake.set()
+                yield from topic.streams
 
     async def _send(self, visit: "Visit", stream: "_Stream") -> web.StreamResponse:
         response = web.StreamResponse(
@@ -143,7 +154,7 @@ class Streams:
                     await response.write(b":\n\n")
                     continue
                 stream.wake.clear()
-                if stream.has_left():
+                if stream.is_over or stream.has_left():
                     break
                 # In one piece: each piece is a call to the kernel here, and to the browser's.
                 said = b"".join(stream.messages)
@@ -157,7 +168,9 @@ class Streams:
 class _Stream:
     """One browser. `messages` are ready to send; beyond QUEUE_MAX the oldest are dropped and it is told."""
 
-    def __init__(self, has_left: Callable[[], bool]) -> None:
+    def __init__(self, has_left: Callable[[], bool], login: "Login | None" = None) -> None:
+        self.login = login
+        self.is_over = False
         self.has_left = has_left
         self.messages: deque[bytes] = deque()
         self.wake = asyncio.Event()

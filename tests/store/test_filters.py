@@ -1,5 +1,7 @@
 """Filters in the database: names become places by the catalogue, a rule says the same in SQL as in Python, and an edit holds from one id on."""
 
+import asyncio
+
 import asyncpg
 import orjson
 import pytest
@@ -10,6 +12,7 @@ from dispatcher.demo.events import CATALOGUE, sample
 from dispatcher.domain.filters import Rule
 from dispatcher.store.embedded import EmbeddedServer
 from tests.conftest import connected, dsn_of
+from tests.rig import until
 from tests.store.people import emit, endpoint
 
 PLACES = {"colour": ["/a/colour", "/a~1b/c~0d/1"], "size": ["/size"]}
@@ -126,6 +129,33 @@ async def test_a_change_of_the_catalogue_holds_from_the_next_id_on(catalogue: as
     await db.execute("DELETE FROM webhook.event_type WHERE name = 'a.b'")
     assert (await subscriptions(db, filtered))[-1] == (3, None, {"c.d": {"size": [["b", "size"]]}})
     assert await subscriptions(db, plain) == plain_before
+
+
+async def test_a_subscription_and_a_change_of_the_catalogue_at_once_agree(
+    catalogue: asyncpg.Connection, dsn: str
+) -> None:
+    """Whichever is first: an endpoint that subscribes while the catalogue changes has the rule of the new one."""
+    db = catalogue
+    wanted = orjson.dumps({"size": ["9"]}).decode()
+    for name, is_subscription_first in (("/one", True), ("/two", False)):
+        made = await endpoint(db, filters=wanted)
+        await db.execute("DELETE FROM webhook.subscription WHERE endpoint_id = $1", made)
+        subscribe = ("INSERT INTO webhook.subscription (endpoint_id, pattern, since_id) VALUES ($1, '*', 0)", made)
+        change = (
+            "UPDATE webhook.event_type SET filter_fields = $1 WHERE name = 'a.b'",
+            orjson.dumps({"size": [name]}).decode(),
+        )
+        first, second = (subscribe, change) if is_subscription_first else (change, subscribe)
+        async with connected(dsn) as other:
+            async with db.transaction():
+                await db.execute(*first)
+                waiting = asyncio.create_task(other.execute(*second))
+                await until(lambda: db.fetchval("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)"))
+            await waiting
+        rule = await db.fetchval(
+            "SELECT rule FROM webhook.subscription WHERE endpoint_id = $1 AND until_id IS NULL", made
+        )
+        assert orjson.loads(rule)["fields"] == {"a.b": {"size": [[name[1:]]]}}, name
 
 
 @pytest.mark.parametrize(

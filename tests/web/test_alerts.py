@@ -1,5 +1,6 @@
 """Recipients and alerts by panel and API."""
 
+import html
 import re
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from dispatcher.domain.principal import OPERATOR, Principal
 from dispatcher.errors import StateError
 from dispatcher.store import alerts
+from dispatcher.web.panel import alerts as panel_alerts
 from tests.conftest import connected
 from tests.store import people
 from tests.web.conftest import Site
@@ -107,6 +109,25 @@ async def test_names_are_shown_as_text(operator: Browser):
     page = (await operator.get("/alerts")).text
     assert "&lt;i&gt;acct&lt;/i&gt;" in page
     assert "<i>acct" not in page
+
+
+async def test_recipients_are_listed_to_the_last(operator: Browser, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(panel_alerts, "RECIPIENTS", 2)
+    async with connected(operator.web.dsn) as db:
+        for n in range(3):
+            await alerts.add_recipient(db, OPERATOR, account_id="acct", address=f"a{n}@example.com")
+    page = (await operator.get("/alerts?account_id=acct")).text
+    assert "a2@example.com" not in page
+    [onward] = re.findall(r'href="([^"]*cursor=[0-9]+)">Further recipients', page)
+    page = (await operator.get(html.unescape(onward))).text
+    assert re.findall(r"a[0-9]@example.com", page)[0] == "a2@example.com"
+    assert "a0@example.com" not in page
+
+
+async def test_an_address_that_is_there_already_is_a_conflict(operator: Browser):
+    await operator.ok("/alerts/recipients", [("address", "a@example.com"), ("account_id", "acct")])
+    answer = await operator.post("/alerts/recipients", [("address", "a@example.com"), ("account_id", "acct")])
+    assert (answer.status, "among the recipients already" in answer.text) == (409, True)
 
 
 async def test_an_address_that_is_corrected_is_still_of_its_account(operator: Browser):

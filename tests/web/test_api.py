@@ -128,13 +128,13 @@ async def test_an_account_replays_at_the_usual_rate_at_most(customer: Client, op
 
 
 async def test_runs_that_are_open_are_bounded(customer: Client, web: Site, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(runs, "OPEN_MAX", 2)
+    monkeypatch.setattr(runs, "UNFINISHED_MAX", 2)
     async with connected(web.dsn) as db:
         endpoint, other = await people.endpoint(db), await people.endpoint(db)
         [event] = await people.emit(db)
     resend = f"/events/{event}/deliveries/%d/resend"
     made = [await customer.ok("POST", resend % endpoint) for _ in range(2)]
-    assert "have not ended" in (await customer.refused(409, "POST", resend % endpoint))["detail"]
+    assert "and 2 is the most" in (await customer.refused(409, "POST", resend % endpoint))["detail"]
     await customer.ok("POST", resend % other)
     await web.query("UPDATE webhook.run_progress SET finished_at = now() WHERE run_id = $1", made[0]["id"])
     await customer.ok("POST", resend % endpoint)
@@ -178,6 +178,57 @@ async def test_secrets_are_revealed_rotated_and_hidden(customer: Client):
         "endpoint.rotate_secret",
         "endpoint.create",
     ]
+
+
+async def test_each_edit_s_own_key_of_the_extra_signature_is_revealed(customer: Client, operator: Client):
+    made = await customer.ok("POST", "/endpoints", {"url": "https://receiver.test/", "extra_signature": "hex:x-sig"})
+    path = f"/endpoints/{made['id']}"
+    await operator.ok("POST", f"{path}/go-live", {"force": True})
+
+    async def keys() -> tuple[str | None, str | None]:
+        shown = await customer.ok("POST", f"{path}/reveal-secrets")
+        return shown["extra_signature_key"], shown["proposed_extra_signature_key"]
+
+    first, none = await keys()
+    assert (len(str(first)), none) == (64, None)
+    await customer.ok("PATCH", path, {"name": "another"})
+    assert await keys() == (first, None), "an edit that keeps it has none of its own"
+    await customer.ok("PATCH", path, {"extra_signature_key": "a key of mine"})
+    assert await keys() == (first, "a key of mine"), "what is in force signs until the edit is live"
+    await operator.ok("POST", f"{path}/go-live", {"force": True})
+    assert await keys() == ("a key of mine", None)
+
+
+async def test_who_paused_it_is_on_record(customer: Client, operator: Client):
+    made = await customer.ok("POST", "/endpoints", {"url": "https://receiver.test/"})
+    path = f"/endpoints/{made['id']}"
+    await operator.ok("POST", f"{path}/go-live", {"force": True})
+    for who, reason in ((customer, "by its account"), (operator, "by operator")):
+        assert (await who.ok("POST", f"{path}/pause"))["state_reason"] == reason
+        await who.ok("POST", f"{path}/resume")
+
+
+async def test_an_endpoint_that_can_have_no_more_runs_does_not_stop_the_others(
+    customer: Client, web: Site, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(runs, "UNFINISHED_MAX", 1)
+    async with connected(web.dsn) as db:
+        free, full, gone = await people.endpoint(db), await people.endpoint(db), await people.endpoint(db)
+        [event] = await people.emit(db)
+        letters = [await people.died(db, one, [event]) for one in (free, full, gone)]
+        await db.execute("UPDATE webhook.endpoint SET state = 'deleted' WHERE id = $1", gone)
+    await customer.ok("POST", f"/events/{event}/deliveries/{full}/resend")
+    async with connected(web.dsn) as db:
+        again = await people.died(db, full, await people.emit(db))
+    ids = [letters[0][0], letters[2][0], *again]
+    answer = await customer.ok("POST", "/dead-letters/resend", {"ids": ids})
+    assert [run["endpoint_id"] for run in answer["data"]] == [free]
+    assert [(one["endpoint_id"], one["letters"]) for one in answer["skipped"]] == [(full, 1), (gone, 1)]
+    assert "1 is the most" in answer["skipped"][0]["why"]
+    refused = await customer.refused(409, "POST", "/dead-letters/resend", {"ids": ids[1:]})
+    assert "none of these dead letters can be sent" in refused["detail"]
+    async with connected(web.dsn) as db:
+        assert [(await people.states(db))[one] for one in ids] == ["resent", "open", "open"]
 
 
 @pytest.mark.parametrize(

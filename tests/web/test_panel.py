@@ -447,6 +447,15 @@ async def test_secrets_show_when_they_are_asked_for(customer: Browser):
     assert actions.count("endpoint.reveal_secrets") == 3
 
 
+async def test_a_new_key_of_an_extra_signature_is_shown_when_it_is_asked_for(customer: Browser):
+    given = [("url", "https://receiver.test/"), ("all_types", "1"), ("extra_signature", "hex:x-sig")]
+    at = (await customer.ok("/endpoints/new", given)).removesuffix("/setup")
+    assert not re.search(r"\b[0-9a-f]{64}\b", (await customer.get(at)).text)
+    assert re.search(
+        r"key of the extra signature: <code>[0-9a-f]{64}</code>", (await customer.post(f"{at}/secrets")).text
+    )
+
+
 async def test_what_is_one_is_said_so(customer: Browser):
     async with connected(customer.web.dsn) as db:
         endpoint = await people.endpoint(db, rate_per_s=1)
@@ -592,7 +601,7 @@ async def test_who_edits_what_another_has_changed_meanwhile_is_told(customer: Br
     await customer.ok(setup, [*fields, ("name", "first")])
     answer = await customer.post(setup, [*fields, ("name", "second")])
     assert (answer.status, "somebody has changed it" in answer.text, 'value="second"' in answer.text) == (
-        400,
+        409,
         True,
         True,
     )

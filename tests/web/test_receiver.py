@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import html
 import json
+import re
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
@@ -17,6 +18,7 @@ from dispatcher.errors import InputError
 from dispatcher.main import make_transport
 from dispatcher.store import receivers
 from dispatcher.web import receiver as receiver_module
+from dispatcher.web.panel import receivers as panel_receivers
 from tests.conftest import connected
 from tests.rig import rig, until
 from tests.store import people
@@ -341,7 +343,7 @@ async def test_rows_bodies_and_receivers_are_bounded(customer: Browser, monkeypa
     for _ in range(receivers.OF_ACCOUNT_MAX - 1):
         await customer.ok("/receivers")
     page = await customer.post("/receivers")
-    assert (page.status, "at most; delete one" in page.text) == (400, True)
+    assert (page.status, "at most; delete one" in page.text) == (409, True)
 
 
 async def test_a_flood_is_told_to_slow_down_and_not_kept(customer: Browser):
@@ -390,3 +392,15 @@ async def test_without_settings_it_says_what_is_missing(dsn: str):
         assert (answer.status, "DISPATCHER_WEB_CONNECT" in answer.json["detail"]) == (409, True)
         page = await web.ask("GET", "/receivers", key=key, headers={"Accept": "text/html"})
         assert "no built-in receiver here" in page.text
+
+
+async def test_receivers_are_listed_to_the_last(customer: Browser, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(panel_receivers, "SHOWN", 1)
+    first, second = [(await made(customer))[0] for _ in range(2)]
+    page = (await customer.get("/receivers")).text
+    assert f'{first}"' in page
+    assert f'{second}"' not in page
+    [onward] = re.findall(r'href="([^"]*cursor=[0-9]+)">Further ones', page)
+    page = (await customer.get(onward)).text
+    assert f'{first}"' not in page
+    assert f'{second}"' in page

@@ -176,6 +176,20 @@ async def test_dead_letters_are_listed_and_sent_again(customer: Browser):
     assert await customer.ok(f"/dead-letters/{letters[2]}/resend") == f"/recover/runs/{int(run.rpartition('/')[2]) + 1}"
 
 
+async def test_to_whom_nothing_could_be_sent_is_said(customer: Browser):
+    async with connected(customer.web.dsn) as db:
+        first, gone = await people.endpoint(db, url="https://first.test/"), await people.endpoint(db)
+        letters = [(await people.died(db, one, await people.emit(db)))[0] for one in (first, gone)]
+        await db.execute("UPDATE webhook.endpoint SET state = 'deleted' WHERE id = $1", gone)
+    chosen = [("id", str(one)) for one in letters]
+    page = await customer.post("/dead-letters/resend", chosen)
+    assert page.status == 200
+    for said in ("1 event to https://first.test/", f"1 dead letter: endpoint {gone} was deleted."):
+        assert said in page.text, said
+    refused = await customer.post("/dead-letters/resend", chosen[1:])
+    assert (refused.status, "can be sent" in refused.text) == (409, True)
+
+
 async def test_dead_letters_are_discarded_for_good_by_who_is_sure(customer: Browser):
     async with connected(customer.web.dsn) as db:
         endpoint = await people.endpoint(db)
@@ -203,7 +217,9 @@ async def test_all_that_fit_are_what_was_counted(customer: Browser):
     async with connected(customer.web.dsn) as db:
         [late] = await people.died(db, first, await people.emit(db, 1))
     form = [("all", "1"), ("type", "message.*"), ("upto_id", hidden(page, "upto_id")), ("endpoint_id", "")]
-    run = await customer.ok("/dead-letters/resend", [*form, ("rate_per_s", "7")])
+    sent = await customer.post("/dead-letters/resend", [*form, ("rate_per_s", "7")])
+    assert f"2 dead letters: endpoint {gone} was deleted." in sent.text
+    [run] = re.findall(r'href="(/recover/runs/[0-9]+)"', sent.text)
     shown = (await data(customer, run))["run"]
     assert (shown["total"], shown["rate_per_s"]) == (3, 7)
     await customer.ok("/dead-letters/discard", [*form, ("sure", "1")])

@@ -144,6 +144,21 @@ async def test_a_stream_ends_after_its_life(live_site: Site, monkeypatch: pytest
     assert live_site.web.streams.open == 0
 
 
+async def test_a_stream_ends_with_its_login(live_site: Site):
+    key = await live_site.key("a")
+    (leaving, token), (staying, _) = await live_site.login(key), await live_site.login(key)
+    first, second = [
+        await live_site.http.get(f"{live_site.url}/silent-test", headers={"Cookie": cookie})
+        for cookie in (leaving, staying)
+    ]
+    assert (await live_site.ask("POST", "/logout", cookie=leaving, form={"csrf_token": token})).status == 303
+    async with asyncio.timeout(10):
+        await first.read()
+    await until(lambda: live_site.web.streams.open == 1)  # it is counted out a moment after it has ended
+    assert not second.content.at_eof(), "the other browser's goes on"
+    second.close()
+
+
 async def test_the_server_ends_streams_when_it_stops(dsn: str, monkeypatch: pytest.MonkeyPatch):
     from dispatcher.web import panel
 

@@ -687,11 +687,13 @@ EXCEPTION
 END
 $$;
 
--- A subscription has the filters that its endpoint has when it is opened.
+-- A subscription has the filters that its endpoint has when it is opened. It and a change of the catalogue wait for one another, by the lock that
+-- both take anyway: whichever comes second sees the other.
 CREATE OR REPLACE FUNCTION webhook.give_rule() RETURNS trigger
     LANGUAGE plpgsql SET search_path = pg_catalog
     AS $$
 BEGIN
+    PERFORM pg_advisory_xact_lock(9324665, 3);
     NEW.rule := (SELECT webhook.filter_rule(e.filters) FROM webhook.endpoint AS e WHERE e.id = NEW.endpoint_id);
     RETURN NEW;
 END
@@ -705,8 +707,10 @@ CREATE OR REPLACE FUNCTION webhook.renew_rules() RETURNS trigger
     LANGUAGE plpgsql SET search_path = pg_catalog
     AS $$
 DECLARE
-    at CONSTANT bigint := webhook.last_id();
+    at bigint;
 BEGIN
+    PERFORM pg_advisory_xact_lock(9324665, 3);
+    at := webhook.last_id();
     WITH closed AS (
         UPDATE webhook.subscription AS s SET until_id = greatest(s.since_id, at)
         FROM webhook.endpoint AS e

@@ -170,7 +170,7 @@ async def rotate_secret(call: Call) -> Any:
     body: models.Rotating = call.body
     async with call.visit.db() as db:
         view = await call.visit.admin(db).rotate_secret(call.endpoint_id, overlap_s=body.overlap_s)
-    return _secrets(view)
+    return shown_secrets(view)
 
 
 async def reveal_secrets(call: Call) -> Any:
@@ -179,7 +179,7 @@ async def reveal_secrets(call: Call) -> Any:
     Kept in the audit, like a change."""
     async with call.visit.db() as db:
         view = await call.visit.admin(db).get(call.endpoint_id)
-    return _secrets(view) | {"extra_signature_key": view.to_test["extra_signature_key"]}
+    return shown_secrets(view)
 
 
 async def show_stats(call: Call) -> Any:
@@ -200,8 +200,11 @@ async def _go_on(call: Call, verb: Any) -> Any:
     return _shown(view) | {"skipped": skipped}
 
 
-def _secrets(view: EndpointView) -> dict[str, Any]:
+def shown_secrets(view: EndpointView) -> dict[str, Any]:
+    """Return what receivers check signatures with."""
+    extra_key, proposed_extra_key = view.extra_keys
     return {
+        "extra_signature_key": extra_key, "proposed_extra_signature_key": proposed_extra_key,
         "secrets": [
             {
                 "scheme": known.scheme, "secret": known.secret if known.public_key is None else None, "public_key": known.public_key,

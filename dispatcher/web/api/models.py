@@ -288,7 +288,8 @@ class SecretsAnswer(Answer):
     """All that sign now, the newest first."""
 
     secrets: list[SecretAnswer]
-    extra_signature_key: str | None = None
+    extra_signature_key: str | None = Field(description="Of the extra signature, where there is one.")
+    proposed_extra_signature_key: str | None = Field(description="Of the edit that waits, where it has another.")
 
 
 class Testing(Given):
@@ -762,8 +763,15 @@ class Discarded(Answer):
     discarded: int
 
 
+class SkippedAnswer(Answer):
+    endpoint_id: int
+    letters: int
+    why: str
+
+
 class Runs(Answer):
     data: list[RunAnswer]
+    skipped: list[SkippedAnswer] = Field(description="Endpoints to which none of theirs can be sent.")
 
 
 # ── catalogue ──

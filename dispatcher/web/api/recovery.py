@@ -104,19 +104,15 @@ async def show_dead_letter(call: Call) -> Any:
 async def resend_dead_letters(call: Call) -> Any:
     """Send dead letters again
 
-    Those named, or with `all` those that the filters choose; from their own copies. Each endpoint gets one run."""
+    Those named, or with `all` those that the filters choose; from their own copies. Each endpoint gets one run; to whom nothing can be sent
+    is told as `skipped`."""
     body: models.ResendLetters = call.body
     rate = _rate(body, call)
-    made = []
     async with call.visit.db(long=True) as db:
         chosen, totals = await dead_letters.total(db, _selected(body), by=call.principal)
-        for one in totals:
-            if one.why_not is None:
-                run = await dead_letters.resend(db, chosen, one.endpoint_id, rate, body.note)
-                if run is not None:
-                    made.append(run.as_dict())
-    call.visit.subject = "runs=" + ",".join(str(run["id"]) for run in made)
-    return {"data": made}
+        made, skipped = await dead_letters.resend_each(db, chosen, totals, rate, body.note)
+    call.visit.subject = "runs=" + ",".join(str(run.id) for run in made)
+    return {"data": [run.as_dict() for run in made], "skipped": skipped}
 
 
 async def discard_dead_letters(call: Call) -> Any:

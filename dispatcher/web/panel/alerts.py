@@ -7,9 +7,11 @@ from aiohttp.web import StreamResponse
 from dispatcher.errors import DispatcherError
 from dispatcher.store import alerts
 from dispatcher.store.session import Connection
+from dispatcher.web.api.paging import after_id, page
+from dispatcher.web.panel import filters
 from dispatcher.web.visit import Route, Visit, Who
 
-TOLD = 50  # rows
+TOLD, RECIPIENTS = 50, 100  # rows
 
 
 async def show(visit: Visit) -> StreamResponse:
@@ -47,13 +49,15 @@ async def _page(
     visit: Visit, db: Connection, *, account_id: str | None, problem: DispatcherError | None = None, typed: str = ""
 ) -> StreamResponse:
     is_operator = visit.principal.is_operator
-    recipients = await alerts.recipients(db, visit.principal, account_id=account_id)
+    after = after_id(visit.query.get("cursor"))
+    recipients = await alerts.recipients(db, visit.principal, account_id=account_id, after=after, limit=RECIPIENTS)
     data: dict[str, Any] = {
         "account_id": account_id,
         "recipients": [
             {"id": one.id, "account_id": one.account_id, "address": one.address, "created_at": one.created_at}
             for one in recipients
         ],
+        "next": page(recipients, RECIPIENTS, "id")["next"],
         "told": await alerts.alerts(db, visit.principal, account_id=account_id, limit=TOLD),
         "mail_is_set_up": visit.web.settings.mail_server is not None,
         "mails_per_hour": visit.web.settings.alert_mails_per_hour,
@@ -62,7 +66,11 @@ async def _page(
     if visit.wants_json:
         return visit.json(data)
     said = None if problem is None else problem.message
-    return visit.html("alerts.html", status=200 if problem is None else 400, problem=said, typed=typed, **data)
+    status = 200 if problem is None else visit.web.problem(problem).status
+    return visit.html(
+        "alerts.html", status=status, problem=said, typed=typed, onward=filters.onward("/alerts", visit.query, data["next"]),
+        is_onward="cursor" in visit.query, **data,
+    )  # fmt: skip
 
 
 ROUTES = (

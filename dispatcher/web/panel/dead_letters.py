@@ -13,7 +13,7 @@ from dispatcher.store.search import Found
 from dispatcher.store.session import Connection
 from dispatcher.web.api.paging import before_id
 from dispatcher.web.panel import filters
-from dispatcher.web.panel.recover import rate
+from dispatcher.web.panel.recover import rate, shown
 from dispatcher.web.problems import ProblemError
 from dispatcher.web.visit import Route, Visit
 
@@ -85,23 +85,17 @@ async def letter(visit: Visit) -> StreamResponse:
 
 async def resend(visit: Visit) -> StreamResponse:
     """Send the chosen ones again: a run for each endpoint."""
-    form = visit.form
     rate_per_s = rate(visit)
-    made = []
     async with visit.db(long=True) as db:
         chosen, totals = await dead_letters.total(db, _selected(visit), by=visit.principal)
         if not totals:
             raise InputError("no open dead letter fits any more")
-        refused = [one for one in totals if one.why_not is not None]
-        if refused and len(refused) == len(totals):
-            raise InputError(f"endpoint {refused[0].endpoint_id} {refused[0].why_not}: nothing can be sent to it")
-        for one in totals:
-            if one.why_not is None:
-                run = await dead_letters.resend(db, chosen, one.endpoint_id, rate_per_s, form.get("note", "").strip())
-                if run is not None:
-                    made.append(run.id)
-    visit.subject = "runs=" + ",".join(map(str, made))
-    return visit.redirect(f"/recover/runs/{made[0]}" if len(made) == 1 else "/recover")
+        note = visit.form.get("note", "").strip()
+        made, skipped = await dead_letters.resend_each(db, chosen, totals, rate_per_s, note)
+    visit.subject = "runs=" + ",".join(str(run.id) for run in made)
+    if skipped:
+        return visit.answer("dead_letters_sent.html", {"runs": [shown(run) for run in made], "skipped": skipped})
+    return visit.redirect(f"/recover/runs/{made[0].id}" if len(made) == 1 else "/recover")
 
 
 async def discard(visit: Visit) -> StreamResponse:

@@ -18,6 +18,7 @@ from dispatcher.store import search, stats
 from dispatcher.store.admin import OVERLAP_S, Admin, EndpointView
 from dispatcher.store.session import Connection
 from dispatcher.store.stats import Point
+from dispatcher.web.api.endpoints import shown_secrets
 from dispatcher.web.panel.charts import Chart, Lines, bars, lines
 from dispatcher.web.panel.standing import standing
 from dispatcher.web.problems import ProblemError
@@ -96,14 +97,7 @@ async def reveal(visit: Visit) -> StreamResponse:
     """Answer with the page and the secrets in it: a POST, so that the audit has it and no address leads there again."""
     async with visit.db() as db:
         view = await visit.admin(db).get(_id(visit))
-        secrets = [
-            {
-                "scheme": known.scheme, "secret": known.secret if known.public_key is None else None, "public_key": known.public_key,
-                "created_at": known.created_at, "expires_at": known.expires_at,
-            }
-            for known in view.signing
-        ]  # fmt: skip
-        return await _page(visit, db, view, secrets=secrets)
+        return await _page(visit, db, view, revealed=shown_secrets(view))
 
 
 async def rotate(visit: Visit) -> StreamResponse:
@@ -114,6 +108,9 @@ async def rotate(visit: Visit) -> StreamResponse:
     async with visit.db() as db:
         await visit.admin(db).rotate_secret(_id(visit), overlap_s=overlap_s)
     return visit.redirect(f"/endpoints/{_id(visit)}#secrets")
+
+
+_NOT_REVEALED = dict.fromkeys(("secrets", "extra_signature_key", "proposed_extra_signature_key"))
 
 
 class _Seen(NamedTuple):
@@ -163,7 +160,7 @@ async def _look(web: "Web", db: Connection, seen: dict[tuple[str, int], _Seen | 
 
 
 async def _page(
-    visit: Visit, db: Connection, view: EndpointView, *, secrets: list[dict[str, Any]] | None = None
+    visit: Visit, db: Connection, view: EndpointView, *, revealed: dict[str, Any] | None = None
 ) -> StreamResponse:
     span = visit.query.get("span", "day")
     if span not in SPANS:
@@ -178,7 +175,7 @@ async def _page(
     settings = visit.web.settings
     data: dict[str, Any] = {
         "endpoint": view.as_dict() | details.as_dict(), "span": span, "standing": stands,
-        "recent": recent.rows, "searched": asdict(recent.searched), "secrets": secrets,
+        "recent": recent.rows, "searched": asdict(recent.searched), **(revealed or _NOT_REVEALED),
         "retry_schedule_s": view.config["retry_schedule_s"] or list(settings.retry_schedule_s),
         "source_addresses": [one.strip() for one in settings.source_addresses.split(",") if one.strip()],
     }  # fmt: skip

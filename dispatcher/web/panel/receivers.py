@@ -8,7 +8,9 @@ from dispatcher.errors import DispatcherError, StateError
 from dispatcher.store import receivers
 from dispatcher.store.receivers import ANSWERS
 from dispatcher.store.session import Connection
+from dispatcher.web.api.paging import after_id, page
 from dispatcher.web.api.receivers import NOT_SET_UP, shown_received, shown_receiver
+from dispatcher.web.panel import filters
 from dispatcher.web.streams import Message
 from dispatcher.web.visit import Route, Visit
 
@@ -94,18 +96,21 @@ async def live(visit: Visit) -> StreamResponse:
 async def _list(visit: Visit, *, problem: DispatcherError | None = None) -> StreamResponse:
     settings = visit.web.settings
     async with visit.db() as db:
-        rows = await receivers.find(db, visit.principal, limit=SHOWN)
+        rows = await receivers.find(db, visit.principal, after=after_id(visit.query.get("cursor")), limit=SHOWN)
     data: dict[str, Any] = {
         "receivers": [shown_receiver(settings, row) for row in rows],
+        "next": page(rows, SHOWN, "id")["next"],
         "is_set_up": settings.receiver_site is not None,
         "answers": ANSWERS,
     }
     if visit.wants_json:
         return visit.json(data)
     said = None if problem is None else problem.message
+    status = 200 if problem is None else visit.web.problem(problem).status
     return visit.html(
-        "receivers.html", status=200 if problem is None else 400, problem=said, not_set_up=NOT_SET_UP, **data
-    )
+        "receivers.html", status=status, problem=said, not_set_up=NOT_SET_UP, onward=filters.onward("/receivers", visit.query, data["next"]),
+        is_onward="cursor" in visit.query, **data,
+    )  # fmt: skip
 
 
 def _id(visit: Visit) -> int:

@@ -179,7 +179,7 @@ def _page(
     said = getattr(problem, "detail", None) or getattr(problem, "message", None)
     return visit.html(
         "setup.html",
-        status=200 if problem is None else 400,
+        status=200 if problem is None else visit.web.problem(problem).status,
         problem=said,
         field=field,
         timing_words=TIMING_WORDS,
