@@ -7,10 +7,12 @@ import weakref
 import pytest
 from structlog.testing import capture_logs
 
+from dispatcher import main
 from dispatcher.cli.common import connection_to
 from dispatcher.errors import DatabaseAwayError
 from dispatcher.main import keep_what_is_there, log_unhandled
 from tests.conftest import connected
+from tests.rig import until
 
 
 async def test_an_exception_that_nobody_fetched_is_a_line_of_the_log() -> None:
@@ -62,4 +64,28 @@ def test_what_a_start_has_made_is_left_alone_until_the_next() -> None:
         assert earlier() is None
         assert gc.get_freeze_count() > 0
     finally:
+        gc.unfreeze()
+
+
+async def test_the_collector_comes_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threshold counts what is made less what is gone: it may hardly be reached, and the young become many."""
+
+    class Made:
+        def __init__(self) -> None:
+            self.itself = self
+
+    thresholds = gc.get_threshold()
+    monkeypatch.setattr(main, "GC_YOUNG_S", 0.001)
+    monkeypatch.setattr(main, "GC_THRESHOLDS", (1_000_000, 5, 5))
+    try:
+        main.tune_gc()
+        for generation in range(3):
+            made = Made()
+            for older in range(generation):
+                gc.collect(older)
+            seen = weakref.ref(made)
+            del made
+            await until(lambda seen=seen: seen() is None, what=f"generation {generation} is collected")
+    finally:
+        gc.set_threshold(*thresholds)
         gc.unfreeze()
