@@ -214,6 +214,9 @@ def document(runs: list[Run], profile: str, pictures: str) -> str:
         words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in about.items())
         described.append(f"{run.at}, size {run.size} ({scenarios}): {words}.")
     sizes = " and ".join(dict.fromkeys(f"a {run.size} run" for run in runs))
+    sizes += (
+        ", and of scenarios that were run by themselves afterwards (below: when, and which)" if len(runs) > 1 else ""
+    )
     parts = [INTRODUCTION.format(command=sizes, machine="\n\n".join(described))]
     goals = [goal for _, done in newest.values() for goal in done.result.goals]
     if goals:
