@@ -135,9 +135,8 @@ class PublicIds:
 
     def __init__(self, key: bytes) -> None:
         self._cipher = Cipher(algorithms.AES128(key), modes.ECB())  # noqa: S305 - single blocks, see above  # nosec B305
-        self._encrypt = (
-            self._cipher.encryptor().update
-        )  # of whole blocks it keeps none back; to make one takes longer than to use it
+        # One for all: of whole blocks it keeps nothing back, and to make one takes longer than to use it (3.4 against 1.4 µs for an id).
+        self._encrypt = self._cipher.encryptor().update
 
     def encode(self, pairs: Sequence[tuple[int, int]]) -> list[bytes]:
         """Return the public id of each (created_us, id), with one cipher call for all of them."""

@@ -20,7 +20,7 @@ from dispatcher.engine.counters import Counters
 from dispatcher.engine.lane import Lane
 from dispatcher.engine.lanes import Lanes, Memory
 from dispatcher.engine.recorder import Recorder
-from dispatcher.engine.sender import Sender
+from dispatcher.engine.sender import CONNECTS_AT_ONCE, Sender
 from dispatcher.engine.stats import LONGEST_US
 from dispatcher.ports import DueRetry, Limits
 from dispatcher.transport.memory import Dial, MemoryTransport, Reply, Scripted
@@ -78,6 +78,20 @@ class Bench:
 
 def target_of(host: str) -> Target:
     return Target(f"http://{host}/hook", Origin("http", host, 80), "/hook", host, None)
+
+
+@virtual
+async def test_a_turn_of_the_loop_asks_for_few_connections():
+    """Each is made in the turn after: hundreds asked for at once held the loop for as long as they took together."""
+    bench = Bench(("a.test", Scripted()))
+    bench.lane.in_flight_limit = wanted = 2 * CONNECTS_AT_ONCE
+    bench.offer(*range(1, wanted + 1))
+    most = before = 0
+    while bench.lane.connecting < wanted:
+        assert bench.lane.in_flight == 0, "no connection is there yet"
+        await asyncio.sleep(0)
+        most, before = max(most, bench.lane.connecting - before), bench.lane.connecting
+    assert most == CONNECTS_AT_ONCE
 
 
 @virtual
