@@ -187,7 +187,8 @@ async def test_lanes_not_tried_yet_and_failing_lanes_hold_a_quarter_of_the_slots
         await until(lambda: sender.in_flight == 10, what="the hanging fill the quarter of the untried")
         await r.emit(500, account="good")
         await until(lambda: r.by_path()["/good"] == 505, within_s=2, what="a proven lane isn't touched")
-        assert sender.in_flight <= 20
+        # The good one's last requests may have reached the sink, and their answers not have been read.
+        assert sender.in_flight - lane(r, good).in_flight <= 20
         await until(lambda: sender.shares.failing.held > 0, what="they failed, and count as failing now")
         highest = 0
         for _ in range(20):
