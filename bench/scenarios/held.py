@@ -46,7 +46,7 @@ class Size:
 
 SIZES = {
     "full": Size(seconds=150, usual_seconds=60, loaded=5_000_000, fresh_s=20),
-    "quick": Size(seconds=2, usual_seconds=0, loaded=50_000, fresh_s=2),
+    "quick": Size(seconds=2, usual_seconds=0, loaded=50_000, fresh_s=1),
     "tiny": Size(seconds=0.5, usual_seconds=0, loaded=1_000, fresh_s=0.3),
 }
 

@@ -50,7 +50,7 @@ class Size:
 
 SIZES = {
     "full": Size(held_s=180, held_no_flush_s=120, slice_s=10, leaf_events=10_000),
-    "quick": Size(held_s=3, held_no_flush_s=3, slice_s=1.5, leaf_events=1_000),
+    "quick": Size(held_s=2, held_no_flush_s=2, slice_s=1, leaf_events=1_000),
     "tiny": Size(held_s=0.8, held_no_flush_s=0.8, slice_s=0.4, leaf_events=100),
 }
 

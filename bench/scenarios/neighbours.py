@@ -39,7 +39,7 @@ class Size:
 
 SIZES = {
     "full": Size(rounds=3, endpoints=10_000, slots=4_000, rate=1_000, seconds=12, events=100_000, one_origin=True),
-    "quick": Size(rounds=1, endpoints=500, slots=400, rate=500, seconds=2, events=10_000, one_origin=True),
+    "quick": Size(rounds=1, endpoints=300, slots=240, rate=500, seconds=1, events=5_000, one_origin=True),
     "tiny": Size(rounds=1, endpoints=20, slots=40, rate=100, seconds=0.3, events=100, one_origin=False),
 }
 

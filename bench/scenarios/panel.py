@@ -55,7 +55,7 @@ class Size:
 
 SIZES = {
     "full": Size(rounds=3, pairs=4, phase_s=3, pages_per_s=50, streams=200, endpoints=(100, 10_000), history=300_000),
-    "quick": Size(rounds=1, pairs=2, phase_s=1, pages_per_s=20, streams=40, endpoints=(100,), history=5_000),
+    "quick": Size(rounds=1, pairs=1, phase_s=1, pages_per_s=20, streams=40, endpoints=(100,), history=5_000),
     "tiny": Size(rounds=1, pairs=1, phase_s=0.3, pages_per_s=10, streams=5, endpoints=(10,), history=200),
 }
 
