@@ -20,7 +20,7 @@ from dispatcher.engine.counters import Counters
 from dispatcher.engine.lane import Lane
 from dispatcher.engine.lanes import Lanes, Memory
 from dispatcher.engine.recorder import Recorder
-from dispatcher.engine.sender import CONNECTS_AT_ONCE, Sender
+from dispatcher.engine.sender import CONNECTS_AT_ONCE, POSTS_AT_ONCE, Sender
 from dispatcher.engine.stats import LONGEST_US
 from dispatcher.ports import DueRetry, Limits
 from dispatcher.transport.memory import Dial, MemoryTransport, Reply, Scripted
@@ -47,7 +47,7 @@ def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
 class Bench:
     """A sender with one lane; `looked` are the lanes that the reader was told of, and when."""
 
-    def __init__(self, *receivers: tuple[str, Scripted], **endpoint: Any) -> None:
+    def __init__(self, *receivers: tuple[str, Scripted], slots: int = 10, **endpoint: Any) -> None:
         loop = asyncio.get_running_loop()
         self.receivers = dict(receivers)
         self.lanes = Lanes(LIMITS, Memory(100, 10_000))
@@ -61,7 +61,7 @@ class Bench:
         )
         self.transport = MemoryTransport(Limits(connect_s=10.0), lambda origin: self.receivers[origin.host])
         self.sender = Sender(
-            self.transport, self.lanes, self.recorder, clock, counters, slots=10, rng=random.Random(1), look=self._look,
+            self.transport, self.lanes, self.recorder, clock, counters, slots=slots, rng=random.Random(1), look=self._look,
             disable=lambda lane, reason: None, failing=lambda lane, was_us: None, tell_failing=lambda lane: None,
             failing_after_s=900, disable_after_s=1_000,
         )  # fmt: skip
@@ -92,6 +92,23 @@ async def test_a_turn_of_the_loop_asks_for_few_connections():
         await asyncio.sleep(0)
         most, before = max(most, bench.lane.connecting - before), bench.lane.connecting
     assert most == CONNECTS_AT_ONCE
+
+
+@virtual
+async def test_a_turn_of_the_loop_begins_few_posts():
+    """Others' events wait for the whole of a turn, and answers come in clumps as big as the POSTs went in."""
+    wanted = 3 * POSTS_AT_ONCE
+    bench = Bench(("a.test", Scripted(*[Reply(head_s=1.0)] * 2 * wanted)), slots=wanted, in_flight_max=wanted)
+    bench.lane.in_flight_limit = wanted
+    bench.offer(*range(1, wanted + 1))
+    await asyncio.sleep(10)
+    assert bench.sender.in_flight == 0, "all are answered, and their connections kept"
+    bench.offer(*range(wanted + 1, 2 * wanted + 1))
+    most = before = 0
+    while bench.lane.in_flight < wanted:
+        await asyncio.sleep(0)
+        most, before = max(most, bench.lane.in_flight - before), bench.lane.in_flight
+    assert most == POSTS_AT_ONCE
 
 
 @virtual

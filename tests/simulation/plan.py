@@ -108,6 +108,7 @@ def draw(seed: int) -> Plan:
             "lane.URGENT_MAX": more.choice((1, 4, 100)),
             "gaps.SUMMARY_IDS_MAX": more.choice((2, 10, 4_000)),
             "reader.CROWD": more.choice((0, 2, 64)),
+            "sender.POSTS_AT_ONCE": more.choice((1, 4, 16)),
         }
     return Plan(
         seed=seed,
