@@ -1,7 +1,7 @@
 -- The webhook schema, version 2.
 --
--- Apply it with `dispatcher migrate` or with `psql -v ON_ERROR_STOP=1 -f schema.sql`; both do the same and both are safe to repeat. A database
--- that has an older version is brought up to this one by `dispatcher migrate` only (dispatcher/store/migrations).
+-- Apply it with `dispatcher migrate` or with `psql -v ON_ERROR_STOP=1 -f schema.sql`; both do the same and both are safe to repeat; beside
+-- producers by `migrate`, which waits for no lock for long. An older version is brought up to this one by that only (dispatcher/store/migrations).
 -- PostgreSQL 15 or newer, server_encoding UTF8.
 --
 -- The idea in five lines. `outbox` is a log that other systems append to in their own transactions; it is never updated. One dispatcher
@@ -608,14 +608,14 @@ CREATE INDEX IF NOT EXISTS event_key_created_at ON webhook.event_key (created_at
 
 -- The last id handed out. A fresh sequence has handed out none, though its last_value reads 1.
 CREATE OR REPLACE FUNCTION webhook.last_id() RETURNS bigint
-    LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog
+    LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     AS $$ SELECT coalesce(pg_sequence_last_value('webhook.outbox_id_seq'::regclass), 0) $$;
 
 -- The doorbell. A dispatcher holds lock 1 exclusively only while it sleeps; so a producer that gets it shared knows that the dispatcher is
 -- awake and polling, and spares itself the NOTIFY, whose commit takes a database-wide lock. The dispatcher can fall asleep only when
 -- every transaction that chose silence has ended, and looks once more after it has the lock: no wake-up is lost.
 CREATE OR REPLACE FUNCTION webhook.ring_doorbell() RETURNS trigger
-    LANGUAGE plpgsql SET search_path = pg_catalog
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
     AS $$
 BEGIN
     IF NOT pg_try_advisory_xact_lock_shared(9324665, 1) THEN
@@ -640,7 +640,7 @@ CREATE OR REPLACE FUNCTION webhook.emit(
     account_id text, type text, payload json, occurred_at timestamptz DEFAULT NULL, ordering_key text DEFAULT NULL,
     expires_at timestamptz DEFAULT NULL, priority integer DEFAULT NULL, traceparent text DEFAULT NULL, event_key text DEFAULT NULL
 ) RETURNS bigint
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     AS $$
 DECLARE
     is_first boolean := true;
@@ -679,7 +679,7 @@ $$;
 REVOKE ALL ON FUNCTION webhook.emit(text, text, json, timestamptz, text, timestamptz, integer, text, text) FROM PUBLIC;
 
 CREATE OR REPLACE FUNCTION webhook.note_config_change() RETURNS trigger
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     AS $$
 DECLARE
     changed record := CASE TG_OP WHEN 'DELETE' THEN OLD ELSE NEW END;
@@ -691,6 +691,9 @@ BEGIN
     RETURN NULL;
 END
 $$;
+
+-- Else whoever may make temporary tables could give one this trigger, and write by it as the schema's owner.
+REVOKE ALL ON FUNCTION webhook.note_config_change() FROM PUBLIC;
 
 -- Not of `credentials` or `secret` alone: to encrypt them under another key changes nothing. Who edits credentials writes `signing` as well.
 CREATE OR REPLACE TRIGGER endpoint_changed
@@ -709,7 +712,7 @@ CREATE OR REPLACE TRIGGER run_changed
 
 -- Tell the dispatcher to let go of what it has in memory for the endpoints, because events were erased.
 CREATE OR REPLACE FUNCTION webhook.note_erasure(endpoint_ids bigint[]) RETURNS void
-    LANGUAGE plpgsql SET search_path = pg_catalog
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
     AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock(9324665, 3);
@@ -721,7 +724,7 @@ $$;
 -- Tell of one of an account's endpoints, once to each of three: the account's endpoints, by an event; the endpoints of the operators' account, if
 -- there is one, by an event that says whose it was; and people, by mails that wait to be sent. Returns the id of the account's event.
 CREATE OR REPLACE FUNCTION webhook.tell(about bigint, event_type text, said json) RETURNS bigint
-    LANGUAGE plpgsql SET search_path = pg_catalog
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
     AS $$
 DECLARE
     whose text;
@@ -741,9 +744,9 @@ END
 $$;
 
 -- Tell an account about one of its endpoints, by an event for its *other* endpoints: the subscriptions of the endpoint itself are divided
--- around that one id, so that the event matches them on no path.
+-- around that one id, so that the event matches them on no path. Of its URL they get the origin: path and query may hold a secret.
 CREATE OR REPLACE FUNCTION webhook.tell_of_endpoint(about bigint, event_type text, why text, failed_since timestamptz) RETURNS void
-    LANGUAGE plpgsql SET search_path = pg_catalog
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
     AS $$
 DECLARE
     since CONSTANT text := to_char(failed_since AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"');
@@ -756,7 +759,7 @@ BEGIN
                ELSE json_build_object('endpoint', who, 'reason', why, 'failing_since', since)
            END) INTO told
     FROM webhook.endpoint AS e
-    CROSS JOIN LATERAL json_build_object('id', e.id, 'name', e.name, 'url', e.url) AS who
+    CROSS JOIN LATERAL json_build_object('id', e.id, 'name', e.name, 'url', substring(e.url FROM '^[^:]+://[^/?#]+') || '/') AS who
     WHERE e.id = about;
     WITH own AS (
         UPDATE webhook.subscription SET until_id = told - 1
@@ -770,7 +773,7 @@ $$;
 -- What an endpoint's filters come to with the catalogue as it is: {"values": {name: [value]}, "fields": {type: {name: [[path]]}}}, each JSON
 -- pointer taken apart. NULL: no filters. Subscriptions and replays keep it by value (dispatcher/domain/filters.py).
 CREATE OR REPLACE FUNCTION webhook.filter_rule(filters jsonb) RETURNS jsonb
-    LANGUAGE sql STABLE SET search_path = pg_catalog
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
     AS $$
     SELECT jsonb_build_object('values', filters, 'fields', coalesce(jsonb_object_agg(t.name, t.fields) FILTER (WHERE t.fields IS NOT NULL), '{}'))
     FROM (
@@ -793,7 +796,7 @@ $$;
 -- Whether an event passes a rule. As dispatcher/domain/filters.py has it: fields are compared as text; strings, whole numbers of up to 18
 -- digits and true/false have one; in a payload that can't be read there are no fields. `\u0000` is JSON, but no text here.
 CREATE OR REPLACE FUNCTION webhook.passes(rule jsonb, event_type text, payload json) RETURNS boolean
-    LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog
+    LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp
     AS $$
 DECLARE
     readable json;
@@ -826,7 +829,7 @@ $$;
 -- A subscription has the filters that its endpoint has when it is opened. It and a change of the catalogue wait for one another, by the lock that
 -- both take anyway: whichever comes second sees the other.
 CREATE OR REPLACE FUNCTION webhook.give_rule() RETURNS trigger
-    LANGUAGE plpgsql SET search_path = pg_catalog
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
     AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock(9324665, 3);
@@ -840,17 +843,22 @@ CREATE OR REPLACE TRIGGER subscription_has_rule BEFORE INSERT ON webhook.subscri
 
 -- The catalogue says otherwise where a field is: what that changes for a subscription holds from the next id on.
 CREATE OR REPLACE FUNCTION webhook.renew_rules() RETURNS trigger
-    LANGUAGE plpgsql SET search_path = pg_catalog
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
     AS $$
 DECLARE
     at bigint;
 BEGIN
     PERFORM pg_advisory_xact_lock(9324665, 3);
     at := webhook.last_id();
-    WITH closed AS (
+    -- A rule for each set of filters, not for each endpoint that has it.
+    WITH rules AS MATERIALIZED (
+        SELECT f.filters, webhook.filter_rule(f.filters) AS rule
+        FROM (SELECT DISTINCT e.filters FROM webhook.endpoint AS e WHERE e.filters <> '{}' AND e.state <> 'deleted') AS f
+    ), closed AS (
         UPDATE webhook.subscription AS s SET until_id = greatest(s.since_id, at)
         FROM webhook.endpoint AS e
-        WHERE e.id = s.endpoint_id AND s.until_id IS NULL AND e.filters <> '{}' AND s.rule IS DISTINCT FROM webhook.filter_rule(e.filters)
+        JOIN rules AS r ON r.filters = e.filters
+        WHERE e.id = s.endpoint_id AND s.until_id IS NULL AND e.filters <> '{}' AND s.rule IS DISTINCT FROM r.rule
         RETURNING s.endpoint_id, s.pattern
     )
     INSERT INTO webhook.subscription (endpoint_id, pattern, since_id) SELECT endpoint_id, pattern, at FROM closed;
@@ -868,7 +876,7 @@ CREATE OR REPLACE TRIGGER event_type_changed AFTER INSERT OR DELETE OR UPDATE OF
 
 -- The leaves, with bounds where they are numbers: not the DEFAULT partition's.
 CREATE OR REPLACE FUNCTION webhook.leaves(OUT parent text, OUT leaf regclass, OUT low bigint, OUT high bigint) RETURNS SETOF record
-    LANGUAGE sql STABLE SET search_path = pg_catalog
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
     AS $$
     SELECT p.relname::text, c.oid::regclass, b.found[1]::bigint, b.found[2]::bigint
     FROM pg_inherits AS i
@@ -881,7 +889,7 @@ $$;
 -- Make an empty leaf for ids that have not been handed out. LIKE and ATTACH, because CREATE … PARTITION OF needs the parent exclusively; the
 -- DEFAULT partition is locked and, unless it is empty or fenced (adopt_default), read through.
 CREATE OR REPLACE FUNCTION webhook.attach_partition(parent text, low bigint, high bigint) RETURNS void
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog SET lock_timeout = '20ms'
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '20ms'
     AS $$
 DECLARE
     leaf CONSTANT text := parent || '_p' || low;
@@ -906,7 +914,7 @@ $$;
 -- settled. Attempts still come for events that are gone, of dead letters that are resent: their oldest leaf stays, and takes in the range of the
 -- one that goes. The parent's lock is needed: nobody may insert for a moment.
 CREATE OR REPLACE FUNCTION webhook.recut_partition(parent text, lowest bigint, cuts bigint[]) RETURNS void
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog SET lock_timeout = '20ms'
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '20ms'
     AS $$
 DECLARE
     old      record;
@@ -954,7 +962,7 @@ $$;
 -- must have been counted in this transaction. Touches nothing but the two leaves, so nobody's open transaction on the log is in the way.
 -- The checkpoint's row is held, so that no other dispatcher can begin to read before this is committed. Returns the bytes that it freed.
 CREATE OR REPLACE FUNCTION webhook.expire_partition(low bigint, high bigint, ruling bigint) RETURNS bigint
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog SET lock_timeout = '2s'
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s'
     AS $$
 DECLARE
     old    record;
@@ -990,7 +998,7 @@ $$;
 --   adopted    so the exchange is a matter of the catalogue: 4 ms under the parent's lock, for any number of rows
 -- Or `below`: there are rows below `low`; `unfenced`: there are others, or the ids have come too close to the fence.
 CREATE OR REPLACE FUNCTION webhook.adopt_default(parent text, low bigint, upto bigint) RETURNS text
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog SET lock_timeout = '20ms'
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '20ms'
     AS $$
 DECLARE
     spare   CONSTANT text := parent || '_default';

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from bench.scenarios import SCENARIOS
 RESULTS = Path("bench/results")
 DOCUMENT, PROFILE, PICTURES = Path("docs/benchmarks.md"), Path("docs/profile.md"), Path("docs/benchmarks")
 SCENARIO_S_MAX = 3_600.0
+BETWEEN_NAMES = r"(?<!\d),|,(?!\d{3}\b)"  # a comma that isn't within a number, as it is in "4,000 in flight"
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -129,7 +131,9 @@ def _parsed(text: str, kind: Any, option: str) -> Any:
     """Read a size as its dataclass says: a number, a word, true or false, or several separated by commas."""
     try:
         if get_origin(kind) is tuple:
-            return tuple(_parsed(part, get_args(kind)[0], option) for part in text.split(",") if part)
+            item = get_args(kind)[0]
+            parts = re.split(BETWEEN_NAMES, text) if item is str else text.split(",")
+            return tuple(_parsed(part, item, option) for part in parts if part)
         return {"true": True, "false": False}[text] if kind is bool else kind(text)
     except (ValueError, KeyError) as exc:
         raise click.BadParameter(f"{option}: {text!r} is no {kind.__name__}", param_hint="--size") from exc

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import orjson
 import structlog
@@ -74,6 +74,11 @@ def configure(settings: "Settings", *, stream: Any = None, level: str | None = N
             logger_factory=structlog.BytesLoggerFactory(stream.buffer),
             cache_logger_on_first_use=False,
         )
+
+
+def priority(level: str, stream: TextIO) -> str:
+    """Return what stands before a line of this level where systemd's journal reads it; else nothing."""
+    return _PRIORITIES[level].decode() if _fitting(stream) == "journal" else ""
 
 
 class _Forward(logging.Handler):

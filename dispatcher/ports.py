@@ -240,13 +240,14 @@ class Started:
 @dataclass(slots=True)
 class ConfigChanges:
     """`endpoints` are new versions; `gone` are ids that have none (deleted). `forget`: events of these endpoints were erased. `wall_us`: the
-    database's clock."""
+    database's clock. `more`: there are further changes, to be asked for at once."""
 
     seq: int
     wall_us: int
     endpoints: list[Endpoint] = field(default_factory=list)
     gone: list[int] = field(default_factory=list)
     forget: list[int] = field(default_factory=list)
+    more: bool = False
 
 
 class Store(Protocol):

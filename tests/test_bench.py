@@ -327,6 +327,16 @@ def test_bad_arguments_are_told_of_before_anything_starts(arguments, said):
     assert said in result.output
 
 
+def test_a_list_of_names_is_read_as_the_list_of_sizes_shows_it():
+    [throughput] = [scenario for scenario in SCENARIOS if scenario.name == "throughput"]
+    size = throughput.sizes["full"]
+    assert "4,000 in flight" in size.factors, "a name with a comma"
+    shown = command._shown(size.factors)
+    tiny = [(throughput, throughput.sizes["tiny"])]
+    [(_, sized)] = command._resized(tiny, [f"throughput.factors={shown}"])
+    assert sized.factors == size.factors
+
+
 def test_sizes_are_read_as_what_they_replace():
     known = {scenario.name: scenario for scenario in SCENARIOS}
     chosen = [(known[name], known[name].sizes["full"]) for name in ("backlog", "throughput", "soak")]

@@ -10,7 +10,7 @@ import pytest
 
 from dispatcher.cli import terminal as terminal_module
 from dispatcher.cli.common import DURATION
-from dispatcher.store import admin as admin_module
+from dispatcher.store import admin, endpoint
 from tests.conftest import dsn_of
 from tests.test_cli import Cli, sink_process, sql
 
@@ -179,7 +179,8 @@ def test_a_draft_has_no_life_yet(run: Cli, verb: str, remedy: str) -> None:
 
 
 def test_more_than_a_million_is_said_so(run: Cli, live: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admin_module, "COUNTED_MAX", 10)
+    for module in (admin, endpoint):
+        monkeypatch.setattr(module, "COUNTED_MAX", 10)
     run.ok("endpoint", "disable", live)
     emit(run, 10)
     assert "(10)" in run.refused("endpoint", "enable", live)

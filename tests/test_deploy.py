@@ -14,7 +14,7 @@ import yaml
 
 from dispatcher import settings as settings_module
 from dispatcher.settings import Settings
-from tests.observe.build import observed
+from tests.observe.build import kept, observed
 from tests.rig import rig, until
 from tests.test_settings import own_environment
 from tests.verbs import every_verb
@@ -49,7 +49,7 @@ def expressions() -> list[str]:
 
 
 async def test_every_metric_that_is_named_is_in_a_scrape_of_a_running_engine(dsn: str) -> None:
-    async with rig(dsn) as r, observed(r) as o:
+    async with kept(dsn) as r, observed(r) as o:
         await r.endpoint()
         await r.emit(3)
         await until(lambda: r.engine.counters.delivered == 3 and o.observer.seen is not None)

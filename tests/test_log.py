@@ -88,7 +88,9 @@ def test_the_journal_is_recognised_by_its_socket(tmp_path, monkeypatch):
         found = os.fstat(stream.fileno())
         monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
         assert log._fitting(stream) == "journal"
+        assert log.priority("error", stream) == "<3>", "the sentence at an end is an error to journalctl -p too"
         monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:1")
         assert log._fitting(stream) == "json"
+        assert log.priority("error", stream) == ""
         monkeypatch.delenv("JOURNAL_STREAM")
         assert log._fitting(stream) == "json"

@@ -22,7 +22,7 @@ from dispatcher.domain.shape import HIDDEN
 from dispatcher.errors import InputError, SealedError, StateError
 from dispatcher.settings import Settings
 from dispatcher.sink import Behaviour, Sink
-from dispatcher.store.admin import EndpointView
+from dispatcher.store.endpoint import EndpointView
 from dispatcher.store.sealing import check_keys
 from tests.rig import Rig, rig, until
 from tests.test_endpoint_life import Heard, admin, stops, tried

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from dispatcher import errors
+from dispatcher import errors, log
 from dispatcher.cli.common import Context, say
 
 # verb → where it is; imported when it is asked for: a start that imports what other verbs need takes twice as long
@@ -107,7 +107,7 @@ def main() -> None:
     try:
         cli(standalone_mode=True)
     except errors.DispatcherError as exc:
-        say(f"error: {exc}", err=True)
+        say(f"{log.priority('error', sys.stderr)}error: {exc}", err=True)
         sys.exit(exc.exit_code)
 
 

@@ -27,7 +27,8 @@ from dispatcher.engine.trial import TEST_TYPE, Trial
 from dispatcher.errors import InputError, SealedError
 from dispatcher.main import make_transport
 from dispatcher.settings import Settings
-from dispatcher.store.admin import CONFIG_FIELDS, Admin, Choice, EndpointDetails, EndpointView, Waiting, counted
+from dispatcher.store.admin import Admin, Choice
+from dispatcher.store.endpoint import CONFIG_FIELDS, EndpointDetails, EndpointView, Waiting, counted
 from dispatcher.web.trial import shown_trial, try_and_record
 
 

@@ -13,7 +13,7 @@ import click
 
 from dispatcher.domain.shape import BODY_FORMATS, SHAPE, SIGNINGS, shown
 from dispatcher.errors import InputError, SealedError
-from dispatcher.store.admin import EndpointView
+from dispatcher.store.endpoint import EndpointView
 
 _FROM_FILE = " @FILE or @- reads it."
 _PEM = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)

@@ -176,23 +176,23 @@ def _samples() -> dict[str, bytes]:
 
 ENDPOINT_SAMPLES: dict[str, Data] = {
     "endpoint.failing": {
-        "endpoint": {"id": 42, "name": "Orders, production", "url": "https://hooks.customer.example/sms"},
+        "endpoint": {"id": 42, "name": "Orders, production", "url": "https://hooks.customer.example/"},
         "reason": "consecutive_failures",
         "failing_since": "2025-03-09T09:20:11.004Z",
     },
     "endpoint.disabled": {
-        "endpoint": {"id": 42, "name": "Orders, production", "url": "https://hooks.customer.example/sms"},
+        "endpoint": {"id": 42, "name": "Orders, production", "url": "https://hooks.customer.example/"},
         "reason": "consecutive_failures",
         "failing_since": "2025-03-09T09:20:11.004Z",
         "held_events": 1284,
     },
     "endpoint.recovered": {
-        "endpoint": {"id": 42, "name": "Orders, production", "url": "https://hooks.customer.example/sms"},
+        "endpoint": {"id": 42, "name": "Orders, production", "url": "https://hooks.customer.example/"},
         "reason": "enabled",
         "failing_since": "2025-03-09T09:20:11.004Z",
     },
     "endpoint.events_expired": {
-        "endpoint": {"id": 42, "name": "Orders, production", "url": "https://hooks.customer.example/sms"},
+        "endpoint": {"id": 42, "name": "Orders, production", "url": "https://hooks.customer.example/"},
         "deliveries": 1284,
         "from": "2025-03-07T00:00:12.870Z",
         "to": "2025-03-07T08:41:03.221Z",

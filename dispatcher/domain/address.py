@@ -44,6 +44,9 @@ class ReceiverSite:
     listen_port: int
 
 
+PLAIN_HTTP = "plain http is only allowed to DISPATCHER_ALLOWED_NETWORKS, or with DISPATCHER_ALLOW_HTTP"
+
+
 @dataclass(frozen=True, slots=True)
 class AddressPolicy:
     """Judge addresses by the table, with the operator's exceptions.
@@ -77,8 +80,17 @@ class AddressPolicy:
             return None
         reason = _special(address)
         if reason is None and scheme != "https" and not self.allow_http:
-            return "plain http is only allowed to DISPATCHER_ALLOWED_NETWORKS, or with DISPATCHER_ALLOW_HTTP"
+            return PLAIN_HTTP
         return reason
+
+
+def is_literal(host: str) -> bool:
+    """Tell whether a host is an address, not a name."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_networks(text: str) -> tuple[Network, ...]:

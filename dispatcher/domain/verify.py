@@ -27,7 +27,7 @@ def judge(
         return MISSING
     if not (at.isascii() and at.isdecimal() and len(at) <= 12):
         return WRONG
-    signed = f"{event_id}.{at}.".encode() + body
+    signed = f"{event_id}.{at}.".encode("utf-8", "surrogateescape") + body  # what isn't UTF-8, as servers give it
     for part in given.split(" ")[:SIGNATURES_MAX]:
         scheme, _, text = part.partition(",")
         try:

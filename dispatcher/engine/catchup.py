@@ -25,11 +25,17 @@ from dispatcher.engine.runs import LaneRun
 from dispatcher.ports import DueRetry, Page, RetryPage, RunPage, Store
 
 PAGE_ROWS = 200  # a page must not hold up the head
+PAGE_OFFERS = (
+    2_000  # rows times lanes of a page that lanes share, as of the head's: all of it is applied in one turn of the loop
+)
 READ_BYTES_MAX = 4 << 20
 # How much of the memory is left when they stop reading, in what the head needs at the least: a page of 200 rows more leaves that.
 CATCH_UP_LEAVES = 4  # lanes that are behind, and runs
 DUE_LEAVES = 2  # what is next of a key, due, or has priority
 RELOOK_US = 20_000
+NOTED_S = (
+    0.001  # of two times for a lane so close to each other the first will do: the database's clock is followed in steps
+)
 KEY_ROWS = 2  # the next event of a key, and whether there is another
 SCAN_IDS_MAX = 200_000  # how many ids one page of a lagging lane may pass over
 
@@ -93,6 +99,7 @@ class CatchUp:
         self._running: dict[Lane, None] = {}
         # Heap of (when, endpoint id): a retry due, a run's next page. By the monotonic clock, since the wall clock may step back.
         self._look_times: list[tuple[float, int]] = []
+        self._noted: dict[int, list[float]] = {}  # of those, a lane's for retries, the next one last
 
     @property
     def is_wanted(self) -> bool:
@@ -135,6 +142,14 @@ class CatchUp:
         at = self._clock.monotonic(due_us)
         if lane.next_retry_at is None or at < lane.next_retry_at:
             lane.next_retry_at = at
+            self._look_at(lane, at)
+
+    def _look_at(self, lane: Lane, at: float) -> None:
+        """Have a lane looked at for its retries then. One that is looked at before is looked at again after that: else, of a retry that is due
+        in a day, there would be one entry for each read in between."""
+        noted = self._noted.setdefault(lane.id, [])
+        if not noted or at < noted[-1] - NOTED_S:
+            noted.append(at)
             heapq.heappush(self._look_times, (at, lane.id))
             self._wake()
 
@@ -142,10 +157,17 @@ class CatchUp:
         """Look at the lanes whose time has come."""
         now = self._clock.now()
         while self._look_times and self._look_times[0][0] <= now:
-            _, endpoint_id = heapq.heappop(self._look_times)
+            at, endpoint_id = heapq.heappop(self._look_times)
+            noted = self._noted.get(endpoint_id)
+            if noted and noted[-1] == at:
+                noted.pop()
+                if not noted:
+                    del self._noted[endpoint_id]
             lane = self._lanes.get(endpoint_id)
             if lane is not None:
                 self.look(lane)
+                if lane.next_retry_at is not None and lane.next_retry_at > now:
+                    self._look_at(lane, lane.next_retry_at)
 
     # ── lagging lanes ──
 
@@ -214,7 +236,7 @@ class CatchUp:
         ]  # fmt: skip
         types = first.endpoint.exact_types() if not sharers else None
         moved = {lane: lane.moved for lane in (first, *sharers)}
-        limit = PAGE_ROWS if sharers else min(room, PAGE_ROWS)
+        limit = max(1, min(PAGE_ROWS, PAGE_OFFERS // len(moved))) if sharers else min(room, PAGE_ROWS)
         self._gate.begin()
         page = await self._store.account(account_id, after, upto, types, limit, READ_BYTES_MAX)
         self._counters.lag_reads += 1

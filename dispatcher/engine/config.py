@@ -132,6 +132,9 @@ class ConfigWatcher:
             self._after_read(partial(self._forget, endpoint_id))
         self._seq = changes.seq
         self._looked.set()
+        if changes.more:
+            self._wake.set()
+            return  # no lease: what is paused may be among the rest
         if began + LEASE_S > self._sender.lease_until:
             lapsed = self._sender.lease_until <= now
             self._sender.lease_until = began + LEASE_S

@@ -38,6 +38,7 @@ class Counters:
     partitions_expired: int = 0
     partitions_dropped: int = 0
     deliveries_expired: int = 0
+    deliveries_expired_held: int = 0  # of these, of endpoints that are paused or disabled
     dead_letters_expired: int = 0
     janitor_failures: int = 0
     starts: int = 0

@@ -21,6 +21,7 @@ from itertools import pairwise
 
 import structlog
 
+from dispatcher.domain.endpoint import EndpointState
 from dispatcher.domain.retention import DAY_S, Span, is_expired, is_settled
 from dispatcher.domain.run import RunSource
 from dispatcher.engine.clock import Clock
@@ -84,6 +85,11 @@ class Janitor:
         self._keys_swept_at = float("-inf")
         self._retries_after = (0, 0, 0)
         self.turns = 0  # that were begun
+
+    @property
+    def ids_ahead(self) -> int | None:
+        """How many ids the log's partitions have left, None before the first look; 0: rows go to the DEFAULT partition."""
+        return self._provisioner.ids_ahead
 
     async def run(self) -> None:
         """Go on until cancelled. Raises LifeLostError and FencedError; everything else is met here."""
@@ -224,6 +230,8 @@ class Janitor:
             lane = self._lanes.get(loss.endpoint_id)
             if lane is not None:
                 lane.backlog = max(0, lane.backlog - loss.unsent)
+                if lane.endpoint.state is not EndpointState.LIVE:
+                    self._counters.deliveries_expired_held += loss.deliveries
         _log.info("partition.expired", low=leaf.low, high=leaf.high, freed_bytes=expired.freed_bytes)
 
     async def _drop(self, shape: LogShape) -> bool:

@@ -58,6 +58,7 @@ IN_FLIGHT_START = 2
 SLOW_S = 1.0
 RECENT_S = 30.0  # a success within so long makes up for a failure or two
 OLDEST_QUEUED_MAX_S = 5.0
+AHEAD_MIN = 50  # events of a backlog in memory, however slowly a lane sends: a page each would cost the head its reads
 CANT_SEND_MAX_S = 1.0
 NOTHING: AbstractSet[int] = frozenset()
 
@@ -545,7 +546,16 @@ class Lane:
             return 0
         if self.breaker.state is not CLOSED:
             return 1
-        return self.limits.queue_max - self.queued() if self.queued() <= self.limits.queue_max // 2 else 0
+        ahead = self._ahead()
+        return ahead - self.queued() if self.queued() <= ahead // 2 else 0
+
+    def _ahead(self) -> int:
+        """Return how many events of its backlog a lane keeps in memory: what it can send in OLDEST_QUEUED_MAX_S. Forty that may send one a
+        second, each with five hundred, would leave no memory to others."""
+        per_s = self.limit() / max(self.latency_s, 0.01) if self.bucket is None else self.bucket.rate_per_s
+        if self.pace is not None:
+            per_s = min(per_s, self.pace.rate_per_s)
+        return min(self.limits.queue_max, max(AHEAD_MIN, int(per_s * OLDEST_QUEUED_MAX_S)))
 
     def urgent_room(self, now: float) -> int:
         """The same for what is read ahead: it has room of its own, and needs none in the queue."""

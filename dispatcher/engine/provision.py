@@ -45,6 +45,7 @@ class Provisioner:
         self, partitions: Partitions, clock: Clock, counters: Counters, *, retention_days: float, log: Any = None
     ) -> None:
         self.pace = Pace()
+        self.ids_ahead: int | None = None  # in leaves, at the last turn
         self._partitions = partitions
         self._clock = clock
         self._counters = counters
@@ -65,6 +66,7 @@ class Provisioner:
     async def turn(self, shape: LogShape) -> bool:
         """Do the next thing that there is to do; return whether the shape is another now."""
         now = self._clock.now()
+        self.ids_ahead = _ids_ahead(shape)
         self.pace.saw(shape.last_id, now)
         if now - self._measured_at >= MEASURE_S:
             await self._measure(shape)
@@ -183,6 +185,15 @@ class Provisioner:
 def _end(shape: LogShape) -> int:
     """Return where the log's last leaf ends."""
     return max((leaf.high for leaf in _with_fence(shape.outbox)), default=0)
+
+
+def _ids_ahead(shape: LogShape) -> int:
+    """Return how many ids follow the last one until one has no leaf."""
+    following = shape.last_id + 1
+    for leaf in shape.outbox.leaves:  # ascending
+        if leaf.low <= following < leaf.high:
+            following = leaf.high
+    return following - shape.last_id - 1
 
 
 def _begun(shape: LogShape) -> list[Span]:

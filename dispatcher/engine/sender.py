@@ -15,6 +15,7 @@ second by the same rule.
 import asyncio
 import heapq
 import random
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -105,6 +106,9 @@ class Sender:
         self._pumping = False
         self._connects = 0  # asked for in this pump
         self._posts = 0  # begun since it
+        # What came when a turn had begun as many as it may: connections for lanes, and deliveries that need another one.
+        self._arrived: deque[tuple[Lane, Origin, Connection]] = deque()
+        self._stale: deque[Delivery] = deque()
         self._call_soon = asyncio.get_running_loop().call_soon
         self._drained: asyncio.Event = asyncio.Event()
         self._timestamp: tuple[int, bytes] = (0, b"")
@@ -160,6 +164,7 @@ class Sender:
     def close(self) -> None:
         """Take no result any more, and start nothing."""
         self.abandoned = True
+        self._stale.clear()
         self.hold("closed")
         if self._timer is not None:
             self._timer.cancel()
@@ -169,12 +174,17 @@ class Sender:
         self._connects = self._posts = 0
         # Now, at every turn: a process that was frozen in the middle of this must not finish it as if no time had passed.
         for _ in range(TURNS_AT_ONCE):
-            if not self._line or not self.may_start(now := self._clock.now()):
+            if self._stale:
+                self._connect_again(self._stale.popleft())
+            if self._arrived:
+                self._connected(*self._arrived.popleft())
+            if self._line and self.may_start(now := self._clock.now()):
+                lane = self._line.popleft()
+                lane.in_ready = False
+                self._serve(lane, now)
+                self._call_next()
+            elif not self._arrived and not self._stale:
                 return
-            lane = self._line.popleft()
-            lane.in_ready = False
-            self._serve(lane, now)
-            self._call_next()
             if self._connects >= CONNECTS_AT_ONCE or self._posts >= POSTS_AT_ONCE:
                 break
         self.pump_soon()
@@ -253,6 +263,10 @@ class Sender:
     # ── one POST ──
 
     def _connected(self, lane: Lane, origin: Origin, result: Connection | Outcome) -> None:
+        if self._posts >= POSTS_AT_ONCE and not isinstance(result, Outcome):
+            self._arrived.append((lane, origin, result))
+            self.pump_soon()
+            return
         lane.connecting -= 1
         now = self._clock.now()
         moved = _has_moved(lane, origin)
@@ -485,11 +499,19 @@ class Sender:
     def _send_again(self, delivery: Delivery) -> None:
         """A kept-alive connection was already closed: once more on a new one, under the same attempt number."""
         self._counters.stale += 1
+        if self._connects < CONNECTS_AT_ONCE:
+            self._connect_again(delivery)
+        else:
+            self._stale.append(delivery)
+            self.pump_soon()
+
+    def _connect_again(self, delivery: Delivery) -> None:
         target = delivery.lane.endpoint.target
         if target is None:  # its new URL can't be used
             self._put_back(delivery)
             return
         delivery.again = True
+        self._connects += 1
         again = partial(self._again_connected, delivery, target.origin)
         self._transport.connect(target.origin, again, fresh=True, turn_of=delivery.lane.id)
 

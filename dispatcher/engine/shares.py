@@ -100,7 +100,7 @@ class Shares:
         (nothing to send, no longer untried), and then nobody ends who would call the next."""
         called = []
         for share in list(self._called):
-            while share.line:
+            while share.has_room and share.line:  # who was called before may have it already
                 lane = share.line.popleft()
                 if lane.waits_for is share and not lane.gone:  # else it left the line for another
                     lane.waits_for = None

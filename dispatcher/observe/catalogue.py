@@ -302,10 +302,18 @@ METRICS: tuple[Spec[Figures], ...] = (
     # ── the janitor ──
     counted("partitions_made", "partitions_made", "Partitions made ahead."),
     counted("partitions_expired", "partitions_expired", "Partitions emptied by retention."),
-    counted(
+    Spec(
+        "partition_ids_ahead",
+        "gauge",
+        "Ids that the log's partitions have left; 0: its rows go to the DEFAULT partition.",
+        lambda f: _own(f, lambda i: None if i.janitor is None else i.janitor.ids_ahead),
+    ),
+    Spec(
         "deliveries_expired",
-        "deliveries_expired",
-        "Deliveries that retention ended before they were made: told to their accounts, and lost.",
+        "counter",
+        "Deliveries that retention ended before they were made: told to their accounts, and lost. Held: the endpoint is paused or disabled.",
+        lambda f: expired(f),
+        "state",
     ),
     counted("janitor_failures", "janitor_failures", "Rounds of maintenance that failed."),
 )
@@ -320,6 +328,14 @@ def attempts(f: Figures) -> dict[str, float]:
     )
 
 
+def expired(f: Figures) -> dict[str, float]:
+    counters = f.of.engine.counters
+    return {
+        "live": counters.deliveries_expired - counters.deliveries_expired_held,
+        "held": counters.deliveries_expired_held,
+    }
+
+
 def gaps(f: Figures) -> Value:
     incarnation = f.incarnation
     if incarnation is None:
@@ -328,7 +344,7 @@ def gaps(f: Figures) -> Value:
     return {"young": len(found.young), "old": len(found.old)}
 
 
-def _own(f: Figures, value: Callable[[Incarnation], float]) -> float | None:
+def _own(f: Figures, value: Callable[[Incarnation], float | None]) -> float | None:
     """Read a figure of the incarnation; None unless this process owns the log."""
     return None if f.incarnation is None else value(f.incarnation)
 

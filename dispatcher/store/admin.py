@@ -1,10 +1,8 @@
 """What people do to endpoints, as transactions: for the command line, the API and the panel. To events: store/events.py.
 
-An endpoint's *configuration* is a plain dict: `CONFIG_FIELDS`, and what shapes its requests (domain/shape.py), of which the
-credentials are sealed in the database and opened only where they are needed: without their key an endpoint can still be
-shown, paused and deleted. A draft endpoint is edited in place; an edit of any
-other is kept in `draft` beside the configuration in force until its own test has passed and it goes live. A passed test
-belongs to one exact configuration, by its hash, the newest secret included.
+What an endpoint is: store/endpoint.py. A draft endpoint is edited in place; an edit of any other is kept in `draft` beside
+the configuration in force until its own test has passed and it goes live. A passed test belongs to one exact configuration,
+by its hash, the newest secret included.
 
 What an endpoint is owed is decided by its subscriptions' bounds alone. A pause leaves them open: events are held. To skip
 is to close them where the pause began and to open new ones now; what was handed out before the pause is owed in either
@@ -16,49 +14,41 @@ configuration is appended under a lock that every other one waits for.
 import asyncio
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import orjson
 
-from dispatcher.domain.endpoint import FORCED, FOREVER, check_patterns, config_hash
+from dispatcher.domain.endpoint import FORCED, FOREVER, check_patterns
 from dispatcher.domain.filters import check_filters
-from dispatcher.domain.ordering import OFF, parse_ordering
+from dispatcher.domain.ordering import parse_ordering
 from dispatcher.domain.principal import OPERATOR, Principal
-from dispatcher.domain.sealing import Keyring, credentials_place, draft_place, secret_place
-from dispatcher.domain.shape import CREDENTIALS, SHAPE, checked, merged, shown
-from dispatcher.domain.signing import SCHEMES, check_key, new_key, public_key, scheme_of, signing_in
+from dispatcher.domain.sealing import credentials_place, draft_place, secret_place
+from dispatcher.domain.shape import CREDENTIALS, SHAPE, checked, merged
+from dispatcher.domain.signing import SCHEMES, check_key, new_key, public_key, scheme_of
 from dispatcher.domain.text import amount
 from dispatcher.domain.url import parse_url, receiver_token
 from dispatcher.errors import InputError, NotFoundError, SealedError, StateError
 from dispatcher.settings import Settings
 from dispatcher.store import access, receivers
-from dispatcher.store.credentials import open_credentials, seal_credentials
+from dispatcher.store.credentials import seal_credentials
+from dispatcher.store.endpoint import (
+    COUNTED_MAX,
+    DEFAULTS,
+    PLAIN_FIELDS,
+    RETRIES_SHOWN_MAX,
+    EndpointDetails,
+    EndpointView,
+    Stands,
+    Waiting,
+    columns_of,
+    counted,
+)
 from dispatcher.store.events import Events
 from dispatcher.store.migrate import ADMIN
 from dispatcher.store.session import Connection
 
-CONFIG_FIELDS = (
-    "name",
-    "url",
-    "event_types",
-    "timeout_ms",
-    "rate_per_s",
-    "rate_burst",
-    "in_flight_max",
-    "retry_schedule_s",
-    "ordering",
-    "filters",
-    "response_control",
-)
-# What an endpoint has that asks for nothing; not part of the configuration's hash, as in hashes from before there was a choice.
-OPTIONS: dict[str, Any] = {"ordering": OFF, "filters": {}, "response_control": False}
-DEFAULTS: dict[str, Any] = {
-    "name": "", "event_types": ["*"], "timeout_ms": 10_000, "rate_per_s": None, "rate_burst": None, "in_flight_max": None,
-    "retry_schedule_s": None, **OPTIONS,
-}  # fmt: skip
-_PLAIN_FIELDS = (*CONFIG_FIELDS, *SHAPE)
 _RANGES = {
     "timeout_ms": (100, 60_000, "milliseconds"),
     "rate_per_s": (0.001, 100_000, "POSTs a second"),
@@ -66,8 +56,6 @@ _RANGES = {
     "in_flight_max": (1, 4_000, "POSTs"),
 }
 WHICH = "`dispatcher endpoint list` shows which there are"
-RETRIES_SHOWN_MAX = 10_000  # on a live page; who asks once, is told them all
-COUNTED_MAX = 1_000_000  # what a person is told before deciding; a discard is counted to its end
 SECRETS_MAX = 5  # of a scheme that sign at a time: each costs a signature and 48 bytes of header a POST
 OVERLAP_S = 86_400.0  # a day to bring a receiver to its new secret
 OVERLAP_MAX_S = 30 * 86_400.0
@@ -80,180 +68,6 @@ Interval = tuple[str, int, int, str | None]  # pattern, since_id, until_id, what
 _SUBSCRIPTION = ("pattern", "since_id", "until_id", "taken_up", "rule")
 _OPEN_RUN = ("id", "source", "state", "total", "attempted", "delivered", "dead", "created_at")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-
-
-@dataclass(frozen=True, slots=True)
-class Stands:
-    """How an endpoint stands: what changes from one second to the next. `retries` beyond RETRIES_SHOWN_MAX are one more than that."""
-
-    endpoint_id: int
-    account_id: str
-    state: str
-    failing_since: datetime | None
-    backlog: int
-    retries: int
-    next_retry_at: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class Secret:
-    """A secret, or private key, that signs now; until `expires_at`, if it was rotated."""
-
-    keyring: Keyring
-    place: str
-    scheme: str
-    stored: str = field(repr=False)
-    public_key: str | None
-    created_at: datetime
-    expires_at: datetime | None
-
-    @property
-    def secret(self) -> str:
-        """Open it. Raises SealedError."""
-        return self.keyring.open(self.stored, self.place)
-
-
-@dataclass(frozen=True, slots=True)
-class EndpointView:
-    """One endpoint as people see it. `config` is in force; `proposed` is an edit that waits for its test. Both without credentials, which
-    are opened when they are asked for; that, as all that needs them, raises SealedError without their key."""
-
-    id: int
-    account_id: str
-    state: str
-    state_reason: str | None
-    state_changed_at: datetime
-    paused_at_id: int | None
-    config: dict[str, Any]
-    proposed: dict[str, Any] | None
-    signing: tuple[Secret, ...]  # the newest first
-    tested_hash: str | None
-    failing_since: datetime | None
-    backlog: int
-    retries: int
-    dead_letters: int
-    expired: int  # in the last 24 hours, because their events' expires_at had passed
-    created_at: datetime
-    next_retry_at: datetime | None
-    read_at: datetime
-    keyring: Keyring = field(repr=False)
-    stored_credentials: str | None = field(repr=False)
-    stored_proposal: str | None = field(repr=False)  # its credentials
-
-    @property
-    def stands(self) -> Stands:
-        return Stands(
-            self.id, self.account_id, self.state, self.failing_since, self.backlog, self.retries, self.next_retry_at
-        )
-
-    @property
-    def held_since_id(self) -> int | None:
-        """The id after which its events are held, or skipped; None if neither."""
-        return (self.paused_at_id or 0) if self.state in ("paused", "disabled") else None
-
-    @property
-    def secrets(self) -> tuple[str, ...]:
-        return tuple(secret.secret for secret in self.signing)
-
-    @property
-    def public_keys(self) -> tuple[str, ...]:
-        """What receivers check asymmetric signatures with, the newest first."""
-        return tuple(secret.public_key for secret in self.signing if secret.public_key is not None)
-
-    @property
-    def credentials(self) -> dict[str, Any]:
-        return open_credentials(self.stored_credentials, credentials_place(self.id), self.keyring)
-
-    @property
-    def proposed_credentials(self) -> dict[str, Any]:
-        return open_credentials(self.stored_proposal, draft_place(self.id), self.keyring)
-
-    @property
-    def extra_keys(self) -> tuple[str | None, str | None]:
-        """The key of the extra signature that is in force, and that of the edit that waits, where it has another."""
-        now = self.credentials["extra_signature_key"]
-        then = None if self.proposed is None else self.proposed_credentials["extra_signature_key"]
-        return now, None if then == now else then
-
-    @property
-    def to_test(self) -> dict[str, Any]:
-        """The configuration that a test is about, with its credentials."""
-        if self.proposed is None:
-            return self.config | self.credentials
-        return self.proposed | self.proposed_credentials
-
-    @property
-    def test_hash(self) -> str:
-        """Of what decides what is sent where. Of the secrets the newest only: that an older one expires takes nothing back. Nobody who can
-        read the hash can try out passwords on it: the secrets are in it."""
-        config = self.to_test
-        usual = SHAPE | CREDENTIALS | OPTIONS
-        given = {name: value for name, value in config.items() if name not in usual or value != usual[name]}
-        newest = [next(iter(signing_in(self.secrets, scheme)), None) for scheme in config["signing"].split(",")]
-        return config_hash(given | {"secrets": newest})
-
-    @property
-    def tested(self) -> bool:
-        return self.tested_hash is not None and self.tested_hash == self.test_hash
-
-    @property
-    def changes(self) -> dict[str, tuple[Any, Any]]:
-        """What the proposed edit changes: field → (in force, proposed), as they may be shown."""
-        if self.proposed is None:
-            return {}
-        changed = {
-            name: (self.config[name], value) for name, value in self.proposed.items() if value != self.config[name]
-        }
-        now, new = self.credentials, self.proposed_credentials
-        now_shown, new_shown = shown(now), shown(new)
-        return changed | {name: (now_shown[name], new_shown[name]) for name in CREDENTIALS if now[name] != new[name]}
-
-    def as_dict(self) -> dict[str, Any]:
-        """For `--json`: everything but the secrets. Where they can't be opened, `sealed` says why, and what needs them is None."""
-        known: dict[str, Any] = dict.fromkeys((*CREDENTIALS, "changes", "tested"))
-        proposed, sealed = self.proposed, None
-        try:
-            known |= shown(self.credentials) | {"changes": self.changes, "tested": self.tested}
-            if proposed is not None:
-                proposed = proposed | shown(self.proposed_credentials)
-        except SealedError as exc:
-            sealed = str(exc)
-        return {
-            "id": self.id, "account_id": self.account_id, "state": self.state, "state_reason": self.state_reason,
-            "state_changed_at": self.state_changed_at, "paused_at_id": self.paused_at_id, **self.config, "proposed": proposed,
-            **known, "public_keys": self.public_keys, "failing_since": self.failing_since, "backlog": self.backlog,
-            "retries": self.retries, "dead_letters": self.dead_letters, "expired_24h": self.expired,
-            "created_at": self.created_at, "sealed": sealed,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """Deliveries without an attempt: `held` since it was paused or disabled, `before` from before that (or at all, if it is neither), each
-    counted up to a million and one; and those that wait for a retry. `skipping`: since it was paused, events are not held."""
-
-    held: int
-    before: int
-    retries: int
-    skipping: bool
-
-
-@dataclass(frozen=True, slots=True)
-class EndpointDetails:
-    """What `show` adds to the view. `waiting` only where it is held: what a live one has before it is its backlog."""
-
-    waiting: Waiting | None
-    subscriptions: list[dict[str, Any]]
-    discards: dict[str, int]  # reason → deliveries
-    runs: list[dict[str, Any]]  # that haven't finished
-
-    def as_dict(self) -> dict[str, Any]:
-        waiting = self.waiting
-        return {
-            "held": None if waiting is None else waiting.held, "held_before": None if waiting is None else waiting.before,
-            "skipping": waiting is not None and waiting.skipping, "discards": self.discards, "runs": self.runs,
-            "subscriptions": self.subscriptions,
-        }  # fmt: skip
 
 
 class Admin:
@@ -285,7 +99,7 @@ class Admin:
                     f"the secret is for scheme {scheme_of(secret)}, and this endpoint signs in {full['signing']}"
                 )
         async with self._db.transaction():
-            endpoint_id = await self._db.fetchval(ADMIN.insert_endpoint, account_id, *_columns(full))
+            endpoint_id = await self._db.fetchval(ADMIN.insert_endpoint, account_id, *columns_of(full))
             if any(full[name] != default for name, default in (SHAPE | CREDENTIALS).items()):
                 await self._put_shape(endpoint_id, full)
             if secret is not None:
@@ -321,19 +135,7 @@ class Admin:
         row = await self._db.fetchrow(ADMIN.endpoint, endpoint_id)
         if row is None or not self._principal.sees(row["account_id"]):
             raise NotFoundError(f"there is no endpoint {endpoint_id}", remedy=WHICH)
-        draft: dict[str, Any] = {} if row["draft"] is None else orjson.loads(row["draft"])
-        stored_proposal = draft.pop("credentials", None)
-        place = secret_place(endpoint_id)
-        return EndpointView(
-            id=row["id"], account_id=row["account_id"], state=row["state"], state_reason=row["state_reason"],
-            state_changed_at=row["state_changed_at"], paused_at_id=row["paused_at_id"], config=_config(row),
-            proposed=SHAPE | {name: _config(row)[name] for name in OPTIONS} | draft if draft else None,
-            signing=tuple(Secret(self._keyring, place, *s) for s in row["secrets"]),
-            tested_hash=row["tested_hash"], failing_since=row["failing_since"], backlog=row["backlog"], retries=row["retries"],
-            dead_letters=row["dead_letters"], expired=row["expired"], created_at=row["created_at"],
-            next_retry_at=row["next_retry_at"], read_at=row["read_at"], keyring=self._keyring,
-            stored_credentials=row["credentials"], stored_proposal=stored_proposal,
-        )  # fmt: skip
+        return EndpointView.of(row, self._keyring)
 
     async def deleted(self, endpoint_id: int) -> dict[str, Any] | None:
         """Return what an endpoint was that is deleted, None if there never was one; its name and URL are kept until they are erased."""
@@ -379,6 +181,7 @@ class Admin:
             full = await self._checked(merged(view.to_test, changes))
             if full["url"] != view.to_test["url"]:
                 await self._check_receiver(full["url"], view.account_id)
+                self._check_credentials_may_follow(view.to_test, full, changes)
             await self._put_missing_keys(endpoint_id, full["signing"], [secret.scheme for secret in view.signing])
             if view.state == "draft":
                 await self._put_config(endpoint_id, full)
@@ -387,7 +190,7 @@ class Admin:
             elif full == view.config | view.credentials:
                 await self._db.execute(ADMIN.put_draft, endpoint_id, None)
             else:
-                draft = {name: full[name] for name in _PLAIN_FIELDS}
+                draft = {name: full[name] for name in PLAIN_FIELDS}
                 draft["credentials"] = await self._sealed_credentials(full, draft_place(endpoint_id))
                 await self._db.execute(ADMIN.put_draft, endpoint_id, orjson.dumps(draft).decode())
         return await self.get(endpoint_id)
@@ -657,7 +460,7 @@ class Admin:
             await self._db.execute(ADMIN.open_subscriptions, view.id, config["event_types"], at)
 
     async def _put_config(self, endpoint_id: int, config: dict[str, Any]) -> None:
-        await self._db.execute(ADMIN.put_config, endpoint_id, *_columns(config))
+        await self._db.execute(ADMIN.put_config, endpoint_id, *columns_of(config))
         await self._put_shape(endpoint_id, config)
 
     async def _put_shape(self, endpoint_id: int, config: dict[str, Any]) -> None:
@@ -718,6 +521,22 @@ class Admin:
             raise InputError("a retry schedule has 1 to 50 waits of 1 second to 30 days, such as 5,30,120")
         return config | checked(config)
 
+    def _check_credentials_may_follow(
+        self, before: dict[str, Any], full: dict[str, Any], changes: dict[str, Any]
+    ) -> None:
+        """Refuse to send what nobody is shown to a server that whoever edits has chosen: it would be shown there. Operators may."""
+        if self._principal.is_operator or _server(before["url"]) == _server(full["url"]):
+            return
+        given = {name.lower() for name in changes.get("headers") or ()}
+        kept = [name for name in full["headers"] if name not in given]
+        kept += [name for name in ("basic", "bearer") if full[name] is not None and changes.get(name) is None]
+        if kept:
+            raise InputError(
+                f"the URL leads to another server, which would be sent what the endpoint has of {', '.join(sorted(kept))}: give that again, "
+                "or take it out",
+                field="url",
+            )
+
     async def _check_receiver(self, url: str, account_id: str) -> None:
         """Refuse the address of a built-in receiver that isn't this account's, or has ended."""
         policy = self._settings.address_policy
@@ -731,18 +550,9 @@ class Admin:
             )
 
 
-def _columns(config: dict[str, Any]) -> list[Any]:
-    """Return a configuration as the statements take it."""
-    return [orjson.dumps(config[field]).decode() if field == "filters" else config[field] for field in CONFIG_FIELDS]
-
-
-def _config(row: Any) -> dict[str, Any]:
-    return {field: orjson.loads(row[field]) if field == "filters" else row[field] for field in _PLAIN_FIELDS}
-
-
-def counted(deliveries: int) -> str:
-    """Say a count that stops after a million."""
-    return f"more than {COUNTED_MAX:,}" if deliveries > COUNTED_MAX else f"{deliveries:,}"
+def _server(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    return parts.scheme.lower(), parts.netloc.lower()
 
 
 def _is_skipping(view: EndpointView, intervals: Sequence[Interval]) -> bool:
@@ -752,6 +562,3 @@ def _is_skipping(view: EndpointView, intervals: Sequence[Interval]) -> bool:
 
 def _above(after_id: int, upto_id: int) -> str:
     return f"{{({after_id},{max(after_id, upto_id)}]}}"
-
-
-__all__ = ["Admin", "Choice", "EndpointDetails", "EndpointView", "Waiting", "counted"]

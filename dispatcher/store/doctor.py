@@ -121,9 +121,14 @@ async def _owner(p: Patient) -> list[Finding]:
             "no dispatcher owns the database: nothing is sent", "start `dispatcher run`; its log says why it ended"
         )
     if owner["state"] != ALIVE:
+        pid, silent_s = owner["backend_pid"], owner["heartbeat_age_s"]
+        last = (
+            "nobody has ever begun" if silent_s is None else f"{owner['name']} has given no sign for {silent_s:.0f} s"
+        )
         return p.bad(
-            f"{owner['name']} holds the owner lock and has given no sign for {owner['heartbeat_age_s']:.0f} s",
-            "look whether its process is frozen or cut off from the database; a standby would take over",
+            f"session {pid} holds the owner lock, and {last}",
+            "look whether its process is frozen or cut off from the database; a standby takes over where that session ends: "
+            f"SELECT pg_terminate_backend({pid})",
         )
     if not standbys:
         return p.good(f"{owner['name']} delivers; nobody stands by (another `dispatcher run` would)")
@@ -141,7 +146,8 @@ async def _server(p: Patient) -> list[Finding]:
     if free < CONNECTIONS_SPARE:
         return p.warning(
             f"{row['connections']} of {row['connections_max']} connections are in use",
-            "raise max_connections, or put the platform's clients behind a pooler; a dispatcher needs 6 and DISPATCHER_WEB_POOL_SIZE + 2",
+            "raise max_connections, or put the platform's clients behind a pooler; a dispatcher needs 8, "
+            "and DISPATCHER_WEB_POOL_SIZE + 2 where it serves the panel",
         )
     return p.good(f"commits are durable; {row['connections']} of {row['connections_max']} connections are in use")
 
@@ -266,7 +272,8 @@ async def _lanes(p: Patient) -> list[Finding]:
         f"{amount(lanes['behind'], 'endpoint is', 'endpoints are')} behind with {amount(lanes['backlog'], 'event')}; "
         f"endpoint {top['endpoint_id']} of {top['account_id']} with "
         f"{top['backlog']:,}; the oldest was made {behind_s:,.0f} s ago",
-        "`dispatcher endpoint show` says whether it fails, is slow or has a rate limit; raise the limit, or pause it and skip",
+        "`dispatcher endpoint show` says whether it fails, is slow or has a rate limit; `endpoint update --live` raises the limit; "
+        "`endpoint pause --skip` ends what comes from then on, `endpoint delete` what waits too",
     )
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import orjson
 
@@ -95,6 +96,12 @@ class _Lock:
     def forget(self, connection: Connection) -> None:
         if self.holder is connection:
             self.holder, self.times = None, 0
+
+
+def origin_of(url: str) -> str:
+    """Return what others are told of an endpoint's URL."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}/"
 
 
 class MemoryDatabase:
@@ -443,7 +450,7 @@ class Transaction:
     ) -> None:
         """Tell the account's other endpoints: its own subscriptions are divided around that one event."""
         since = None if failing_since_us is None else timestamp(failing_since_us).decode()
-        who = {"id": about.id, "name": about.name, "url": about.url}
+        who = {"id": about.id, "name": about.name, "url": origin_of(about.url)}
         payload = orjson.dumps({"endpoint": who, "reason": reason, "failing_since": since, **facts})
         told = self.insert(about.account_id, event_type, payload)
         for row in list(self.database.tables.subscriptions.values()):

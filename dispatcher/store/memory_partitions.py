@@ -30,7 +30,7 @@ from dispatcher.ports import (
     TableShape,
 )
 from dispatcher.store.memory import MemoryStore
-from dispatcher.store.memory_database import MemoryDatabase
+from dispatcher.store.memory_database import MemoryDatabase, origin_of
 from dispatcher.store.memory_tables import EndpointRow, LogRow, RetryKey, SubscriptionRow, Tables
 
 T = TypeVar("T")
@@ -236,7 +236,7 @@ class MemoryPartitions:
         )
 
     def _tell(self, endpoint: EndpointRow, loss: Loss) -> None:
-        about = {"id": endpoint.id, "name": endpoint.name, "url": endpoint.url}
+        about = {"id": endpoint.id, "name": endpoint.name, "url": origin_of(endpoint.url)}
         times = {"from": timestamp(loss.first_us).decode(), "to": timestamp(loss.last_us).decode()}
         payload = orjson.dumps({"endpoint": about, "deliveries": loss.deliveries, **times})
         with self._database.begin() as transaction:

@@ -89,14 +89,15 @@ async def _migrate(connection: Connection, settings: Settings, tell: online.Tell
         done.append("granted webhook_producer and webhook_dispatcher what they need")
     bound = await _payload_bound(connection)
     if bound != settings.payload_bytes_max:
-        await connection.execute(ADMIN.replace_payload_bound.format(bytes=int(settings.payload_bytes_max)))
+        statement = ADMIN.replace_payload_bound.format(bytes=int(settings.payload_bytes_max))
+        await online.briefly(connection, statement, "the payload's bound", tell)
         done.append(f"payload bound {bound} → {settings.payload_bytes_max} bytes")
     rings = await connection.fetchval(ADMIN.has_doorbell)
     if rings and settings.doorbell == "off":
-        await connection.execute(ADMIN.drop_doorbell)
+        await online.briefly(connection, ADMIN.drop_doorbell, "the doorbell", tell)
         done.append("doorbell trigger dropped")
     elif not rings and settings.doorbell == "on":
-        await connection.execute(ADMIN.create_doorbell)
+        await online.briefly(connection, ADMIN.create_doorbell, "the doorbell", tell)
         done.append("doorbell trigger created")
     return done
 

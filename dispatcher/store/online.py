@@ -69,7 +69,7 @@ async def change(connection: Connection, step: int, tell: Tell) -> None:
 async def _index(connection: Connection, name: str, statement: str, tell: Tell) -> None:
     is_valid = await connection.fetchval(ONLINE.index, name)
     if is_valid is None:
-        await _briefly(connection, statement.format(how="", index=name, table="ONLY webhook.outbox"), name, tell)
+        await briefly(connection, statement.format(how="", index=name, table="ONLY webhook.outbox"), name, tell)
     suffix = name.removeprefix("outbox")
     for _ in range(ROUNDS_MAX):
         leaves = await connection.fetch(ONLINE.leaves, name, suffix)
@@ -81,7 +81,7 @@ async def _index(connection: Connection, name: str, statement: str, tell: Tell) 
             if not row["is_valid"]:
                 table = f"webhook.{row['leaf']}"
                 await connection.execute(statement.format(how="CONCURRENTLY", index=index, table=table))
-            await _briefly(connection, ONLINE.attach.format(parent=name, index=index), name, tell)
+            await briefly(connection, ONLINE.attach.format(parent=name, index=index), name, tell)
         if await connection.fetchval(ONLINE.index, name):
             return
     raise DatabaseAwayError(
@@ -92,7 +92,7 @@ async def _index(connection: Connection, name: str, statement: str, tell: Tell) 
 async def _check(connection: Connection, name: str, statement: str, tell: Tell) -> None:
     is_valid = await connection.fetchval(ONLINE.constraint, name)
     if is_valid is None:
-        await _briefly(connection, statement, name, tell)
+        await briefly(connection, statement, name, tell)
     if not is_valid:
         tell(f"check {name}")
         try:
@@ -103,7 +103,7 @@ async def _check(connection: Connection, name: str, statement: str, tell: Tell) 
             ) from exc
 
 
-async def _briefly(connection: Connection, statement: str, name: str, tell: Tell) -> None:
+async def briefly(connection: Connection, statement: str, name: str, tell: Tell) -> None:
     """Execute what needs a lock for a moment, when it can be had."""
     await connection.execute(ONLINE.lock_timeout, f"{LOCK_MS}ms")
     try:
@@ -120,5 +120,5 @@ async def _briefly(connection: Connection, statement: str, name: str, tell: Tell
         if not connection.is_closed():
             await connection.execute(ONLINE.no_lock_timeout)
     raise DatabaseAwayError(
-        f"{name} can't be made now: transactions have held the outbox for a minute; what was made is kept, run `dispatcher migrate` again"
+        f"{name} can't be changed now: transactions have held the outbox for a minute; what was made is kept, run `dispatcher migrate` again"
     )

@@ -282,7 +282,7 @@ async def _now_or_not(call: Awaitable[T]) -> T | None:
 
 @contextlib.asynccontextmanager
 async def _transaction(connection: Connection) -> AsyncIterator[None]:
-    """Commit, or roll back what the server refused, "not now" included. After anything else the session hangs up (store/postgres.py)."""
+    """Commit, or roll back what the server refused, "not now" included. After anything else the session hangs up (store/recording.py)."""
     transaction = connection.transaction()
     await transaction.start()
     try:

@@ -139,7 +139,7 @@ SELECT endpoint_id, 'expired', $1::bigint - 1, $2::bigint - 1, deliveries FROM u
 -- name: tell
 -- The account is told by the log; the endpoint itself too, for it may have been paused and be back.
 SELECT webhook.tell(e.id, 'endpoint.events_expired', json_build_object(
-           'endpoint', json_build_object('id', e.id, 'name', e.name, 'url', e.url), 'deliveries', l.deliveries,
+           'endpoint', json_build_object('id', e.id, 'name', e.name, 'url', substring(e.url FROM '^[^:]+://[^/?#]+') || '/'), 'deliveries', l.deliveries,
            'from', to_char(l.first_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"'),
            'to', to_char(l.last_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')
        ))

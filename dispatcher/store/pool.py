@@ -50,6 +50,8 @@ class Pool:
             yield lent
         except asyncpg.DataError as exc:  # a NUL, a number beyond its column
             raise InputError("something in it is no text or number that the database can hold") from exc
+        except asyncpg.DeadlockDetectedError as exc:
+            raise BusyError("somebody else was changing the same; try again") from exc
         except asyncpg.QueryCanceledError as exc:
             raise BusyError(f"this takes longer than {timeout_s:g} s; ask for less, or try again later") from exc
         except Exception as exc:

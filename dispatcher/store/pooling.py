@@ -28,8 +28,9 @@ TRANSACTION_POOLING = (
     "can't work there. Point DISPATCHER_DATABASE_URL at PostgreSQL itself, or give this database and user a pool with pool_mode=session"
 )
 NO_ANSWER = (
-    "a session was opened and got no answer ({why}): a pooler in between seems to have no server connection left for it. A dispatcher needs up "
-    "to 10 of its own (PgBouncer: pool_size, default_pool_size, max_db_connections); or point DISPATCHER_DATABASE_URL at PostgreSQL itself"
+    "a session was opened and got no answer ({why}): a pooler in between seems to have no server connection left for it. A dispatcher needs 8 "
+    "of its own, and DISPATCHER_WEB_POOL_SIZE + 2 where it serves the panel (PgBouncer: pool_size, default_pool_size, max_db_connections); "
+    "or point DISPATCHER_DATABASE_URL at PostgreSQL itself"
 )
 
 

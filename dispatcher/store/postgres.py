@@ -1,16 +1,17 @@
 """The store on PostgreSQL: five sessions, and the statements of queries.sql in the engine's words.
 
-owner     holds the owner lock, nothing else after Start: losing it says that another may own the log listener  LISTEN;
-wake-ups only, never data reader    every read of the log, one after another; holds the doorbell's lock while the engine
-sleeps recorder  every batch, one transaction each config    configuration changes and the few updates of endpoint rows,
-so that nobody's open transaction on those stops the recorder
+owner     holds the owner lock, nothing else after Start: losing it says that another may own the log
+listener  LISTEN; wake-ups only, never data
+reader    every read of the log, one after another; holds the doorbell's lock while the engine sleeps
+recorder  every batch, one transaction each (recording.py)
+config    configuration changes and the few updates of endpoint rows, so that nobody's open transaction on those
+          stops the recorder
 """
 
 import asyncio
 import contextlib
-import struct
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,9 +31,7 @@ from dispatcher.domain.signing import check_key, scheme_of
 from dispatcher.domain.url import parse_url
 from dispatcher.errors import DatabaseRefusedError, DispatcherError, InputError
 from dispatcher.ports import (
-    AttemptRow,
     Batch,
-    CheckpointWrite,
     ConfigChanges,
     DueRetry,
     FencedError,
@@ -46,22 +45,21 @@ from dispatcher.ports import (
     Recorded,
     RetryPage,
     RunPage,
-    RunRow,
     Started,
     StoreAwayError,
     Summary,
 )
 from dispatcher.settings import Settings
-from dispatcher.store import standby
+from dispatcher.store import recording, standby
 from dispatcher.store.credentials import shape_of
-from dispatcher.store.session import Connection, Session, is_away
+from dispatcher.store.recording import PG_EPOCH_US
+from dispatcher.store.session import Connection, Session
 from dispatcher.store.sql import SQL
 from dispatcher.store.standby import Look, Watch, session_name
 
 _log = structlog.get_logger(room="store")
 
 RUN_SCAN_IDS_MAX = 200_000  # how many ids one page of a run may pass over
-PG_EPOCH_US = 946_684_800_000_000  # PostgreSQL counts from 2000-01-01
 CACHED_SEQUENCE = (
     "the sequence webhook.outbox_id_seq has CACHE {cache}: sessions would commit ids long after their neighbours were read, "
     "and those events would be lost; run ALTER SEQUENCE webhook.outbox_id_seq CACHE 1"
@@ -69,6 +67,8 @@ CACHED_SEQUENCE = (
 START_S = 60.0  # bounds Start, once it has the lock: reading 100,000 endpoints took 9 s
 BEAT_S = 1.0
 START_PAGE_ROWS = 1_000
+# Changes of a look, all applied in one turn of the loop: one of the catalogue may be one of every endpoint.
+CONFIG_CHANGES = 500
 LOCK_REFUSALS_MAX = 15  # about 10 s of asking for our lock, which another session has without raising the epoch
 
 MAY_NOT_END = (
@@ -466,78 +466,17 @@ class PgStore:
 
     async def record(self, batch: Batch) -> Recorded:
         try:
-            return await self._recorder.run(lambda c: self._record(c, batch, by_row=False))
+            return await self._recorder.run(lambda c: recording.write(c, batch, by_row=False))
         except asyncpg.PostgresError as exc:
             # COPY stores nothing if one row is refused: by a batch that is sent again, or by a value.
             if exc.sqlstate is None or exc.sqlstate[:2] not in ("22", "23"):
                 raise
-        return await self._recorder.run(lambda c: self._record(c, batch, by_row=True), timeout_s=60)
-
-    async def _record(self, connection: Connection, batch: Batch, *, by_row: bool) -> Recorded:
-        taken_up: list[int] = []
-        finished: list[int] = []
-        async with _transaction(connection):
-            if not await connection.fetch(SQL.fence, batch.epoch):
-                raise FencedError(f"another dispatcher took over: our epoch {batch.epoch} is over")
-            if batch.attempts:
-                if by_row:
-                    for row in batch.attempts:
-                        await _insert_attempt(connection, row)
-                else:
-                    await _copy_attempts(connection, batch.attempts)
-            if batch.retries:
-                r = batch.retries
-                await connection.execute(
-                    SQL.put_retries,
-                    [x.endpoint_id for x in r],
-                    [x.event_id for x in r],
-                    [x.run for x in r],
-                    [x.number for x in r],
-                    [from_us(x.first_attempt_us) for x in r],
-                    [from_us(x.due_us) for x in r],
-                    [_text(x.reason) for x in r],
-                    [x.ordering_key for x in r],
-                )
-            if batch.dead:
-                d = batch.dead
-                await connection.execute(
-                    SQL.put_dead_letters,
-                    [x.endpoint_id for x in d],
-                    [x.event_id for x in d],
-                    [x.run for x in d],
-                    [x.attempts for x in d],
-                    [from_us(x.first_attempt_us) for x in d],
-                    [_text(x.reason) for x in d],
-                    [x.status for x in d],
-                    [x.fault.value for x in d],
-                )
-            if batch.settled_retries:
-                s = batch.settled_retries
-                await connection.execute(SQL.end_retries, [x[0] for x in s], [x[1] for x in s], [x[2] for x in s])
-            if batch.runs:
-                finished = await _write_runs(connection, batch.runs)
-            if batch.stats:
-                stats = batch.stats
-                await connection.execute(
-                    SQL.put_stats,
-                    batch.epoch,
-                    [x.minute for x in stats],
-                    [x.endpoint_id for x in stats],
-                    [x.delivered for x in stats],
-                    [x.failed for x in stats],
-                    [x.dead for x in stats],
-                    [x.expired for x in stats],
-                    [x.duration_ms for x in stats],
-                    [f"{{{','.join(map(str, x.durations))}}}" for x in stats],
-                )
-            if batch.checkpoint is not None:
-                taken_up = await _write_checkpoint(connection, batch.checkpoint)
-        return Recorded(taken_up, finished)
+        return await self._recorder.run(lambda c: recording.write(c, batch, by_row=True), timeout_s=60)
 
     # ── configuration ──
 
     async def config_changes(self, after_seq: int, epoch: int, again: Sequence[int] = ()) -> ConfigChanges:
-        rows = await self._config.run(lambda c: c.fetch(SQL.config_changes, after_seq))
+        rows = await self._config.run(lambda c: c.fetch(SQL.config_changes, after_seq, CONFIG_CHANGES))
         if rows[0]["cache"] != 1:
             raise DatabaseRefusedError(CACHED_SEQUENCE.format(cache=rows[0]["cache"]))
         if rows[0]["epoch"] != epoch:
@@ -554,6 +493,7 @@ class PgStore:
             endpoints=endpoints,
             gone=sorted(set(ids) - {endpoint.id for endpoint in endpoints}),
             forget=sorted({row["endpoint_id"] for row in changed if row["forget"]}),
+            more=len(changed) == CONFIG_CHANGES,
         )
 
     async def note_failing(self, failing_since_us: dict[int, int | None]) -> None:
@@ -579,142 +519,6 @@ class PgStore:
         for row in run_rows:
             runs[row["endpoint_id"]].append(_run(row))
         return [_endpoint(row, tuple(runs.get(row["id"], ())), self._settings, self._keyring) for row in rows]
-
-
-# ── COPY, by hand ──
-async def _copy_attempts(connection: Connection, rows: Sequence[AttemptRow]) -> None:
-    source = _copy_rows(rows)
-    if connection.is_closed():
-        # Dropped between the last statement's answer and our turn, as when we were frozen. asyncpg's COPY doesn't look: an AttributeError.
-        raise asyncpg.InterfaceError("the connection was closed")
-    await connection.copy_to_table(
-        "attempt", schema_name="webhook", columns=_ATTEMPT_COLUMNS, format="binary", source=source
-    )
-
-
-# asyncpg's copy_records_to_table encodes value by value; a delivered attempt is eleven fixed-size words, so one struct call does (bench/README).
-
-_ATTEMPT_COLUMNS = (
-    "event_id",
-    "endpoint_id",
-    "run",
-    "number",
-    "started_at",
-    "duration_us",
-    "status",
-    "fault",
-    "response_head",
-)
-_COPY_HEADER = b"PGCOPY\n\xff\r\n\x00" + struct.pack(">ii", 0, 0)
-_COPY_END = struct.pack(">h", -1)
-_FIXED = struct.Struct(
-    ">hiqiqiiihiqii"
-)  # 9 fields; event, endpoint, run, number, started_at, duration; each after its length
-_DELIVERED = struct.Struct(">hiqiqiiihiqiiihii")  # … and status, fault NULL, response_head NULL
-
-
-async def _copy_rows(rows: Sequence[AttemptRow]) -> AsyncIterator[bytes]:
-    yield b"".join([_COPY_HEADER, *map(_copy_row, rows), _COPY_END])
-
-
-def _copy_row(row: AttemptRow) -> bytes:
-    started = row.started_us - PG_EPOCH_US
-    if row.fault is None:
-        return _DELIVERED.pack(
-            9,
-            8,
-            row.event_id,
-            8,
-            row.endpoint_id,
-            4,
-            row.run,
-            2,
-            row.number,
-            8,
-            started,
-            4,
-            row.duration_us,
-            2,
-            row.status,
-            -1,
-            -1,
-        )
-    fixed = _FIXED.pack(
-        9, 8, row.event_id, 8, row.endpoint_id, 4, row.run, 2, row.number, 8, started, 4, row.duration_us
-    )
-    status = None if row.status is None else struct.pack(">h", row.status)
-    return fixed + _field(status) + _field(row.fault.value.encode()) + _field(row.response_head)
-
-
-def _field(value: bytes | None) -> bytes:
-    return struct.pack(">i", -1) if value is None else struct.pack(">i", len(value)) + value
-
-
-@contextlib.asynccontextmanager
-async def _transaction(connection: Connection) -> AsyncIterator[None]:
-    """Commit, or roll back what the server refused. After anything else, a cancellation too, the session hangs up: a ROLLBACK would
-    first wait for the cancelled statement, for as long as the server is silent."""
-    transaction = connection.transaction()
-    await transaction.start()
-    try:
-        yield
-    except asyncpg.PostgresError as exc:
-        if not is_away(exc):
-            await transaction.rollback()
-        raise
-    await transaction.commit()
-
-
-async def _insert_attempt(connection: Connection, row: AttemptRow) -> None:
-    """Insert one row under a savepoint; one that is still refused goes in without its free text."""
-    values = [row.event_id, row.endpoint_id, row.run, row.number, from_us(row.started_us), row.duration_us, row.status]
-    fault = None if row.fault is None else row.fault.value
-    try:
-        async with _transaction(connection):
-            await connection.execute(SQL.attempt_one, *values, fault, row.response_head)
-    except asyncpg.PostgresError as exc:
-        if is_away(exc):
-            raise
-        _log.warning("attempt.text_dropped", event_id=row.event_id, endpoint_id=row.endpoint_id, error=str(exc))
-        await connection.execute(SQL.attempt_one, *values, fault, None)
-
-
-async def _write_runs(connection: Connection, runs: Sequence[RunRow]) -> list[int]:
-    canceled = [x.run for x in runs if x.canceled and x.ended]
-    if canceled:
-        await connection.execute(SQL.end_canceled_runs, canceled)
-    rows = await connection.fetch(
-        SQL.put_runs,
-        [x.run for x in runs],
-        [x.settled for x in runs],
-        [x.attempted for x in runs],
-        [x.delivered for x in runs],
-        [x.dead for x in runs],
-        [x.ended for x in runs],
-    )
-    return [row["run_id"] for row in rows if row["finished"]]
-
-
-async def _write_checkpoint(connection: Connection, write: CheckpointWrite) -> list[int]:
-    taken_up: list[int] = []
-    if write.lanes:
-        lanes = write.lanes
-        await connection.execute(
-            SQL.put_lanes,
-            [x.endpoint_id for x in lanes],
-            [x.settled for x in lanes],
-            [_multirange(x.holes) for x in lanes],
-            [x.backlog for x in lanes],
-        )
-    if write.lanes_gone:
-        await connection.execute(SQL.end_lanes, write.lanes_gone)
-    if write.taken_up:
-        taken_up = [row["id"] for row in await connection.fetch(SQL.take_up, write.taken_up)]
-    await connection.execute(SQL.put_checkpoint, write.position, _multirange(write.gaps))
-    return taken_up
-
-
-# ── values ──
 
 
 async def _look_at_owner(connection: Connection) -> Look:
@@ -816,14 +620,6 @@ def _endpoint(row: Any, runs: tuple[Run, ...], settings: Settings, keyring: Keyr
 
 def _ranges(multirange: Any) -> IdRanges:
     return IdRanges((r.lower, r.upper - 1) for r in multirange)
-
-
-def _multirange(ranges: IdRanges) -> str:
-    return "{" + ",".join(f"[{low},{high + 1})" for low, high in ranges) + "}"
-
-
-def _text(text: str) -> str:
-    return text.replace("\x00", "�")[:500]
 
 
 __all__ = ["LifeLostError", "PgStore"]

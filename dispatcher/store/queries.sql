@@ -480,7 +480,11 @@ CROSS JOIN LATERAL (
 ON CONFLICT DO NOTHING;
 
 -- name: end_canceled_runs
-DELETE FROM webhook.retry WHERE run <> 0 AND run = ANY ($1::integer[]);
+-- So many a batch: all of millions would take longer than a statement may, and the same batch would come again for ever. A run is not finished
+-- while it has any, so it is written again.
+DELETE FROM webhook.retry WHERE (endpoint_id, event_id, run) IN (
+    SELECT r.endpoint_id, r.event_id, r.run FROM webhook.retry AS r WHERE r.run <> 0 AND r.run = ANY ($1::integer[]) LIMIT $2
+);
 
 -- name: put_runs
 -- A run that has ended is finished when none of its retries is left: asked here, after this batch's own.
@@ -535,7 +539,7 @@ SELECT k.epoch, q.seqcache AS cache, clock_timestamp() AS wall, c.seq, c.endpoin
 FROM webhook.checkpoint AS k
 JOIN pg_catalog.pg_sequence AS q ON q.seqrelid = 'webhook.outbox_id_seq'::regclass
 LEFT JOIN webhook.config_change AS c ON c.seq > $1
-ORDER BY c.seq;
+ORDER BY c.seq LIMIT $2;
 
 -- name: endpoints
 -- Everything the engine needs of each endpoint ($1 NULL: of all that are not deleted).

@@ -13,7 +13,9 @@ from functools import partial
 from time import perf_counter  # uvloop's own clock stands still within a turn, and has milliseconds
 from typing import Any
 
-from dispatcher.domain.address import AddressPolicy
+import structlog
+
+from dispatcher.domain.address import PLAIN_HTTP, AddressPolicy, is_literal
 from dispatcher.domain.outcome import Fault, Outcome
 from dispatcher.domain.proxy import Proxy
 from dispatcher.domain.url import RECEIVER_HOST, Origin
@@ -24,6 +26,8 @@ from dispatcher.transport.resolver import Resolver, UnresolvedError
 from dispatcher.transport.room import Kept, Room
 from dispatcher.transport.tcp import connect_tcp
 from dispatcher.transport.tls import Contexts, MakeContext, make_tls_context
+
+_log = structlog.get_logger(room="transport")
 
 _LATE = {
     Fault.DNS: "the name was not resolved",
@@ -93,7 +97,7 @@ class Pool(Room):
                     refusals = [self._guard.refusal(address, origin.scheme) for address in addresses]
                     allowed = [address for address, refusal in zip(addresses, refusals, strict=True) if refusal is None]
                     if not allowed:
-                        return Outcome(Fault.BLOCKED, detail=str(refusals[0]))
+                        return _blocked(origin, str(refusals[0]))
                 stage = Fault.CONNECT
                 if trace is not None:
                     trace.resolved = perf_counter()
@@ -142,7 +146,7 @@ class Pool(Room):
                 raise
             if refusal is not None:
                 sock.close()
-                return Outcome(Fault.BLOCKED, detail=refusal)
+                return _blocked(origin, refusal)
             if trace is not None:
                 trace.address = peer
         try:
@@ -157,6 +161,14 @@ class Pool(Room):
         if trace is not None and origin.scheme == "https":
             trace.secured = perf_counter()
         return connection
+
+
+def _blocked(origin: Origin, refusal: str) -> Outcome:
+    """Tell why an address that was given is refused. What a *name* resolves to the log has: who may name hosts could map the network so."""
+    if refusal == PLAIN_HTTP or is_literal(origin.host):
+        return Outcome(Fault.BLOCKED, detail=refusal)
+    _log.info("address.refused", host=origin.host, refusal=refusal)
+    return Outcome(Fault.BLOCKED, detail="its name resolves to an address that may not be delivered to")
 
 
 def _tls_reason(exc: ssl.SSLError) -> str:

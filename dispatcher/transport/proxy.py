@@ -101,7 +101,7 @@ class Tunnels:
     async def _socks5(self, ours: tuple[str, ...], address: str, port: int) -> socket.socket:
         """Open a tunnel by SOCKS5; the library closes its socket when it fails or is cancelled."""
         proxy, socks = self._proxy, self._socks
-        unreachable: Exception | None = None
+        unreachable: OSError | None = None
         for own in ours[:ADDRESSES_MAX]:
             client = socks.async_.asyncio.Proxy(
                 socks.ProxyType.SOCKS5,
@@ -124,7 +124,9 @@ class Tunnels:
                 raise ProxyError(f"the proxy broke off: {_reason(exc)}") from exc
             else:
                 return sock
-        raise ProxyError(f"the proxy is not reachable: {unreachable}") from unreachable
+        # Its own words name the proxy's address, and what stands here a customer reads.
+        why = _reason(unreachable) if unreachable is not None and unreachable.errno else "no connection"
+        raise ProxyError(f"the proxy is not reachable: {why}") from unreachable
 
 
 # RFC 1928, 6: network unreachable, host unreachable, connection refused, TTL expired, address type not supported. What the others say (general

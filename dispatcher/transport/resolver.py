@@ -7,13 +7,14 @@ each connect, not here.
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from ipaddress import ip_address
 
 import aiodns
 
 NEGATIVE_TTL_S = 1.0
 NAMES_MAX = 100_000  # cached; the oldest go first
+ADDRESSES_MAX = 16  # of each family: all are judged at each connect, and a zone may answer with thousands
 
 
 class UnresolvedError(Exception):
@@ -59,7 +60,7 @@ class Resolver:
             result = await self._resolver.getaddrinfo(host, family=socket.AF_UNSPEC, type=socket.SOCK_STREAM)
         except (aiodns.error.DNSError, UnicodeError) as exc:  # the latter: of idna, for what can't be a name
             raise UnresolvedError(f"{host} does not resolve ({exc.args[-1]})") from exc
-        addresses = tuple(dict.fromkeys(_text(node.addr[0]) for node in result.nodes))
+        addresses = _some(_text(node.addr[0]) for node in result.nodes)
         if not addresses:
             raise UnresolvedError(f"{host} has no address")
         return addresses, min(float(node.ttl) for node in result.nodes)
@@ -87,7 +88,8 @@ class Resolver:
     def _remember(self, host: str, until: float, result: tuple[str, ...] | str) -> None:
         self._cache.pop(host, None)
         self._cache[host] = (until, result)
-        if len(self._cache) > NAMES_MAX:
+        now = asyncio.get_running_loop().time()
+        while self._cache and (len(self._cache) > NAMES_MAX or self._cache[next(iter(self._cache))][0] <= now):
             del self._cache[next(iter(self._cache))]
 
     def _forget(self, host: str) -> "Callable[[asyncio.Task[tuple[str, ...]]], None]":
@@ -97,6 +99,18 @@ class Resolver:
                 task.exception()  # seen, even if every waiter was cancelled meanwhile
 
         return done
+
+
+def _some(addresses: Iterable[str]) -> tuple[str, ...]:
+    """Return the first of each family, each once, in their order."""
+    left = {False: ADDRESSES_MAX, True: ADDRESSES_MAX}
+    some = []
+    for address in dict.fromkeys(addresses):
+        is_6 = ":" in address
+        if left[is_6]:
+            left[is_6] -= 1
+            some.append(address)
+    return tuple(some)
 
 
 def _text(address: bytes | str) -> str:

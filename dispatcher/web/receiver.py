@@ -92,7 +92,9 @@ async def receive(shared: "Web", request: web.Request) -> web.Response:
                 return _answer(429, f"a receiver takes {RATE_PER_S:g} requests a second", retry_after_s=1)
             entered = receiver_id
             if not await _keep(shared, request, receiver_id, account_id, STATUS[answer]):
-                return _answer(413, f"a receiver takes bodies of up to {BODY_BYTES_MAX} bytes")
+                return _answer(
+                    413, f"a receiver takes bodies of up to {BODY_BYTES_MAX} bytes, whole and within {BODY_S:g} s"
+                )
         finally:
             state.at_once -= 1
         if answer == "slow":
@@ -129,7 +131,7 @@ async def _read(request: web.Request) -> bytes | None:
                 size += len(chunk)
                 if size > BODY_BYTES_MAX:
                     return None
-    except TimeoutError:
+    except (TimeoutError, web.RequestPayloadError):
         return None
     return b"".join(chunks)
 

@@ -72,7 +72,12 @@ class WebServer:
         )
         await asyncio.to_thread(shared.templates.compile)
         runner = web.AppRunner(
-            make_app(shared), access_log=None, handle_signals=False, keepalive_timeout=60, shutdown_timeout=GOODBYE_S
+            make_app(shared),
+            access_log=None,
+            handle_signals=False,
+            keepalive_timeout=60,
+            shutdown_timeout=GOODBYE_S,
+            auto_decompress=False,
         )
         logging.getLogger("aiohttp.server").addFilter(_is_ours)
         await runner.setup()

@@ -56,6 +56,7 @@ TOPICS_A_LOOK = 20
 # Of all topics of a kind: with 8 and 200 streams deliveries' p99 was 1.5 times what it is without, with 32 1.2.
 LOOKS_A_ROUND = 32
 GOLDEN = 0.618034  # multiples of it, without their whole parts, lie far from each other however many there are
+ASK_AGAIN_S = 30.0  # whether it may still look: a key may have been revoked, a link too, or an account erased
 LIFE_S = 300.0  # then the browser connects again, and is asked again who it is
 RETRY_MS = 2_000
 
@@ -142,7 +143,7 @@ class Streams:
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         )
         loop = asyncio.get_running_loop()
-        ends = loop.time() + LIFE_S
+        ends, asked = loop.time() + LIFE_S, loop.time()
         try:
             await response.prepare(visit.request)
             await response.write(b"retry: %d\n\n" % RETRY_MS)
@@ -152,17 +153,29 @@ class Streams:
                         await stream.wake.wait()
                 except TimeoutError:
                     await response.write(b":\n\n")
-                    continue
                 stream.wake.clear()
                 if stream.is_over or stream.has_left():
                     break
+                if loop.time() - asked >= ASK_AGAIN_S:
+                    if not await _may_look(visit):
+                        break
+                    asked = loop.time()
                 # In one piece: each piece is a call to the kernel here, and to the browser's.
                 said = b"".join(stream.messages)
                 stream.messages.clear()
-                await response.write(said)
+                if said:
+                    await response.write(said)
         except ConnectionResetError:
             pass  # the browser has left: that is how streams end
         return response
+
+
+async def _may_look(visit: "Visit") -> bool:
+    try:
+        return await visit.is_still_let_in()
+    except DispatcherError as exc:  # busy, or away: nobody is let in or out by that
+        _log.info("stream.ask", error=str(exc))
+        return True
 
 
 class _Stream:

@@ -21,7 +21,8 @@ from dispatcher.errors import BusyError, InputError, NotFoundError
 from dispatcher.ports import Transport
 from dispatcher.settings import Settings
 from dispatcher.store import event_types, search
-from dispatcher.store.admin import Admin, EndpointView
+from dispatcher.store.admin import Admin
+from dispatcher.store.endpoint import EndpointView
 from dispatcher.store.session import Connection
 from dispatcher.web.problems import ProblemError
 from dispatcher.web.visit import Visit

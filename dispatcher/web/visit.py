@@ -77,6 +77,7 @@ class Visit:
         self.subject = " ".join(f"{name}={value}" for name, value in request.match_info.items())
         self.key_expires_at: datetime | None = None  # of the key that it came by
         self._principal: Principal | None = None
+        self._key: str | None = None
 
     # ── who ──
 
@@ -195,6 +196,13 @@ class Visit:
         if self.login is not None:
             self._principal, self.key_expires_at = self.login.principal, self.login.key_expires_at
 
+    async def is_still_let_in(self) -> bool:
+        """Ask again, in the middle of a long answer: the key may have been revoked since, or the login be over."""
+        async with self.db() as db:
+            if self.login is not None:
+                return await access.login(db, self.login.id) is not None
+            return self._key is None or await access.bearer(db, self._key) is not None
+
     @property
     def proxy_user(self) -> str | None:
         """Whom a trusted proxy says it has let in."""
@@ -206,15 +214,17 @@ class Visit:
         return user if user and user.isprintable() and len(user) <= 200 else None
 
     async def _by_key(self, authorization: str) -> None:
+        """A key that fits is let in whatever others of its address have tried: behind a proxy that isn't trusted they are everybody."""
         scheme, _, text = authorization.partition(" ")
         text = text.strip()
-        self.check_failures()
         if scheme.lower() == "bearer" and text.startswith(access.KEY_PREFIX):
             async with self.db() as db:
                 found = await access.bearer(db, text)
             if found is not None:
                 _, self._principal, self.key_expires_at = found
+                self._key = text
                 return
+        self.check_failures()
         self.count_failure()
         raise ProblemError(401, "this is no key, or none any more", headers={"WWW-Authenticate": "Bearer"})
 
@@ -257,8 +267,14 @@ class Visit:
         site, origin = self.request.headers.get("Sec-Fetch-Site"), self.request.headers.get("Origin")
         if site is not None and site not in ("same-origin", "none"):
             raise ProblemError(403, "this came from another site", code="csrf")
-        if origin is not None and urlsplit(origin).netloc != self.web.host(self.request):
+        if origin is not None and not self._is_ours(origin):
             raise ProblemError(403, "this came from another site", code="csrf")
+
+    def _is_ours(self, origin: str) -> bool:
+        try:
+            return urlsplit(origin).netloc == self.web.host(self.request)
+        except ValueError:  # such as http://[
+            return False
 
     async def read_body(self) -> None:
         if self.request.method in SAFE or not self.request.can_read_body:
@@ -267,6 +283,10 @@ class Visit:
         too_large = ProblemError(413, f"a body has at most {most} bytes here", headers={"Connection": "close"})
         if (self.request.content_length or 0) > most:
             raise too_large
+        if self.request.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
+            raise ProblemError(
+                415, "bodies are taken as they are, without a Content-Encoding", headers={"Connection": "close"}
+            )
         chunks, size = [], 0
         try:
             async with asyncio.timeout(BODY_S):
@@ -278,6 +298,10 @@ class Visit:
         except TimeoutError as exc:
             raise ProblemError(
                 408, f"the body did not come within {BODY_S:g} s", headers={"Connection": "close"}
+            ) from exc
+        except web.RequestPayloadError as exc:
+            raise ProblemError(
+                400, "the body broke off, or is no chunked one", headers={"Connection": "close"}
             ) from exc
         self.body = b"".join(chunks)
 

@@ -19,6 +19,11 @@ def test_what_we_sign_is_valid(keys: tuple[str, ...]) -> None:
     assert judge(signed(*keys), b"{}", [SECRET], [public_key(PRIVATE)], NOW) == VALID
 
 
+def test_bytes_that_are_no_text_are_judged_as_they_came():
+    headers = signed(SECRET) | {"webhook-id": b"\xff".decode("utf-8", "surrogateescape")}
+    assert judge(headers, b"{}", [SECRET], [], NOW) == WRONG
+
+
 def test_another_key_body_id_or_time_is_wrong() -> None:
     assert judge(signed(OTHER), b"{}", [SECRET], [public_key(PRIVATE)], NOW) == WRONG
     assert judge(signed(SECRET), b"{ }", [SECRET], [], NOW) == WRONG

@@ -3,7 +3,7 @@
 import pytest
 
 from dispatcher.domain.ordering import Ordering
-from dispatcher.engine.catchup import RELOOK_US, CatchUp, ReadGate
+from dispatcher.engine.catchup import PAGE_OFFERS, RELOOK_US, CatchUp, ReadGate
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.gaps import Gaps
@@ -33,6 +33,34 @@ def test_a_run_that_is_looked_at_just_before_its_time_is_looked_at_again():
     assert catch_up.next_at() <= clock.now()
     catch_up.look_again()
     assert catch_up.is_wanted
+
+
+def test_a_retry_due_in_a_day_has_one_time_however_often_others_are_due_before():
+    """Each that came due before it left another entry for it, until that day was over."""
+    now = [1.0]
+    lanes = Lanes(LIMITS, Memory(100, 10_000))
+    lane = lanes.add(make_endpoint(), 0.0, live=True, cursor=0)
+    clock = Clock(lambda: now[0])
+    clock.sync(1_000_000)
+    catch_up = CatchUp(
+        None, lanes, clock, Counters(), Gaps(), ReadGate(), head=lambda: 0, offered=lambda lane: None, wake=lambda: None
+    )
+    tomorrow_us = 86_400_000_000
+    for _ in range(50):
+        catch_up.note_retry(lane, tomorrow_us)
+        catch_up.note_retry(lane, int(now[0] * 1e6) + 5_000_000)
+        assert catch_up.next_at() == pytest.approx(now[0] + 5)
+        now[0] += 5
+        catch_up.look_again()
+        assert catch_up.is_wanted, "it is due"
+        catch_up._retrying.clear()
+        lane.next_retry_at = None  # read, and in hand
+    assert len(catch_up._look_times) == 1
+    lane.next_retry_at = None
+    catch_up.note_retry(lane, tomorrow_us + 3_000_000)  # that of tomorrow was settled: its time asks for the next
+    now[0] = 86_400.0
+    catch_up.look_again()
+    assert catch_up.next_at() == pytest.approx(86_403, abs=0.1)
 
 
 def test_a_retry_that_was_due_is_still_due_when_the_databases_clock_steps_back():
@@ -155,3 +183,34 @@ async def test_lanes_that_are_behind_leave_the_head_its_room():
         await catch_up.read_retries()
         await catch_up.read_lagging()
         assert asked == expected
+
+
+async def test_a_page_that_many_lanes_share_is_short():
+    """All of it is applied in one turn of the loop: rows times lanes."""
+    lanes = Lanes(LIMITS, Memory(100, 10_000))
+    sharers = 500
+    for n in range(1, sharers + 1):
+        lanes.add(make_endpoint(n), 0.0, live=False, cursor=0)
+    asked = []
+
+    class Log:
+        async def account(self, account_id, after, upto, types, limit, bytes_max):
+            asked.append(limit)
+            return Page([], [], False)
+
+    clock = Clock(lambda: 1.0)
+    clock.sync(1_000_000)
+    catch_up = CatchUp(
+        Log(),
+        lanes,
+        clock,
+        Counters(),
+        Gaps(),
+        ReadGate(),
+        head=lambda: 10,
+        offered=lambda lane: None,
+        wake=lambda: None,
+    )
+    catch_up.look(lanes.get(1))
+    await catch_up.read_lagging()
+    assert asked == [PAGE_OFFERS // sharers]

@@ -131,6 +131,31 @@ async def test_a_recovery_while_that_fails_asks_for_the_end_only() -> None:
     assert it.store.told == ["recovered"]
 
 
+async def test_more_changes_than_a_look_brings_are_read_before_anything_may_start():
+    """What is paused may be among the rest: only the last look extends the lease."""
+
+    class Many:
+        def __init__(self) -> None:
+            self.asked: list[int] = []
+
+        async def config_changes(self, after_seq: int, *args: Any) -> ConfigChanges:
+            self.asked.append(after_seq)
+            return ConfigChanges(after_seq + 500, 0, more=after_seq < 1_000)
+
+    store, sender = Many(), SimpleNamespace(lease_until=-math.inf, pump_soon=lambda: None)
+    watcher = ConfigWatcher(
+        cast(Any, store), Lanes(LIMITS, Memory(100, 10_000)), cast(Any, sender), Clock(), Counters(), seq=0, epoch=1,
+        endpoints=(), head=lambda: 9, changed=lambda lane: None, after_read=lambda action: None,
+    )  # fmt: skip
+    leases = []
+    for _ in range(3):
+        watcher._wake.clear()
+        await watcher.look()
+        leases.append((sender.lease_until > 0, watcher._wake.is_set()))
+    assert store.asked == [0, 500, 1_000]
+    assert leases == [(False, True), (False, True), (True, False)]
+
+
 async def test_what_is_erased_is_let_go_of_also_while_a_read_hangs():
     """It was kept until the read had been applied, and sent meanwhile, for as long as a lost connection went unnoticed."""
 

@@ -105,6 +105,15 @@ async def test_a_log_never_outruns_its_partitions(seed: int) -> None:
         assert covered > min(1_000_000, rate * 45)
 
 
+async def test_how_many_ids_are_left_is_known_and_nought_once_the_log_outran_its_partitions() -> None:
+    world = World()
+    shape = await world.turn()
+    assert world.provisioner.ids_ahead == shape.outbox.leaves[-1].high - 1 - shape.last_id
+    world.grow(shape.outbox.leaves[-1].high - shape.last_id)
+    await world.provisioner.turn(await world.partitions.shape())
+    assert world.provisioner.ids_ahead == 0
+
+
 async def test_a_load_of_millions_makes_a_handful_of_leaves() -> None:
     """At 100,000 ids a second what an hour takes moves as fast: a leaf at each turn was dozens, and every read of the head paid for them."""
     world = World()

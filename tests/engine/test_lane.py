@@ -14,7 +14,7 @@ from dispatcher.domain.breaker import BreakerLimits, BreakerState
 from dispatcher.domain.endpoint import EndpointState, Subscription
 from dispatcher.domain.outcome import RetryPolicy
 from dispatcher.domain.ranges import IdRanges
-from dispatcher.engine.lane import HOLES_MAX, RECENT_S, RETRIES_MAX, SLOW_S, Lane, LaneLimits
+from dispatcher.engine.lane import AHEAD_MIN, HOLES_MAX, RECENT_S, RETRIES_MAX, SLOW_S, Lane, LaneLimits
 from dispatcher.ports import LaneRow
 from dispatcher.settings import Settings
 from tests.engine.build import LIMITS, make_endpoint, make_event, make_lane, make_retry
@@ -344,6 +344,18 @@ def test_a_lagging_lane_reads_when_it_is_half_empty():
         rooms.append((lane.room(0.0), lane.accepts(0.0)))
         take(lane, event_id)
     assert rooms == [(8, True), (7, True), (6, True), (5, True), (4, True), (0, True), (0, True), (0, True), (0, False)]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "latency_s", "room"),
+    [({}, 0.01, 500), ({}, 1.0, AHEAD_MIN), ({"rate_per_s": 1.0, "rate_burst": 1}, 0.01, AHEAD_MIN), ({"rate_per_s": 40.0}, 0.01, 200)],
+    ids=["quick", "slow", "one a second", "forty a second"],
+)  # fmt: skip
+def test_a_lane_keeps_as_much_of_its_backlog_as_it_sends_in_seconds(endpoint, latency_s, room):
+    """Forty that may send one a second had all of the memory that catching up may have, and others waited for minutes."""
+    lane = Lane(make_endpoint(**endpoint), dataclasses.replace(LIMITS, queue_max=500), 0.0, live=False, cursor=0)
+    lane.succeeded(0.0, latency_s, False)
+    assert lane.room(0.0) == room
 
 
 def test_a_lane_with_a_queue_of_one_still_reads():

@@ -112,6 +112,55 @@ async def test_a_turn_of_the_loop_begins_few_posts():
 
 
 @virtual
+async def test_connections_that_come_together_begin_few_posts_a_turn_too():
+    wanted = 3 * POSTS_AT_ONCE
+    scripted = Scripted(*[Reply(head_s=5.0)] * wanted, dials=[Dial(1.0)] * wanted)
+    bench = Bench(("a.test", scripted), slots=wanted, in_flight_max=wanted)
+    bench.lane.untried = False  # else it has a quarter of the slots
+    bench.lane.in_flight_limit = wanted
+    bench.offer(*range(1, wanted + 1))
+    while bench.lane.connecting < wanted:
+        await asyncio.sleep(0)
+    assert bench.lane.in_flight == 0
+    await asyncio.sleep(1.0)  # the instant at which they are there
+    most = before = 0
+    while bench.lane.in_flight < wanted:
+        await asyncio.sleep(0)
+        most, before = max(most, bench.lane.in_flight - before), bench.lane.in_flight
+    assert most <= 2 * POSTS_AT_ONCE, "as many as are answered, and as many of the line"
+    assert bench.lane.connecting == 0
+
+
+@virtual
+async def test_connections_that_were_closed_together_are_opened_again_a_few_a_turn():
+    """A receiver's load balancer ended, with all that it had kept."""
+    wanted = 5 * CONNECTS_AT_ONCE
+    scripted = Scripted(*[Reply(head_s=1.0)] * wanted, *[Reply(204, then="stale")] * wanted)
+    bench = Bench(("a.test", scripted), slots=wanted, in_flight_max=wanted)
+    bench.lane.in_flight_limit = wanted
+    bench.offer(*range(1, wanted + 1))
+    await asyncio.sleep(10)
+    bench.offer(*range(wanted + 1, 2 * wanted + 1))
+    await asyncio.sleep(10)
+    asked: list[int] = []
+    connect = bench.transport.connect
+
+    def counted(*args: Any, **options: Any) -> None:
+        asked[-1] += 1
+        connect(*args, **options)
+
+    bench.transport.connect = counted
+    bench.offer(*range(2 * wanted + 1, 3 * wanted + 1))
+    for _ in range(100):
+        asked.append(0)
+        await asyncio.sleep(0)
+    await asyncio.sleep(10)
+    assert sum(asked) == wanted == bench.sender._counters.stale
+    assert max(asked) <= 2 * CONNECTS_AT_ONCE, "as they are told, and in the turn of the line"
+    assert (bench.sender.in_flight, bench.lane.queued()) == (0, 0)
+
+
+@virtual
 async def test_a_lane_that_waited_for_a_token_is_looked_at_when_retry_after_is_over():
     """The timer for the token comes first, and finds a queue that was let go of: nobody else would set the one for Retry-After."""
     bench = Bench(("a.test", Scripted(Reply(429, "3", head_s=0.1))), rate_per_s=1.0, rate_burst=1)

@@ -40,6 +40,26 @@ def test_a_single_failure_makes_no_lane_failing():
     assert not shares._origins
 
 
+def test_nobody_is_called_for_room_that_is_taken_again():
+    """It would find the share full, and have lost its place in the line: of an even number every other one never came to its turn."""
+    shares = Shares(4, 100)
+    lanes = [lane_at("a.test", "untried") for _ in range(5)]
+    held = shares.take(lanes[0], 0.0)
+    for lane in lanes[1:]:
+        full = shares.full(lane, 0.0)
+        assert full is shares.untried
+        shares.wait(lane, full)
+    served = []
+    for _ in range(8):
+        shares.give_back(held)
+        [lane] = shares.call()
+        served.append(lanes.index(lane))
+        held = shares.take(lane, 0.0)
+        shares.wait(lane, shares.untried)
+        assert shares.call() == []
+    assert served == [1, 2, 3, 4] * 2
+
+
 @pytest.mark.parametrize(("kind", "of_slots", "of_sockets"), [("untried", 10, 2), ("failing", 10, 2), ("slow", 20, 4)])
 def test_an_origin_gives_a_part_of_its_sockets_and_all_together_a_part_of_the_slots(kind, of_slots, of_sockets):
     shares = Shares(SLOTS, SOCKETS)

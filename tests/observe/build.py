@@ -14,8 +14,9 @@ from dispatcher.observe.metrics import scrape
 from dispatcher.observe.pulse import Pulse
 from dispatcher.observe.server import HealthServer
 from dispatcher.store.observe import Observer
+from dispatcher.store.partitions import PgPartitions
 from dispatcher.web.server import WebServer
-from tests.rig import Rig
+from tests.rig import Rig, rig, until
 
 
 @dataclass
@@ -33,6 +34,16 @@ class Observed:
         status, text = await self.ask("/metrics")
         assert status == 200
         return text
+
+
+@contextlib.asynccontextmanager
+async def kept(dsn: str) -> AsyncIterator[Rig]:
+    """An engine with a janitor, which has looked at the partitions."""
+    async with rig(dsn, start=False) as r:
+        r.make_partitions = lambda: PgPartitions(r.dsn, timeout_s=10)
+        await r.start()
+        await until(lambda: r.engine.incarnation.janitor.ids_ahead is not None, what="the janitor's first look")
+        yield r
 
 
 @contextlib.asynccontextmanager

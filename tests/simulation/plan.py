@@ -109,6 +109,9 @@ def draw(seed: int) -> Plan:
             "gaps.SUMMARY_IDS_MAX": more.choice((2, 10, 4_000)),
             "reader.CROWD": more.choice((0, 2, 64)),
             "sender.POSTS_AT_ONCE": more.choice((1, 4, 16)),
+            "sender.CONNECTS_AT_ONCE": more.choice((1, 4)),
+            "catchup.PAGE_OFFERS": more.choice((1, 8, 2_000)),
+            "lane.AHEAD_MIN": more.choice((1, 5, 50)),
         }
     return Plan(
         seed=seed,

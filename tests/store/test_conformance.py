@@ -32,6 +32,7 @@ from tests.rig import until
 from tests.store.worlds import (
     HUGE,
     MANY,
+    ORIGIN,
     SECRETS,
     URL,
     World,
@@ -788,7 +789,7 @@ async def test_an_endpoint_is_disabled_once_and_says_so_in_the_log(world: World,
     assert [(e.id, e.state) for e in changes.endpoints] == [(endpoint, EndpointState.DISABLED)]
     [event] = (await read(store, after=2)).events
     assert (event.account_id, event.type) == ("acct", "endpoint.disabled")
-    about = {"id": endpoint, "name": "", "url": URL}
+    about = {"id": endpoint, "name": "", "url": ORIGIN}
     told = {"endpoint": about, "reason": "gone", "failing_since": SINCE, "held_events": 0}
     assert same_json(event.payload, told)
     assert event.is_about(endpoint)
@@ -820,7 +821,7 @@ async def test_that_it_has_been_failing_for_long_is_told_once(world: World, stor
     await store.tell_failing(4_711, NOW)
     [event] = (await read(store)).events
     assert (event.account_id, event.type) == ("acct", "endpoint.failing")
-    about = {"id": a, "name": "", "url": URL}
+    about = {"id": a, "name": "", "url": ORIGIN}
     assert same_json(event.payload, {"endpoint": about, "reason": "consecutive_failures", "failing_since": SINCE})
     assert event.is_about(a)
     for _ in range(2):
@@ -845,7 +846,7 @@ async def test_a_recovery_is_told_once(world: World, store: Store) -> None:
         await store.tell_recovered(a, NOW)
     [_, event] = (await read(store)).events
     assert (event.account_id, event.type) == ("acct", "endpoint.recovered")
-    about = {"id": a, "name": "", "url": URL}
+    about = {"id": a, "name": "", "url": ORIGIN}
     assert same_json(event.payload, {"endpoint": about, "reason": "delivered", "failing_since": SINCE})
     assert event.is_about(a)
     assert not event.is_about(b)

@@ -150,6 +150,16 @@ async def test_producers_see_no_keys_and_others_may_not_emit(dsn: str, producers
             await connection.execute("RESET ROLE; DROP OWNED BY test_emit_nobody; DROP ROLE test_emit_nobody")
 
 
+async def test_a_producer_can_make_nothing_of_the_schemas_triggers(producers: Any) -> None:
+    """A trigger function is the schema's owner while it runs: on a table of one's own it would write whatever that says."""
+    one, _ = producers
+    await one.execute("CREATE TEMPORARY TABLE mine (endpoint_id bigint)")
+    with pytest.raises(asyncpg.InsufficientPrivilegeError, match="note_config_change"):
+        await one.execute(
+            "CREATE TRIGGER x AFTER INSERT ON mine FOR EACH ROW EXECUTE FUNCTION webhook.note_config_change()"
+        )
+
+
 async def test_a_temporary_table_of_the_callers_is_not_in_its_way(db: asyncpg.Connection, producers: Any) -> None:
     """SECURITY DEFINER: what a caller has on its own search path means nothing."""
     one, _ = producers

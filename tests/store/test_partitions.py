@@ -44,7 +44,7 @@ from dispatcher.store.migrate import check, migrate
 from dispatcher.store.partitions import PgPartitions
 from tests.conftest import connected, dsn_of
 from tests.engine.build import LIMITS, check_bounds
-from tests.store.worlds import HUGE, MANY, SETTINGS, URL, MemoryWorld, PgWorld, World, same_json
+from tests.store.worlds import HUGE, MANY, ORIGIN, SETTINGS, MemoryWorld, PgWorld, World, same_json
 
 NOW = 1_700_000_000_000_000
 FIRST = [Span(0, 100_000), Span(100_000, 1_000_000), Span(1_000_000, 10_000_000), Span(10_000_000, 40_000_000)]
@@ -525,7 +525,7 @@ async def test_what_is_lost_is_counted_kept_and_told(world: World, store: Store,
     assert [(event.account_id, event.type) for event in page.events] == [("acct", "endpoint.events_expired")] * 3
     first = expired.losses[0]
     assert first.endpoint_id == paused
-    about = {"id": paused, "name": "", "url": URL}
+    about = {"id": paused, "name": "", "url": ORIGIN}
     told = {"endpoint": about, "deliveries": 6, "from": stamp(first.first_us), "to": stamp(first.last_us)}
     assert same_json(page.events[0].payload, told)
     again = await partitions.expire(1, FIRST[0])

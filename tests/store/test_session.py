@@ -15,7 +15,7 @@ from bench.network import Network
 from dispatcher import settings as settings_module
 from dispatcher.errors import DatabaseAwayError, DatabaseRefusedError
 from dispatcher.ports import AttemptRow, Batch, LifeLostError, StoreAwayError
-from dispatcher.store import postgres
+from dispatcher.store import recording
 from dispatcher.store.postgres import PgStore
 from dispatcher.store.session import _PARAMETERS, _SOCKET_OPTIONS, Session, connect_once, is_away
 from tests.conftest import connected, dsn_of
@@ -355,14 +355,14 @@ async def test_a_connection_dropped_on_the_way_to_a_copy_is_away(
     store = PgStore(dsn, settings_module.load())
     epoch = (await store.start("test")).epoch
     batch = Batch(epoch, attempts=[AttemptRow(1, 1, 0, 1, 1_700_000_000_000_000, 1_234, 204, None, None)])
-    copy_rows = postgres._copy_rows
+    copy_rows = recording._copy_rows
 
     def drop(rows: Any) -> Any:
         store._recorder.drop()
         return copy_rows(rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(postgres, "_copy_rows", drop)
+        patch.setattr(recording, "_copy_rows", drop)
         with pytest.raises(StoreAwayError):
             await store.record(batch)
     assert await db.fetchval("SELECT count(*) FROM webhook.attempt") == 0

@@ -21,7 +21,7 @@ from dispatcher.store.memory_database import MemoryDatabase, Transaction
 from dispatcher.store.postgres import PgStore
 
 SETTINGS = settings_module.Settings(allowed_networks="127.0.0.0/8")
-URL = "https://receiver.test/hook"
+URL, ORIGIN = "https://receiver.test/hook", "https://receiver.test/"  # what others are told of it
 SECRETS = ("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",)
 MANY, HUGE = 1_000, 1 << 30  # bounds that nothing here reaches
 

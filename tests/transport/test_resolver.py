@@ -38,6 +38,22 @@ async def test_answers_are_kept_for_their_time_to_live() -> None:
     assert names.lookups == 2
 
 
+async def test_of_thousands_of_addresses_some_of_each_family_are_kept() -> None:
+    many = [f"192.0.2.{n}" for n in range(200)] * 2 + [f"2600::{n:x}" for n in range(200)]
+    some = resolver_module._some(many)
+    most = resolver_module.ADDRESSES_MAX
+    assert some == (*many[:most], *many[400 : 400 + most])
+
+
+async def test_answers_whose_time_is_over_are_let_go_of() -> None:
+    names = Names(**{f"h{n}_example": ("127.0.0.1",) for n in range(4)})
+    for n in range(3):
+        await names.resolve(f"h{n}.example")
+        age(names, f"h{n}.example", 1_000)
+    await names.resolve("h3.example")
+    assert list(names._cache) == ["h3.example"]
+
+
 @pytest.mark.parametrize(("ttl_s", "kept_s"), [(0.0, 1.0), (86_400.0, 30.0)])
 async def test_the_time_to_live_has_bounds(ttl_s: float, kept_s: float) -> None:
     names = Names(a_example=("127.0.0.1",))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dispatcher.sink import Behaviour, Sink
 from dispatcher.store import event_types, runs, search
-from dispatcher.web.api import OPERATIONS, models
+from dispatcher.web.api import OPERATIONS
+from dispatcher.web.api.models.base import Paged
 from tests.conftest import connected
 from tests.rig import until
 from tests.store import people
@@ -60,6 +61,31 @@ async def sink() -> Any:
 
 
 # ── endpoints ──
+
+
+@pytest.mark.parametrize(
+    ("kept", "again"),
+    [
+        ({"bearer": "s3cret"}, {"bearer": "other"}),
+        ({"basic": "user:s3cret"}, {"basic": None}),
+        ({"headers": {"X-Api-Key": "s3cret"}}, {"headers": {"x-api-key": None}}),
+    ],
+)
+async def test_credentials_do_not_follow_to_another_server(
+    customer: Client, operator: Client, kept: dict[str, Any], again: dict[str, Any]
+):
+    """Nobody is shown them again; whoever may edit could have them sent to a server of their own."""
+    made = await customer.ok("POST", "/endpoints", {"url": "https://a.example/hook"} | kept)
+    path = f"/endpoints/{made['id']}"
+    refused = await customer.refused(400, "PATCH", path, {"url": "https://b.example/hook"})
+    assert refused["field"] == "url"
+    assert "s3cret" not in refused["detail"]
+    await customer.ok("PATCH", path, {"url": "https://a.example/other"})
+    assert (await customer.ok("PATCH", path, {"url": "https://b.example/hook"} | again))[
+        "url"
+    ] == "https://b.example/hook"
+    theirs = await customer.ok("POST", "/endpoints", {"url": "https://a.example/hook"} | kept)
+    await operator.ok("PATCH", f"/endpoints/{theirs['id']}", {"url": "https://b.example/hook"})
 
 
 async def test_create_test_go_live_edit_and_delete(customer: Client, sink: Sink):
@@ -578,7 +604,7 @@ async def test_whatever_is_sent_is_answered(operator: Client, data: st.DataObjec
     path = operation.path
     for name in operation.parameters:
         path = path.replace(f"{{{name}}}", quote(data.draw(text | st.integers(-1, 1 << 70).map(str)), safe="") or "-")
-    fields = sorted((operation.query or operation.body or models.Paged).model_fields)
+    fields = sorted((operation.query or operation.body or Paged).model_fields)
     query = data.draw(st.lists(st.tuples(st.sampled_from([*fields, "x"]), text), max_size=3))
     values = st.none() | st.booleans() | st.integers() | st.floats() | text
     anything = st.recursive(

@@ -148,6 +148,24 @@ async def test_a_request_that_two_parsers_would_read_differently_is_refused(
     assert not [record for record in caplog.records if record.levelname == "ERROR"], "anybody could fill the log"
 
 
+@pytest.mark.parametrize(
+    ("request_head", "body", "status"),
+    [
+        (b"POST /login HTTP/1.1\r\nOrigin: http://[\r\nContent-Length: 0", b"", 403),
+        (b"POST /login HTTP/1.1\r\nContent-Encoding: gzip\r\nContent-Length: 1", b"x", 415),
+        (b"POST /login HTTP/1.1\r\nTransfer-Encoding: chunked", b"4\r\nkey=\r\nzz\r\n", 400),
+        (b"POST /r/nobody HTTP/1.1\r\nContent-Encoding: gzip\r\nContent-Length: 1", b"x", 404),
+    ],
+)
+async def test_what_no_client_means_is_its_own_fault(
+    web: Site, request_head: bytes, body: bytes, status: int, caplog: pytest.LogCaptureFixture
+):
+    """Not ours: a 500 each, with a trace, would wake somebody."""
+    answer = await send_raw(web, request_head + b"\r\nHost: x\r\nConnection: close\r\n\r\n" + body)
+    assert re.match(rb"HTTP/1.[01] %d " % status, answer), answer[:300]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 async def test_heads_are_bounded(web: Site):
     for head in (b"X-A: " + b"a" * 20_000, b"\r\n".join(b"X-%d: a" % n for n in range(20_000))):
         answer = await send_raw(web, b"GET /login HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n")

@@ -8,7 +8,7 @@ import pytest
 from dispatcher import settings as settings_module
 from dispatcher.main import make_engine, make_transport, make_web
 from dispatcher.sink import Behaviour
-from dispatcher.store.admin import RETRIES_SHOWN_MAX
+from dispatcher.store.endpoint import RETRIES_SHOWN_MAX
 from dispatcher.web.panel.charts import lines
 from dispatcher.web.panel.standing import UNKNOWN, said
 from tests.conftest import connected

@@ -107,6 +107,25 @@ async def test_who_joins_is_told_at_once_how_it_stands(live_site: Site):
     joined.close()
 
 
+@pytest.mark.parametrize("by", ["key", "login"])
+async def test_a_revoked_key_ends_what_it_watches(live_site: Site, monkeypatch: pytest.MonkeyPatch, by: str):
+    monkeypatch.setattr(streams_module, "ASK_AGAIN_S", 0.05)
+    key = await live_site.key("a")
+    if by == "key":
+        watching = await opened(live_site, key)
+    else:
+        cookie, _ = await live_site.login(key)
+        watching = await live_site.http.get(live_site.url + "/live-test", headers={"Cookie": cookie})
+    for _ in range(5):
+        await message(watching)
+    await live_site.query("UPDATE webhook.api_key SET revoked_at = now() WHERE account_id = 'a' RETURNING id")
+    async with asyncio.timeout(10):
+        while await message(watching):
+            pass
+    assert watching.content.at_eof()
+    await until(lambda: live_site.web.streams.open == 0, what="the stream has ended")
+
+
 async def test_streams_are_few(live_site: Site):
     key = await live_site.key()
     watchers = [await opened(live_site, key) for _ in range(3)]

@@ -8,8 +8,9 @@ import pytest
 from dispatcher.domain.principal import OPERATOR, Principal
 from dispatcher.domain.shape import CREDENTIALS, SHAPE
 from dispatcher.store import access, alerts, receivers, runs
-from dispatcher.store.admin import CONFIG_FIELDS
-from dispatcher.web.api import OPERATIONS, models
+from dispatcher.store.endpoint import CONFIG_FIELDS
+from dispatcher.web.api import OPERATIONS
+from dispatcher.web.api.models import endpoints as models
 from dispatcher.web.api.operation import Operation
 from dispatcher.web.app import routes
 from dispatcher.web.visit import SAFE, Who

@@ -3,7 +3,8 @@
 from typing import Any
 
 from dispatcher.store import alerts
-from dispatcher.web.api import models
+from dispatcher.web.api.models import alerts as models
+from dispatcher.web.api.models import base
 from dispatcher.web.api.operation import Call, Operation
 from dispatcher.web.api.paging import after_id, before_id, page
 from dispatcher.web.visit import Who
@@ -13,7 +14,7 @@ async def list_alert_recipients(call: Call) -> Any:
     """List who is told by mail
 
     Of an account's endpoints; recipients without an account are operators, who are told of all."""
-    query: models.OfAccount = call.query
+    query: base.OfAccount = call.query
     async with call.visit.db() as db:
         found = await alerts.recipients(
             db, call.principal, account_id=query.account_id, after=after_id(query.cursor), limit=query.limit
@@ -43,7 +44,7 @@ async def list_alerts(call: Call) -> Any:
     """List what was told by mail, the newest first
 
     To an account's recipients; for operators who name no account, to all, operators included."""
-    query: models.OfAccount = call.query
+    query: base.OfAccount = call.query
     async with call.visit.db() as db:
         found = await alerts.alerts(
             db, call.principal, account_id=query.account_id, before=before_id(query.cursor), limit=query.limit
@@ -72,7 +73,7 @@ async def put_operator_account(call: Call) -> Any:
 _TAG = "Alerts"
 
 OPERATIONS = (
-    Operation("GET", "/alert-recipients", list_alert_recipients, _TAG, models.Page[models.RecipientAnswer], models.OfAccount),
+    Operation("GET", "/alert-recipients", list_alert_recipients, _TAG, base.Page[models.RecipientAnswer], base.OfAccount),
     Operation(
         "POST", "/alert-recipients", add_alert_recipient, _TAG, models.RecipientAnswer, body=models.NewRecipient, status=201,
         change="alert_recipient.add",
@@ -80,7 +81,7 @@ OPERATIONS = (
     Operation(
         "DELETE", "/alert-recipients/{recipient_id}", remove_alert_recipient, _TAG, models.RecipientAnswer, change="alert_recipient.remove"
     ),
-    Operation("GET", "/alerts", list_alerts, _TAG, models.Page[models.AlertAnswer], models.OfAccount),
+    Operation("GET", "/alerts", list_alerts, _TAG, base.Page[models.AlertAnswer], base.OfAccount),
     Operation("GET", "/operator-account", show_operator_account, _TAG, models.OperatorAccountAnswer, who=Who.OPERATOR),
     Operation(
         "PUT", "/operator-account", put_operator_account, _TAG, models.OperatorAccountAnswer, body=models.OperatorAccount,

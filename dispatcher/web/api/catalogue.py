@@ -4,7 +4,8 @@ from typing import Any
 
 from dispatcher.store import event_types
 from dispatcher.store.event_types import EventType
-from dispatcher.web.api import models
+from dispatcher.web.api.models import base
+from dispatcher.web.api.models import catalogue as models
 from dispatcher.web.api.operation import Call, Operation
 from dispatcher.web.api.paging import page
 from dispatcher.web.visit import Who
@@ -14,7 +15,7 @@ async def list_event_types(call: Call) -> Any:
     """List event types
 
     By name. Events of types that aren't listed are delivered all the same."""
-    query: models.Paged = call.query
+    query: base.Paged = call.query
     async with call.visit.db() as db:
         found = await event_types.find(db, after=query.cursor or "", limit=query.limit)
     return page([one.as_dict() for one in found], query.limit, "name")
@@ -48,7 +49,7 @@ async def delete_event_type(call: Call) -> Any:
 _ONE = "/event-types/{name}"
 
 OPERATIONS = (
-    Operation("GET", "/event-types", list_event_types, "Event types", models.Page[models.EventTypeAnswer], models.Paged),
+    Operation("GET", "/event-types", list_event_types, "Event types", base.Page[models.EventTypeAnswer], base.Paged),
     Operation("GET", _ONE, show_event_type, "Event types", models.EventTypeAnswer),
     Operation(
         "PUT", _ONE, put_event_type, "Event types", models.EventTypeAnswer, body=models.EventTypeGiven, who=Who.OPERATOR,

@@ -4,8 +4,10 @@ from typing import Any
 
 from dispatcher.errors import ForbiddenError
 from dispatcher.store import search, stats
-from dispatcher.store.admin import Admin, EndpointView
-from dispatcher.web.api import models
+from dispatcher.store.admin import Admin
+from dispatcher.store.endpoint import EndpointView
+from dispatcher.web.api.models import base
+from dispatcher.web.api.models import endpoints as models
 from dispatcher.web.api.operation import Call, Operation
 from dispatcher.web.api.paging import after_id, before_id, page
 from dispatcher.web.problems import ProblemError
@@ -116,7 +118,7 @@ async def list_tests(call: Call) -> Any:
     """List an endpoint's tests
 
     The newest first."""
-    query: models.Paged = call.query
+    query: base.Paged = call.query
     async with call.visit.db() as db:
         await call.visit.admin(db).get(call.endpoint_id)
         rows = await search.past_tests(db, call.endpoint_id, before=before_id(query.cursor), limit=query.limit)
@@ -241,7 +243,7 @@ def _verb(name: str, handler: Any, answer: Any, body: Any, change: str, **more: 
 
 
 OPERATIONS = (
-    Operation("GET", "/endpoints", list_endpoints, _TAG, models.Page[models.EndpointRow], models.EndpointFilter),
+    Operation("GET", "/endpoints", list_endpoints, _TAG, base.Page[models.EndpointRow], models.EndpointFilter),
     Operation(
         "POST", "/endpoints", create_endpoint, _TAG, models.CreatedEndpoint, body=models.NewEndpoint, status=201, change="endpoint.create"
     ),
@@ -250,7 +252,7 @@ OPERATIONS = (
     Operation("DELETE", _ONE, delete_endpoint, _TAG, models.DeletedEndpoint, change="endpoint.delete"),
     _verb("test", test_endpoint, models.TestAnswer, models.Testing, "endpoint.test"),
     _verb("test-types", test_chosen_types, models.TypesTested, None, "endpoint.test"),
-    Operation("GET", f"{_ONE}/tests", list_tests, _TAG, models.Page[models.PastTest], models.Paged),
+    Operation("GET", f"{_ONE}/tests", list_tests, _TAG, base.Page[models.PastTest], base.Paged),
     _verb("go-live", go_live, models.EndpointAnswer, models.GoingLive, "endpoint.go_live"),
     _verb("pause", pause_endpoint, models.EndpointAnswer, models.Pausing, "endpoint.pause"),
     _verb("resume", resume_endpoint, models.ResumedEndpoint, models.Resuming, "endpoint.resume"),

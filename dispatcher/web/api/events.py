@@ -11,7 +11,8 @@ from dispatcher.store import runs, search
 from dispatcher.store.admin import Admin
 from dispatcher.store.events import NewEvent
 from dispatcher.store.search import Found
-from dispatcher.web.api import models
+from dispatcher.web.api.models import base, recovery
+from dispatcher.web.api.models import events as models
 from dispatcher.web.api.operation import BATCH_BYTES_MAX, Call, Operation
 from dispatcher.web.api.paging import after_id
 from dispatcher.web.problems import ProblemError
@@ -162,7 +163,7 @@ async def resend_event(call: Call) -> Any:
 
     A delivery of its own, with retries of its own, under the same webhook-id. From the log, or from a dead letter's copy if
     retention has taken it."""
-    body: models.Noted = call.body
+    body: base.Noted = call.body
     async with call.visit.db() as db:
         run = await runs.resend(db, call.path["event"], call.endpoint_id, body.note, by=call.principal)
     call.visit.subject += f" run_id={run.id}"
@@ -187,7 +188,7 @@ OPERATIONS = (
     Operation("GET", "/deliveries", list_deliveries, "Deliveries", models.DeliveryPage, models.DeliveryFilter),
     Operation("GET", "/events/{event}/deliveries/{endpoint_id}", show_delivery, "Deliveries", models.EventDelivery),
     Operation(
-        "POST", "/events/{event}/deliveries/{endpoint_id}/resend", resend_event, "Deliveries", models.RunAnswer, body=models.Noted, status=201,
+        "POST", "/events/{event}/deliveries/{endpoint_id}/resend", resend_event, "Deliveries", recovery.RunAnswer, body=base.Noted, status=201,
         change="delivery.resend", body_is_optional=True,
     ),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
-from dispatcher.web.api import models
+from dispatcher.web.api.models import base
 from dispatcher.web.api.operation import PATH_TYPES, PREFIX, Operation
 from dispatcher.web.problems import CONTENT_TYPE
 from dispatcher.web.visit import BODY_BYTES_MAX, SAFE, Who
@@ -61,7 +61,7 @@ def document(operations: tuple[Operation, ...], *, title: str, server: str) -> d
 
 
 def _models(operations: tuple[Operation, ...]) -> list[tuple[type[BaseModel], Any]]:
-    used: dict[tuple[type[BaseModel], Any], None] = {(models.ProblemAnswer, "serialization"): None}
+    used: dict[tuple[type[BaseModel], Any], None] = {(base.ProblemAnswer, "serialization"): None}
     for operation in operations:
         used[operation.answer, "serialization"] = None
         if operation.body is not None:
@@ -80,7 +80,7 @@ def _operation(operation: Operation, by_model: Any) -> dict[str, Any]:
     responses: dict[str, Any] = {
         str(status): {"description": phrase, "content": answer} for status, phrase in sorted(statuses.items())
     }
-    problem = {CONTENT_TYPE: {"schema": by_model[models.ProblemAnswer, "serialization"]}}
+    problem = {CONTENT_TYPE: {"schema": by_model[base.ProblemAnswer, "serialization"]}}
     for status in _errors(operation):
         responses[str(status)] = {"description": HTTPStatus(status).phrase, "content": problem}
     shown: dict[str, Any] = {

@@ -16,7 +16,7 @@ from aiohttp.web import StreamResponse
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from dispatcher.domain.principal import Principal
-from dispatcher.web.api import models
+from dispatcher.web.api.models import base
 from dispatcher.web.problems import ProblemError, problem_of_validation
 from dispatcher.web.visit import BODY_BYTES_MAX, Route, Visit, Who
 
@@ -24,15 +24,15 @@ PREFIX = "/api/v1"
 BATCH_BYTES_MAX = 1 << 19  # to validate twice as much holds the loop for 5 to 9 ms
 
 PATH_TYPES: dict[str, Any] = {
-    "endpoint_id": models.Id,
-    "run_id": models.RunId,
-    "letter_id": models.Id,
-    "key_id": models.Id,
-    "link_id": models.Id,
-    "recipient_id": models.Id,
-    "receiver_id": models.Id,
-    "event": models.EventRef,
-    "name": models.EventTypeName,
+    "endpoint_id": base.Id,
+    "run_id": base.RunId,
+    "letter_id": base.Id,
+    "key_id": base.Id,
+    "link_id": base.Id,
+    "recipient_id": base.Id,
+    "receiver_id": base.Id,
+    "event": base.EventRef,
+    "name": base.EventTypeName,
 }
 IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from dispatcher.errors import ForbiddenError
 from dispatcher.store import access, erasure, search
-from dispatcher.web.api import models
+from dispatcher.web.api.models import base
+from dispatcher.web.api.models import people as models
 from dispatcher.web.api.operation import Call, Operation
 from dispatcher.web.api.paging import after_id, before_id, page
 from dispatcher.web.problems import ProblemError
@@ -64,7 +65,7 @@ async def revoke_key(call: Call) -> Any:
 
 async def list_portal_links(call: Call) -> Any:
     """List portal links"""
-    query: models.OfAccount = call.query
+    query: base.OfAccount = call.query
     async with call.visit.db() as db:
         found = await access.links(
             db, call.principal, account_id=query.account_id, after=after_id(query.cursor), limit=query.limit
@@ -97,7 +98,7 @@ async def revoke_portal_link(call: Call) -> Any:
 
 async def list_erasures(call: Call) -> Any:
     """List what was erased, by whom and when"""
-    query: models.OfAccount = call.query
+    query: base.OfAccount = call.query
     async with call.visit.db() as db:
         found = await erasure.find(db, account_id=query.account_id, after=after_id(query.cursor), limit=query.limit)
     return page(found, query.limit, "id")
@@ -135,7 +136,7 @@ async def erase(call: Call) -> Any:
 
 async def list_changes(call: Call) -> Any:
     """List who changed what through panel and API, the newest first"""
-    query: models.OfAccount = call.query
+    query: base.OfAccount = call.query
     async with call.visit.db() as db:
         found = await access.changes(
             db, call.principal, account_id=query.account_id, before=before_id(query.cursor), limit=query.limit
@@ -153,11 +154,11 @@ async def list_source_addresses(call: Call) -> Any:
 OPERATIONS = (
     Operation("GET", "/me", show_me, "Access", models.Me),
     Operation("GET", "/source-addresses", list_source_addresses, "Access", models.SourceAddresses),
-    Operation("GET", "/accounts", list_accounts, "Access", models.Page[models.AccountRow], models.AccountFilter, who=Who.OPERATOR),
-    Operation("GET", "/keys", list_keys, "Access", models.Page[models.KeyAnswer], models.KeyFilter),
+    Operation("GET", "/accounts", list_accounts, "Access", base.Page[models.AccountRow], models.AccountFilter, who=Who.OPERATOR),
+    Operation("GET", "/keys", list_keys, "Access", base.Page[models.KeyAnswer], models.KeyFilter),
     Operation("POST", "/keys", create_key, "Access", models.CreatedKey, body=models.NewKey, status=201, change="key.create"),
     Operation("DELETE", "/keys/{key_id}", revoke_key, "Access", models.KeyAnswer, change="key.revoke"),
-    Operation("GET", "/portal-links", list_portal_links, "Access", models.Page[models.LinkAnswer], models.OfAccount, who=Who.OPERATOR),
+    Operation("GET", "/portal-links", list_portal_links, "Access", base.Page[models.LinkAnswer], base.OfAccount, who=Who.OPERATOR),
     Operation(
         "POST", "/portal-links", create_portal_link, "Access", models.CreatedLink, body=models.NewLink, status=201, who=Who.OPERATOR,
         change="portal_link.create",
@@ -165,9 +166,9 @@ OPERATIONS = (
     Operation(
         "DELETE", "/portal-links/{link_id}", revoke_portal_link, "Access", models.LinkAnswer, who=Who.OPERATOR, change="portal_link.revoke"
     ),
-    Operation("GET", "/erasures", list_erasures, "Access", models.Page[models.ErasureAnswer], models.OfAccount, who=Who.OPERATOR),
+    Operation("GET", "/erasures", list_erasures, "Access", base.Page[models.ErasureAnswer], base.OfAccount, who=Who.OPERATOR),
     Operation(
         "POST", "/erasures", erase, "Access", models.ErasureAnswer, body=models.NewErasure, status=202, who=Who.OPERATOR, change="erase"
     ),
-    Operation("GET", "/audit", list_changes, "Access", models.Page[models.ChangeAnswer], models.OfAccount),
+    Operation("GET", "/audit", list_changes, "Access", base.Page[models.ChangeAnswer], base.OfAccount),
 )  # fmt: skip

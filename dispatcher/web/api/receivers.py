@@ -8,7 +8,8 @@ from dispatcher.errors import StateError
 from dispatcher.settings import Settings
 from dispatcher.store import receivers
 from dispatcher.store.receivers import Received, Receiver
-from dispatcher.web.api import models
+from dispatcher.web.api.models import base
+from dispatcher.web.api.models import receivers as models
 from dispatcher.web.api.operation import Call, Operation
 from dispatcher.web.api.paging import after_id, before_id, page
 
@@ -19,7 +20,7 @@ NOT_SET_UP = (
 
 async def list_receivers(call: Call) -> Any:
     """List receivers that have not ended"""
-    query: models.OfAccount = call.query
+    query: base.OfAccount = call.query
     settings = call.visit.web.settings
     async with call.visit.db() as db:
         found = await receivers.find(
@@ -101,7 +102,7 @@ _TAG = "Receivers"
 _ONE = "/receivers/{receiver_id}"
 
 OPERATIONS = (
-    Operation("GET", "/receivers", list_receivers, _TAG, models.Page[models.ReceiverAnswer], models.OfAccount),
+    Operation("GET", "/receivers", list_receivers, _TAG, base.Page[models.ReceiverAnswer], base.OfAccount),
     Operation(
         "POST", "/receivers", create_receiver, _TAG, models.ReceiverAnswer, body=models.NewReceiver, status=201, change="receiver.create",
         body_is_optional=True,
@@ -109,5 +110,5 @@ OPERATIONS = (
     Operation("GET", _ONE, show_receiver, _TAG, models.ReceiverAnswer),
     Operation("PATCH", _ONE, change_receiver, _TAG, models.ReceiverAnswer, body=models.ReceiverChange, change="receiver.change"),
     Operation("DELETE", _ONE, delete_receiver, _TAG, models.ReceiverAnswer, change="receiver.delete"),
-    Operation("GET", f"{_ONE}/requests", list_received, _TAG, models.Page[models.ReceivedAnswer], models.ReceivedFilter),
+    Operation("GET", f"{_ONE}/requests", list_received, _TAG, base.Page[models.ReceivedAnswer], models.ReceivedFilter),
 )  # fmt: skip

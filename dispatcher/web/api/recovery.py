@@ -10,7 +10,8 @@ from dispatcher.store import dead_letters, runs
 from dispatcher.store.dead_letters import Filter
 from dispatcher.store.runs import RunView, Selection
 from dispatcher.store.session import Connection
-from dispatcher.web.api import models
+from dispatcher.web.api.models import base
+from dispatcher.web.api.models import recovery as models
 from dispatcher.web.api.operation import Call, Operation
 from dispatcher.web.api.paging import after_id, page
 
@@ -172,13 +173,13 @@ _REPLAYS = "/endpoints/{endpoint_id}/replays"
 OPERATIONS = (
     Operation("GET", f"{_REPLAYS}/count", count_replay, "Recovery", models.ReplayCount, models.ReplayRange),
     Operation("POST", _REPLAYS, start_replay, "Recovery", models.RunAnswer, body=models.NewReplay, status=201, change="replay.start"),
-    Operation("GET", "/runs", list_runs, "Recovery", models.Page[models.RunAnswer], models.RunFilter),
+    Operation("GET", "/runs", list_runs, "Recovery", base.Page[models.RunAnswer], models.RunFilter),
     Operation("GET", _RUN, show_run, "Recovery", models.RunAnswer),
     Operation("POST", f"{_RUN}/pause", pause_run, "Recovery", models.RunAnswer, change="run.pause"),
     Operation("POST", f"{_RUN}/resume", resume_run, "Recovery", models.RunAnswer, change="run.resume"),
     Operation("POST", f"{_RUN}/cancel", cancel_run, "Recovery", models.RunAnswer, change="run.cancel"),
     Operation("PATCH", _RUN, change_run_rate, "Recovery", models.RunAnswer, body=models.RateChange, change="run.rate"),
-    Operation("GET", "/dead-letters", list_dead_letters, "Recovery", models.Page[models.LetterRow], models.LetterFilter),
+    Operation("GET", "/dead-letters", list_dead_letters, "Recovery", base.Page[models.LetterRow], models.LetterFilter),
     Operation("GET", "/dead-letters/{letter_id}", show_dead_letter, "Recovery", models.LetterAnswer),
     Operation(
         "POST", "/dead-letters/resend", resend_dead_letters, "Recovery", models.Runs, body=models.ResendLetters, status=201,

@@ -15,7 +15,8 @@ from dispatcher.domain.shape import HIDDEN
 from dispatcher.domain.text import amount
 from dispatcher.errors import InputError, NotFoundError
 from dispatcher.store import search, stats
-from dispatcher.store.admin import OVERLAP_S, Admin, EndpointView
+from dispatcher.store.admin import OVERLAP_S, Admin
+from dispatcher.store.endpoint import EndpointView
 from dispatcher.store.session import Connection
 from dispatcher.store.stats import Point
 from dispatcher.web.api.endpoints import shown_secrets

@@ -8,7 +8,7 @@ from aiohttp.web import StreamResponse
 
 from dispatcher.errors import DispatcherError, InputError
 from dispatcher.store import runs
-from dispatcher.store.admin import EndpointView
+from dispatcher.store.endpoint import EndpointView
 from dispatcher.store.runs import RunView, Selection
 from dispatcher.store.session import Connection
 from dispatcher.web.api.paging import before_id

@@ -17,7 +17,7 @@ from dispatcher.domain.url import parse_url
 from dispatcher.engine.request import make_requests
 from dispatcher.errors import DispatcherError
 from dispatcher.settings import Settings
-from dispatcher.store.admin import EndpointView
+from dispatcher.store.endpoint import EndpointView
 
 SHOWN_BYTES_MAX = 16_384  # of a body
 _BY_CURL = ("host", "content-length", "user-agent")

@@ -17,11 +17,11 @@ from dispatcher.domain.shape import CREDENTIALS, SHAPE, shown
 from dispatcher.engine.trial import TEST_TYPE
 from dispatcher.errors import ForbiddenError, InputError, StateError
 from dispatcher.store import event_types, search
-from dispatcher.store.admin import DEFAULTS, EndpointView
+from dispatcher.store.endpoint import DEFAULTS, EndpointView
 from dispatcher.store.event_types import EventType
 from dispatcher.store.session import Connection
 from dispatcher.web import trial
-from dispatcher.web.api import models
+from dispatcher.web.api.models import endpoints as models
 from dispatcher.web.problems import ProblemError, problem_of_validation
 from dispatcher.web.visit import Route, Visit
 

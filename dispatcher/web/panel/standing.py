@@ -7,7 +7,7 @@ Breaker and pace are in the memory of the process that delivers, and nowhere els
 from collections.abc import Callable
 from typing import Any
 
-from dispatcher.store.admin import RETRIES_SHOWN_MAX, Stands
+from dispatcher.store.endpoint import RETRIES_SHOWN_MAX, Stands
 
 LaneHealth = Callable[[int | None], list[dict[str, Any]]]
 
