@@ -177,7 +177,7 @@ async def test_a_platform_shows_it_in_its_own_page(windows: Windows, dsn: str):
             await frame.get_by_role("link", name="Add your first endpoint").click()
             await frame.get_by_label("URL that gets the POSTs").fill("https://receiver.test/hook")
             await frame.get_by_role("button", name="Save as a draft, then test").click()
-            await expect(frame.get_by_role("heading", name="2. Test")).to_be_visible()
+            await expect(frame.locator("form[action$='/test']")).to_be_visible()  # of an endpoint that is there
             assert [row["url"] for row in await web.query("SELECT url FROM webhook.endpoint")] == [
                 "https://receiver.test/hook"
             ]
