@@ -184,7 +184,7 @@ INTRODUCTION = """\
 
 Made by `python -m bench report`, of the results of {command}. Don't edit it: what is written by hand is in [profile.md](profile.md).
 
-`make bench` runs everything, in over an hour; `make bench ARGS=--quick` in under three; `python -m bench --list` says what there
+`make bench` runs everything, in over an hour; `make bench ARGS=--quick` in under three minutes; `python -m bench --list` says what there
 is, and `--help` how to choose scenarios, sizes and a database of your own. It starts a PostgreSQL, receivers and the dispatcher, each a
 process of its own, talks to loopback only, and ends by itself. Results go to `bench/results/`.
 
