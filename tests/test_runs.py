@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import pytest
 
 from dispatcher.engine.engine import Engine, State
 from dispatcher.sink import Behaviour
+from dispatcher.store import recording
 from dispatcher.store.postgres import PgStore
 from tests.rig import Rig, rig, until
 
@@ -127,7 +129,12 @@ async def test_a_paused_run_stops_and_goes_on(dsn: str) -> None:
         await holds(r)
 
 
-async def test_a_canceled_run_ends_with_its_retries_and_nothing_else(dsn: str) -> None:
+@pytest.mark.parametrize("at_once", [5_000, 1])
+async def test_a_canceled_run_ends_with_its_retries_and_nothing_else(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Also where it has more retries than a batch ends."""
+    monkeypatch.setattr(recording, "CANCELED_RETRIES", at_once)
     async with rig(dsn, retry_schedule_s=(60,)) as r:
         endpoint = await r.endpoint(in_flight_max=5)
         ids = await r.emit(100)

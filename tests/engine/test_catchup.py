@@ -1,5 +1,7 @@
 """When a lane stands in the line for a page."""
 
+from typing import Any
+
 import pytest
 
 from dispatcher.domain.ordering import Ordering
@@ -14,6 +16,20 @@ from tests.engine.build import LIMITS, make_endpoint, make_event, make_retry
 from tests.engine.test_runs import spec
 
 
+def make_catch_up(lanes: Lanes, clock: Clock, store: Any = None, head: int = 0) -> CatchUp:
+    return CatchUp(
+        store,
+        lanes,
+        clock,
+        Counters(),
+        Gaps(),
+        ReadGate(),
+        head=lambda: head,
+        offered=lambda lane: None,
+        wake=lambda: None,
+    )
+
+
 def test_a_run_that_is_looked_at_just_before_its_time_is_looked_at_again():
     """A look in the µs of the run's time, but before it, used to be its last."""
     now = [0.0]
@@ -21,9 +37,7 @@ def test_a_run_that_is_looked_at_just_before_its_time_is_looked_at_again():
     lane = lanes.add(make_endpoint(runs=(spec(rate_per_s=5.0),)), 0.0, live=True, cursor=0)
     clock = Clock(lambda: now[0])
     clock.sync(0)
-    catch_up = CatchUp(
-        None, lanes, clock, Counters(), Gaps(), ReadGate(), head=lambda: 0, offered=lambda lane: None, wake=lambda: None
-    )
+    catch_up = make_catch_up(lanes, clock)
     lane.runs[1].next_at = 1.0000008
     catch_up.look(lane)
     now[0] = 1.0000004
@@ -42,9 +56,7 @@ def test_a_retry_due_in_a_day_has_one_time_however_often_others_are_due_before()
     lane = lanes.add(make_endpoint(), 0.0, live=True, cursor=0)
     clock = Clock(lambda: now[0])
     clock.sync(1_000_000)
-    catch_up = CatchUp(
-        None, lanes, clock, Counters(), Gaps(), ReadGate(), head=lambda: 0, offered=lambda lane: None, wake=lambda: None
-    )
+    catch_up = make_catch_up(lanes, clock)
     tomorrow_us = 86_400_000_000
     for _ in range(50):
         catch_up.note_retry(lane, tomorrow_us)
@@ -70,9 +82,7 @@ def test_a_retry_that_was_due_is_still_due_when_the_databases_clock_steps_back()
     lane = lanes.add(make_endpoint(), 0.0, live=True, cursor=0)
     clock = Clock(lambda: now[0])
     clock.sync(1_000_000)
-    catch_up = CatchUp(
-        None, lanes, clock, Counters(), Gaps(), ReadGate(), head=lambda: 0, offered=lambda lane: None, wake=lambda: None
-    )
+    catch_up = make_catch_up(lanes, clock)
     lane.retries.extend(make_retry(n) for n in range(RETRIES_MAX))
     catch_up.note_retry(lane, 2_000_000)
     now[0] = 2.0
@@ -200,17 +210,7 @@ async def test_a_page_that_many_lanes_share_is_short():
 
     clock = Clock(lambda: 1.0)
     clock.sync(1_000_000)
-    catch_up = CatchUp(
-        Log(),
-        lanes,
-        clock,
-        Counters(),
-        Gaps(),
-        ReadGate(),
-        head=lambda: 10,
-        offered=lambda lane: None,
-        wake=lambda: None,
-    )
+    catch_up = make_catch_up(lanes, clock, Log(), head=10)
     catch_up.look(lanes.get(1))
     await catch_up.read_lagging()
     assert asked == [PAGE_OFFERS // sharers]

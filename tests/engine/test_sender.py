@@ -76,6 +76,15 @@ class Bench:
         self.sender.offer(self.lane)
 
 
+async def most_a_turn(count: Callable[[], int], wanted: int) -> int:
+    """Let the loop turn until there are so many; return by how many a turn added to them at the most."""
+    most, before = 0, count()
+    while before < wanted:
+        await asyncio.sleep(0)
+        most, before = max(most, count() - before), count()
+    return most
+
+
 def target_of(host: str) -> Target:
     return Target(f"http://{host}/hook", Origin("http", host, 80), "/hook", host, None)
 
@@ -86,12 +95,8 @@ async def test_a_turn_of_the_loop_asks_for_few_connections():
     bench = Bench(("a.test", Scripted()))
     bench.lane.in_flight_limit = wanted = 2 * CONNECTS_AT_ONCE
     bench.offer(*range(1, wanted + 1))
-    most = before = 0
-    while bench.lane.connecting < wanted:
-        assert bench.lane.in_flight == 0, "no connection is there yet"
-        await asyncio.sleep(0)
-        most, before = max(most, bench.lane.connecting - before), bench.lane.connecting
-    assert most == CONNECTS_AT_ONCE
+    assert await most_a_turn(lambda: bench.lane.connecting, wanted) == CONNECTS_AT_ONCE
+    assert bench.lane.in_flight == 0, "no connection is there yet"
 
 
 @virtual
@@ -104,11 +109,7 @@ async def test_a_turn_of_the_loop_begins_few_posts():
     await asyncio.sleep(10)
     assert bench.sender.in_flight == 0, "all are answered, and their connections kept"
     bench.offer(*range(wanted + 1, 2 * wanted + 1))
-    most = before = 0
-    while bench.lane.in_flight < wanted:
-        await asyncio.sleep(0)
-        most, before = max(most, bench.lane.in_flight - before), bench.lane.in_flight
-    assert most == POSTS_AT_ONCE
+    assert await most_a_turn(lambda: bench.lane.in_flight, wanted) == POSTS_AT_ONCE
 
 
 @virtual
@@ -123,10 +124,7 @@ async def test_connections_that_come_together_begin_few_posts_a_turn_too():
         await asyncio.sleep(0)
     assert bench.lane.in_flight == 0
     await asyncio.sleep(1.0)  # the instant at which they are there
-    most = before = 0
-    while bench.lane.in_flight < wanted:
-        await asyncio.sleep(0)
-        most, before = max(most, bench.lane.in_flight - before), bench.lane.in_flight
+    most = await most_a_turn(lambda: bench.lane.in_flight, wanted)
     assert most <= 2 * POSTS_AT_ONCE, "as many as are answered, and as many of the line"
     assert bench.lane.connecting == 0
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -143,6 +144,25 @@ async def test_who_waits_for_another_gives_up_in_the_end(empty: str, monkeypatch
         await other.execute("SELECT pg_advisory_lock(9324665, 4)")
         with pytest.raises(DatabaseAwayError, match="another `dispatcher migrate` is at work"):
             await migrate.migrate(connection, SETTINGS)
+
+
+@pytest.mark.parametrize("change", [{"payload_bytes_max": 4_096}, {"doorbell": "off"}])
+async def test_a_setting_of_the_outbox_waits_for_its_lock_by_moments(
+    empty: str, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    """Behind one who waits for it all producers wait: it gives up, and changes nothing."""
+    monkeypatch.setattr(online, "PAUSE_S", 0.01)
+    monkeypatch.setattr(online, "PAUSES_MAX", 3)
+    settings, said = settings_module.Settings(**change), list[str]()
+    await migrated(empty)
+    async with connected(empty) as other, connected(empty) as connection:
+        async with other.transaction():
+            await other.execute("SELECT FROM webhook.outbox LIMIT 1")
+            with pytest.raises(DatabaseAwayError, match="transactions have held the outbox"):
+                await migrate.migrate(connection, settings, said.append)
+            assert any("waiting for transactions" in one for one in said)
+            await other.execute("INSERT INTO webhook.outbox (account_id, type, payload) VALUES ('a', 'b.c', '{}')")
+        assert len((await migrate.migrate(connection, settings)).done) == 1
 
 
 async def test_what_ends_an_installation_is_what_is_told(empty: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from bench.network import Network
 from dispatcher import settings as settings_module
 from dispatcher.errors import DatabaseAwayError, DatabaseRefusedError
 from dispatcher.ports import AttemptRow, Batch, LifeLostError, StoreAwayError
-from dispatcher.store import recording
+from dispatcher.store import postgres, recording
 from dispatcher.store.postgres import PgStore
 from dispatcher.store.session import _PARAMETERS, _SOCKET_OPTIONS, Session, connect_once, is_away
 from tests.conftest import connected, dsn_of
@@ -368,6 +368,27 @@ async def test_a_connection_dropped_on_the_way_to_a_copy_is_away(
     assert await db.fetchval("SELECT count(*) FROM webhook.attempt") == 0
     await store.record(batch)
     assert await db.fetchval("SELECT count(*) FROM webhook.attempt") == 1
+    await store.close()
+
+
+async def test_many_changes_of_configuration_come_in_pages(
+    dsn: str, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres, "CONFIG_CHANGES", 4)
+    store = PgStore(dsn, settings_module.load())
+    await store.start("test")
+    made = [await people.endpoint(db) for _ in range(5)]
+    last = await db.fetchval("SELECT max(seq) FROM webhook.config_change")
+    seq, pages, seen = 0, 0, set[int]()
+    while True:
+        changes = await store.config_changes(seq, 1)
+        assert changes.seq > seq
+        seq, pages = changes.seq, pages + 1
+        seen |= {endpoint.id for endpoint in changes.endpoints}
+        if not changes.more:
+            break
+    assert (seq, seen) == (last, set(made))
+    assert pages > 1
     await store.close()
 
 

@@ -173,6 +173,16 @@ async def test_a_request_waits_for_a_connection_and_then_is_told(dsn: str, monke
     await away.close()
 
 
+async def test_two_who_change_the_same_are_told_to_try_again(dsn: str):
+    pool = Pool(dsn, size=2, statement_timeout_s=5)
+    with pytest.raises(BusyError, match="try again"):
+        async with pool.connection() as db:
+            await db.execute(
+                "DO $$ BEGIN RAISE EXCEPTION 'as a deadlock ends' USING ERRCODE = 'deadlock_detected'; END $$"
+            )
+    await pool.close()
+
+
 async def test_a_database_that_falls_silent_is_away_and_its_connection_is_made_again(dsn: str):
     """To give the connection back fails too then: that ended `dispatcher web`, when it was the sweep's."""
     async with Network(dsn) as network:
