@@ -10,6 +10,7 @@ dispatcher rules: stop).
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Literal, Protocol
 
 from dispatcher.domain.endpoint import Endpoint
@@ -471,6 +472,13 @@ class Limits:
     dns_ttl_s: float = 30.0
 
 
+class Doubt(Enum):
+    """Why a connection that is asked for may never come: its endpoint has had no answer yet, or has been failing."""
+
+    UNTRIED = "untried"
+    FAILING = "failing"
+
+
 TRACED_BODY_BYTES = 4_096
 
 
@@ -533,11 +541,13 @@ class Transport(Protocol):
         *,
         fresh: bool = False,
         turn_of: Hashable = None,
+        doubt: Doubt | None = None,
         trace: Trace | None = None,
     ) -> None:
         """Ask for a connection; wait for room, name and handshake hold no slot of the engine's. `on_ready` is called once, later, with a
         connection that must be used or released, or with the outcome that says why there is none. `fresh`: not a kept-alive one. Where
-        an origin has no room, those who wait for it (`turn_of`: an endpoint) take turns, however many POSTs each waits with. With a
+        an origin has no room, those who wait for it (`turn_of`: an endpoint) take turns, however many POSTs each waits with. In `doubt`
+        it may have to wait for others that are being opened in such a doubt. With a
         `trace`, which wants a fresh one, the connection is for one POST and fills it in."""
 
     async def close(self) -> None: ...

@@ -43,7 +43,7 @@ from dispatcher.engine.keys import Keys
 from dispatcher.engine.request import Requests, make_requests
 from dispatcher.engine.runs import LaneRun
 from dispatcher.engine.stats import Stat
-from dispatcher.ports import DueRetry, LaneRow
+from dispatcher.ports import Doubt, DueRetry, LaneRow
 from dispatcher.settings import Settings
 
 HOLES_MAX = 1_000
@@ -531,6 +531,12 @@ class Lane:
             and self.failing_since_us is None
             and self.latency_s <= SLOW_S
         )
+
+    def doubt(self, now: float) -> Doubt | None:
+        """Tell why a connection to its endpoint may never come, if it may not."""
+        if self.untried:
+            return Doubt.UNTRIED
+        return Doubt.FAILING if self.failing(now) else None
 
     def accepts(self, now: float) -> bool:
         """Tell whether one more event that was read again may be queued: while a breaker isn't closed, only one to probe with."""

@@ -223,7 +223,8 @@ class Sender:
                 lane.connecting += 1
                 self._connects += 1
                 origin = lane.endpoint.target.origin
-                self._transport.connect(origin, partial(self._connected, lane, origin), turn_of=lane.id)
+                ready = partial(self._connected, lane, origin)
+                self._transport.connect(origin, ready, turn_of=lane.id, doubt=lane.doubt(now))
             else:
                 self._start(lane, connection, now)
         self.offer(lane)

@@ -11,6 +11,10 @@ of the origin's idle stack, so that a quiet origin's surplus sockets grow old an
 Origins that wait for room in all take turns for what becomes free. One that has fewer connections also gets those of one that has more,
 until they are even; there each goes on using its own, because moving a socket costs a handshake.
 
+A connection that may never come holds its room for as long as connecting may take. So of what is asked for in doubt (`ports.Doubt`), at an
+origin where nothing is open, no more than a part of all sockets is being opened at a time; the rest waits apart, where it is in nobody's way,
+until its turn comes or the origin has let anybody in.
+
 Nothing here knows what a connection is made of: `Pool` opens sockets, `MemoryTransport` doesn't. All methods but `close` are atomic, and
 all state is touched by the loop's thread only. One sweep looks at every deadline, because a timer a POST would cost more than the POST's
 share of it; it runs while there are connections. Order is that of dicts, never of sets: a simulation must see the same twice.
@@ -19,7 +23,6 @@ share of it; it runs while there are connections. Order is that of dicts, never 
 import asyncio
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -27,14 +30,15 @@ import structlog
 
 from dispatcher.domain.outcome import Fault, Outcome
 from dispatcher.domain.url import Origin
-from dispatcher.ports import Connection, Limits, Trace
+from dispatcher.ports import Connection, Doubt, Limits, Trace
+from dispatcher.transport.waiting import Apart, Ready, Waiter, Waiting
 
 _log = structlog.get_logger(room="transport")
 
 EXPIRE_AT_ONCE, EXPIRE_EVERY_S = 6, 0.002  # each is a failed delivery, and mostly a connection to open: 0.8 ms of 2
 SWEEP_S = 0.05  # how late a deadline may be noticed; one look at 5,000 connections costs 0.2 ms
-
-Ready = Callable[[Connection | Outcome], None]
+DOUBTED_PART = 4  # of the sockets, for each kind of doubt
+GRANTS_AT_ONCE = 4  # connections to open, as the engine asks for in a turn of the loop
 
 _STOPPING = Outcome(Fault.CONNECT, detail="stopping")
 
@@ -55,48 +59,15 @@ class Kept(Connection, Protocol):
 class _Line:
     """What the room knows of one origin. `count`: open and opening. `in_turn`: it is in the queue for room in all."""
 
-    __slots__ = ("count", "idle", "in_turn", "origin", "waiting")
+    __slots__ = ("count", "idle", "in_turn", "opening", "origin", "waiting")
 
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
         self.count = 0
+        self.opening = 0
         self.idle: list[Kept] = []  # by deadline, as they came
-        self.waiting = _Waiting()
+        self.waiting = Waiting()
         self.in_turn = False
-
-
-@dataclass(slots=True)
-class _Waiter:
-    on_ready: Ready
-    fresh: bool
-    turn_of: Hashable
-    trace: Trace | None
-
-
-class _Waiting:
-    """Who waits at an origin. Its endpoints take turns: one that wants a hundred connections doesn't keep another from its first."""
-
-    __slots__ = ("_lines",)
-
-    def __init__(self) -> None:
-        self._lines: dict[Hashable, deque[_Waiter]] = {}  # whose turn is next comes first
-
-    def __bool__(self) -> bool:
-        return bool(self._lines)
-
-    def append(self, waiter: _Waiter) -> None:
-        self._lines.setdefault(waiter.turn_of, deque()).append(waiter)
-
-    def first(self) -> _Waiter:
-        return next(iter(self._lines.values()))[0]
-
-    def popleft(self) -> _Waiter:
-        turn_of, line = next(iter(self._lines.items()))
-        waiter = line.popleft()
-        del self._lines[turn_of]
-        if line:
-            self._lines[turn_of] = line
-        return waiter
 
 
 class Room:
@@ -108,6 +79,8 @@ class Room:
         self._connections: dict[Kept, None] = {}  # open; it is what makes a connection count
         self._opening: dict[asyncio.Task[Kept | Outcome], None] = {}  # owned here, ended by close()
         self._turns: deque[_Line] = deque()  # wait for room in all; entries whose need has gone are skipped
+        self._granting = False  # room is being given to them, or will be in the loop's next turn
+        self._apart = {doubt: Apart[_Line](max(1, limits.sockets_max // DOUBTED_PART)) for doubt in Doubt}
         # What became idle, oldest first, with its deadline then. It is written at the bound only, where it is needed, and is not let grow;
         # `_idled`: more has become idle since, to be found by a look at all origins.
         self._aging: deque[tuple[float, Kept]] = deque()
@@ -161,8 +134,15 @@ class Room:
             self._set_idle(line, kept)
 
     def connect(
-        self, origin: Origin, on_ready: Ready, *, fresh: bool = False, turn_of: Hashable = None, trace: Trace | None = None
-    ) -> None:  # fmt: skip
+        self,
+        origin: Origin,
+        on_ready: Ready,
+        *,
+        fresh: bool = False,
+        turn_of: Hashable = None,
+        doubt: Doubt | None = None,
+        trace: Trace | None = None,
+    ) -> None:
         loop = asyncio.get_running_loop()
         self._now = loop.time
         if self._closing:
@@ -171,14 +151,15 @@ class Room:
         line = self._lines.get(origin)
         if line is None:
             line = self._lines[origin] = _Line(origin)
+        waiter = Waiter(on_ready, fresh, turn_of, trace)
         if line.idle and not fresh:
             self.reused += 1
             loop.call_soon(on_ready, line.idle.pop())
-        elif self._take_room(line):
-            self._start_opening(line, on_ready, trace)
+        elif doubt is not None and line.count == line.opening:
+            self._apart[doubt].append(line, waiter)
+            self._admit(self._apart[doubt])
         else:
-            line.waiting.append(_Waiter(on_ready, fresh, turn_of, trace))
-            self._queue(line)
+            self._open_or_wait(line, waiter)
 
     async def close(self) -> None:
         """Close every connection; requests in flight end as resets, who waits is told. Call it after draining."""
@@ -189,9 +170,14 @@ class Room:
             await asyncio.gather(*self._opening, return_exceptions=True)
             # _opened() comes in a turn of the loop, and from Python 3.12 on gather() of what is done makes none.
             await asyncio.sleep(0)
+        for apart in self._apart.values():
+            while apart.waiting:
+                apart.popleft()[1].on_ready(_STOPPING)
         for line in list(self._lines.values()):
             while line.waiting:
-                line.waiting.popleft().on_ready(_STOPPING)
+                waiter = line.waiting.popleft()
+                self._no_doubt(waiter)
+                waiter.on_ready(_STOPPING)
         for connection in list(self._connections):
             connection.close()
         self._lines.clear()
@@ -220,6 +206,13 @@ class Room:
 
     # ── room ──
 
+    def _open_or_wait(self, line: _Line, waiter: Waiter) -> None:
+        if self._take_room(line):
+            self._start_opening(line, waiter)
+        else:
+            line.waiting.append(waiter)
+            self._queue(line)
+
     def _take_room(self, line: _Line) -> bool:
         """Count one more connection if there is room, or an idle one makes way; False if the line must wait.
 
@@ -240,22 +233,32 @@ class Room:
         return True
 
     def _freed(self, line: _Line) -> None:
-        """A socket is gone: its room goes to those who wait, by turns."""
+        """A socket is gone: its room goes to those who wait."""
         line.count -= 1
         self.count -= 1
         self._queue(line)
-        while (
-            not self._closing and self.count < self._limits.sockets_max and (first := self._first_in_turn()) is not None
-        ):
+        self._grant()
+        if not line.count and not line.waiting and all(line not in apart.waiting for apart in self._apart.values()):
+            self._lines.pop(line.origin, None)
+
+    def _grant(self) -> None:
+        """Give what room there is to those who wait for room in all, by turns, and not to too many in one turn of the loop."""
+        if self._granting:
+            return  # the next turn does; or an idle connection is making way just now
+        self._granting = True
+        for _ in range(GRANTS_AT_ONCE):
+            if self._closing or (first := self._first_in_turn()) is None or not self._take_room(first):
+                self._granting = False
+                return
             self._turns.popleft()
             first.in_turn = False
-            first.count += 1
-            self.count += 1
-            waiter = first.waiting.popleft()
-            self._start_opening(first, waiter.on_ready, waiter.trace)
+            self._start_opening(first, first.waiting.popleft())
             self._queue(first)
-        if not line.count and not line.waiting:
-            self._lines.pop(line.origin, None)
+        asyncio.get_running_loop().call_soon(self._grant_on)
+
+    def _grant_on(self) -> None:
+        self._granting = False
+        self._grant()
 
     def _pass_on(self, line: _Line, connection: Kept) -> None:
         """Decide who gets a connection that became free while somebody waits."""
@@ -274,8 +277,10 @@ class Room:
             if first is not None:
                 self._turns.rotate(-1)  # the next release looks at another origin
             self.reused += 1
+            waiter = line.waiting.popleft()
             # Not at once: a waiter that has no use for it releases it to the next, and a long line would end the stack.
-            asyncio.get_running_loop().call_soon(line.waiting.popleft().on_ready, connection)
+            asyncio.get_running_loop().call_soon(waiter.on_ready, connection)
+            self._no_doubt(waiter)
 
     def _queue(self, line: _Line) -> None:
         """Put a line that only wants room in all into the queue for it, once."""
@@ -337,17 +342,43 @@ class Room:
             if not connection.closed and connection.deadline <= now:  # a callback may have changed that
                 connection.expire()
 
+    # ── doubt ──
+
+    def _admit(self, apart: Apart[_Line]) -> None:
+        """Let in who waits apart, while the kind has room: each is then as anybody who wants a connection."""
+        while apart.held < apart.limit and apart.waiting and not self._closing:
+            line, waiter = apart.popleft()
+            apart.held += 1
+            waiter.apart = apart
+            self._open_or_wait(line, waiter)
+
+    def _no_doubt(self, waiter: Waiter) -> None:
+        """Whether its connection comes is known: another may be let in."""
+        if waiter.apart is not None:
+            waiter.apart.held -= 1
+            self._admit(waiter.apart)
+
+    def _let_in(self, line: _Line) -> None:
+        """The origin has let somebody in: who waits apart for it waits as anybody does."""
+        for apart in self._apart.values():
+            if line in apart.waiting:
+                line.waiting.extend(apart.waiting.pop(line))
+        self._queue(line)
+        self._grant()
+
     # ── opening ──
 
-    def _start_opening(self, line: _Line, on_ready: Ready, trace: Trace | None) -> None:
-        task = asyncio.get_running_loop().create_task(self._establish(line.origin, trace))
+    def _start_opening(self, line: _Line, waiter: Waiter) -> None:
+        line.opening += 1
+        task = asyncio.get_running_loop().create_task(self._establish(line.origin, waiter.trace))
         self._opening[task] = None
         # Not in the task: one that is cancelled before its first step runs nothing of itself.
-        task.add_done_callback(partial(self._opened, line, on_ready))
+        task.add_done_callback(partial(self._opened, line, waiter))
 
-    def _opened(self, line: _Line, on_ready: Ready, task: asyncio.Task[Kept | Outcome]) -> None:
+    def _opened(self, line: _Line, waiter: Waiter, task: asyncio.Task[Kept | Outcome]) -> None:
         """Take over what was opened, or give its room back."""
         del self._opening[task]
+        line.opening -= 1
         result: Kept | Outcome
         if task.cancelled():  # by close()
             result = _STOPPING
@@ -369,4 +400,7 @@ class Room:
             result.deadline = loop.time() + self._limits.idle_s
             if self._sweeper is None:
                 self._sweeper = loop.call_later(SWEEP_S, self._sweep)
-        on_ready(result)
+            if line.count - line.opening == 1:
+                self._let_in(line)
+        self._no_doubt(waiter)
+        waiter.on_ready(result)

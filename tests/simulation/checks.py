@@ -51,6 +51,7 @@ class Checker:
         self._open: dict[int, LogRow] = {}  # events that aren't final everywhere
         self.spared: set[int] = set()  # endpoints of which no order is asked
         self._visible: dict[tuple[int, int], int] = {}  # event → the how manyth commit showed it
+        self._commits = 0
         self.incarnations = 0
 
     @property
@@ -93,9 +94,9 @@ class Checker:
             self.epochs.append((self.now, self.tables.epoch))
 
     def _are_visible(self, rows: Iterable[LogRow]) -> None:
-        number = len(self._visible) + 1
+        self._commits += 1
         for row in rows:
-            self._visible.setdefault((row.id, row.created_us), number)
+            self._visible.setdefault((row.id, row.created_us), self._commits)
 
     def came_before(self, one: LogRow, other: LogRow) -> bool:
         """Tell whether whoever sees `other` sees `one` too."""
@@ -106,6 +107,11 @@ class Checker:
             self.life_ended_at[life] = self.now
         self.epochs.append((self.now, self.tables.epoch))
         self.erased.clear()  # some may be there again, and ids be handed out again
+        shown = {(row.id, row.created_us) for row in self.tables.outbox.values()}
+        self._visible = {
+            key: number for key, number in self._visible.items() if key in shown
+        }  # others' commits were lost
+        self._are_visible(self.tables.outbox.values())  # and so may a drop of old ones have been
         self.note_versions([*self.versions, *self.tables.endpoints])
         self.look_again()
 

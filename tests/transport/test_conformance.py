@@ -11,9 +11,9 @@ import pytest
 
 from dispatcher.domain.outcome import Command, Fault, Outcome
 from dispatcher.domain.url import Origin
-from dispatcher.ports import Limits
+from dispatcher.ports import Doubt, Limits
 from dispatcher.transport.memory import Dial, Dice, MemoryTransport, Reply, Scripted
-from dispatcher.transport.room import EXPIRE_AT_ONCE, Room
+from dispatcher.transport.room import DOUBTED_PART, EXPIRE_AT_ONCE, Room
 from tests.transport import peers
 from tests.transport.peers import (
     REQUEST,
@@ -464,6 +464,47 @@ async def test_sockets_in_all_are_bounded_and_origins_take_turns(make_world: Mak
     assert world.transport.count == 2
 
 
+async def test_connections_that_may_never_come_hold_a_part_of_the_room(make_world: Make) -> None:
+    """Else, of eight sockets, eight would hang for as long as connecting may take, and two idle ones would have been closed for it."""
+    world = await make_world(sockets_max=8, connect_s=0.3)
+    quiet, _ = await world.receiver()
+    world.transport.release(await connected(world.transport, quiet))
+    holes, calls = [await world.black_hole() for _ in range(3)], Calls()
+    for hole in holes * 4:
+        for doubt in Doubt:
+            world.transport.connect(hole, calls.one(), doubt=doubt)
+    await asyncio.sleep(0)
+    assert len(world.transport._opening) == 2 * 8 // DOUBTED_PART
+    other, _ = await world.receiver()
+    assert (await connected(world.transport, other)).origin == other, "nothing in doubt waits for what is"
+    assert world.transport.try_acquire(quiet) is not None
+    late, arrived = await world.receiver(), asyncio.get_running_loop().create_future()
+    world.transport.connect(late[0], arrived.set_result, doubt=Doubt.UNTRIED)
+    assert (await arrived).origin == late[0], "its turn is before the second of an origin"
+    assert not calls.all_once
+    await until(lambda: calls.all_once)
+    assert {result.fault for result in calls.results} == {Fault.CONNECT}
+
+
+async def test_who_waits_apart_is_let_in_with_the_first_of_its_origin(make_world: Make) -> None:
+    world = await make_world(sockets_max=4)
+    hole = await world.black_hole()
+    origin, _ = await world.receiver()
+    calls = Calls()
+    world.transport.connect(hole, calls.one(), doubt=Doubt.FAILING)
+    served: list[Any] = []
+    for _ in range(5):
+        world.transport.connect(origin, served.append, doubt=Doubt.FAILING)
+    await asyncio.sleep(0.05)
+    assert not served, "one hangs, and of four sockets one may"
+    assert (await connected(world.transport, origin)).origin == origin
+    await until(lambda: len(served) == 2)
+    assert world.transport.count == 4, "all the room there is"
+    for count in (3, 4, 5):
+        world.transport.release(served[-1])
+        await until(lambda count=count: len(served) == count)
+
+
 async def test_a_release_serves_an_origin_that_waits_for_room_in_all(make_world: Make) -> None:
     world = await make_world(sockets_max=1)
     a, _ = await world.receiver()
@@ -682,11 +723,16 @@ async def test_counts_are_true_and_everyone_is_told_once(make_world: Make, seed:
         assert room.count == len(room._connections) + len(room._opening)
         assert room.count <= limits["sockets_max"]
         assert all(line.count <= limits["sockets_per_origin_max"] for line in lines)
-        assert all(line.count or line.waiting for line in lines)
+        apart_lines = {line for apart in room._apart.values() for line in apart.waiting}
+        assert all(line.count or line.waiting or line in apart_lines for line in lines)
         assert not any(line.waiting and line.idle for line in lines)
-        if room._first_in_turn() is not None:
+        if room._first_in_turn() is not None and not room._granting:
             assert room.count == limits["sockets_max"]
             assert not any(line.idle for line in lines)
+        for apart in room._apart.values():
+            assert apart.held <= apart.limit
+            assert apart.held == apart.limit or not apart.waiting
+        assert all(line.count == line.opening and room._lines[line.origin] is line for line in apart_lines)
 
     for _ in range(150):
         what = rng.random()
@@ -694,7 +740,10 @@ async def test_counts_are_true_and_everyone_is_told_once(make_world: Make, seed:
         if what < 0.6:
             connection = room.try_acquire(origin) if rng.random() < 0.5 else None
             if connection is None:
-                room.connect(origin, ready(calls.one()), fresh=rng.random() < 0.2)
+                doubt = rng.choice((None, None, Doubt.UNTRIED, Doubt.FAILING))
+                room.connect(
+                    origin, ready(calls.one()), fresh=rng.random() < 0.2, doubt=doubt, turn_of=rng.randrange(4)
+                )
             else:
                 connection.post(REQUEST, 0.2, calls.one())
         elif what < 0.63:
@@ -712,6 +761,7 @@ async def test_counts_are_true_and_everyone_is_told_once(make_world: Make, seed:
         await until(lambda: calls.all_once)  # what was told "later" comes with the loop's next turn
     assert calls.all_once
     assert (room.count, room._lines) == (0, {})
+    assert not any(apart.held or apart.waiting for apart in room._apart.values())
     await until(lambda: world.real_count() == 0)
     assert calls.all_once
 
