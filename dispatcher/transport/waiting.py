@@ -54,14 +54,21 @@ class Waiting:
 
 
 class Apart(Generic[Line]):
-    """One kind of doubt: at most `limit` are `held`, the others wait, and their origins take turns."""
+    """One kind of doubt: at most `limit` are `held`, the others wait, and their origins take turns. `is_paced`: the next one
+    comes in a moment."""
 
-    __slots__ = ("held", "limit", "waiting")
+    __slots__ = ("held", "is_paced", "limit", "waiting")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
+        self.is_paced = False
         self.waiting: dict[Line, Waiting] = {}  # whose turn is next comes first
+
+    @property
+    def has_next(self) -> bool:
+        """Tell whether somebody waits, and there is room."""
+        return bool(self.waiting) and self.held < self.limit
 
     def append(self, line: Line, waiter: Waiter) -> None:
         self.waiting.setdefault(line, Waiting()).append(waiter)

@@ -328,7 +328,7 @@ FAULTS = [
         "look at gaps before lanes are looked at",
         [(Recorder, "_checkpoint", _checkpoint_without_what_opened_meanwhile)],
         "neither",
-        seed=4_133,
+        seed=9_739,
     ),
     Fault("keep gaps out of the checkpoint", [(Recorder, "_checkpoint", _checkpoint_without_gaps)], "neither"),
     Fault(
@@ -435,7 +435,7 @@ FAULTS = [
         "forget who waits for more than a token",
         [(Sender, "_on_timer", _on_timer_as_it_was)],
         "not settled",
-        seed=1_533,
+        seed=1_008,
     ),
     Fault("send though its key is held", [(Keys, "holds", lambda self, key: False)], "by key", frozenset({"ordering"})),
     Fault(
