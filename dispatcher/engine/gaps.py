@@ -30,6 +30,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import inf
 from operator import attrgetter
 
 from dispatcher.domain.ranges import IdRanges, runs
@@ -41,7 +42,8 @@ YOUNG_RUN_MAX = 100  # a longer run of missing ids is a load under way, not a ne
 OLD_MAX = 10_000
 LOOK_RANGES_MAX = 1_000
 LOOK_IDS_MAX = 20_000  # in all ranges of a look: a load's rows that nobody can see yet cost 0.1 µs each
-SUMMARY_IDS_MAX = 4_000  # in all ranges of a look at what is there of whom
+SUMMARY_IDS_MAX = 1_000  # in all ranges of a look at what is there of whom
+SUMMARY_REST = 3  # how many times what such a look took nothing is summed up after it
 WATCH_S = 0.02  # how often holders are looked at while a gap is watched
 WATCH_IDLE_S = 0.25  # … and once nothing has changed for a second
 
@@ -118,8 +120,9 @@ class Gaps:
         self._wanting: dict[Gap, None] = {}  # a look, in turn
         self._bulk: dict[Gap, None] = {}  # … and those that many rows may have come in, which take long
         self._bulk_first = False
-        self._watched_at = float("-inf")
-        self._changed_at = float("-inf")
+        self._rest_until = -inf
+        self._watched_at = -inf
+        self._changed_at = -inf
 
     def __len__(self) -> int:
         return len(self.young) + len(self.old)
@@ -241,7 +244,7 @@ class Gaps:
 
     def watch_now(self) -> None:
         """Somebody has committed, and it may have been one of the holders: look at them next, however quiet it was."""
-        self._watched_at = float("-inf")
+        self._watched_at = -inf
 
     def note_holders(self, holders: Holders, now: float) -> None:
         """Give new gaps their barrier, and let the others' shrink."""
@@ -277,12 +280,17 @@ class Gaps:
                         gap.barrier = one
         self._barriers = dict.fromkeys(by_future.values())
 
-    def looks(self) -> list[Look]:
+    def rest(self, now: float, took_s: float) -> None:
+        """A look by a summary took so long: what one large transaction left waits a while for the next one, so that others don't wait for it."""
+        self._rest_until = now + SUMMARY_REST * took_s
+
+    def looks(self, now: float = inf) -> list[Look]:
         """Return what to read, if anything, in turn; bounded in ranges and ids, and all of it by rows or all by summaries. What one large
         transaction left comes in every other look, so that a neighbour's event doesn't wait for five million of its rows; and by summaries, once
         all of it has come."""
         self._bulk_first = not self._bulk_first
-        line = self._bulk if self._bulk and (self._bulk_first or not self._wanting) else self._wanting
+        has_bulk = bool(self._bulk) and now >= self._rest_until
+        line = self._bulk if has_bulk and (self._bulk_first or not self._wanting) else self._wanting
         looks: list[Look] = []
         ids = LOOK_IDS_MAX
         for gap in line:
@@ -307,11 +315,12 @@ class Gaps:
     def next_at(self, now: float) -> float:
         """Return when the reader must come back for gaps at the latest."""
         if not self.old:
-            return min(self.young.values(), default=float("inf")) + YOUNG_S
-        if self._new or self.is_pending:
+            return min(self.young.values(), default=inf) + YOUNG_S
+        if self._new or self._wanting:
             return now
         quiet = now - self._changed_at > 1.0
-        return self._watched_at + (WATCH_IDLE_S if quiet else WATCH_S)
+        at = self._watched_at + (WATCH_IDLE_S if quiet else WATCH_S)
+        return min(at, max(now, self._rest_until)) if self._bulk else at
 
     def by_rows(self, looks: Iterable[Look]) -> None:
         """A summary was no use: these are to be read by their rows, next."""

@@ -386,7 +386,7 @@ class Reader:
             held_by = await self._store.holders()
             self.gaps.note_holders(held_by, self._clock.now())
             self._gate.applied()
-        looks = self.gaps.looks()
+        looks = self.gaps.looks(self._clock.now())
         if not looks or self._lanes.memory.is_full:
             return False
         if looks[0].sums:
@@ -416,6 +416,7 @@ class Reader:
         """Look at what one large transaction left, all of which has come. A lane that has a crowd of it, or is behind anyway, reads it for
         itself; the rest comes by its rows, and what nobody wants not at all."""
         ranges = [(look.low, look.high) for look in looks]
+        began = self._clock.now()
         self._gate.begin()
         groups = await self._store.summary(ranges)
         wanted: list[tuple[Summary, dict[Lane, None]]] = []
@@ -457,5 +458,7 @@ class Reader:
             self._found_all(pages)
             for lane in parts:
                 self.catch_up.look(lane)
+        now = self._clock.now()
+        self.gaps.rest(now, now - began)
         self._gate.applied()
         return bool(groups)
