@@ -283,18 +283,34 @@ class Store(Protocol):
         """Tell what is in ranges of ids, by account and type."""
 
     async def account(
-        self, account_id: str, after: int, upto: int, types: Sequence[str] | None, limit: int, bytes_max: int
-    ) -> Page: ...
+        self,
+        account_id: str,
+        after: int,
+        upto: int,
+        types: Sequence[str] | None,
+        limit: int,
+        bytes_max: int,
+        of: Sequence[int],
+    ) -> Page:
+        """Read an account's events in (after, upto], with the attempts of some endpoints (`of`, here and below)."""
 
     async def holes(
-        self, account_id: str, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int
+        self, account_id: str, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int, of: Sequence[int]
     ) -> list[Page]: ...
 
-    async def urgent(self, account_id: str, after: int, upto: int, limit: int, bytes_max: int) -> Page:
+    async def urgent(
+        self, account_id: str, after: int, upto: int, limit: int, bytes_max: int, of: Sequence[int]
+    ) -> Page:
         """Read as `account` does, events with priority only."""
 
     async def keys(
-        self, account_id: str, keys: Sequence[tuple[str, int]], upto: int, limit: int, bytes_max: int
+        self,
+        account_id: str,
+        keys: Sequence[tuple[str, int]],
+        upto: int,
+        limit: int,
+        bytes_max: int,
+        of: Sequence[int],
     ) -> list[Page]:
         """Read the first `limit` events of each (ordering key, lowest id); a page beyond the byte bound comes back empty and full."""
 

@@ -188,7 +188,9 @@ class CatchUp:
         """Holes first: they are the oldest. A range is done as far as a page has passed it."""
         holes = lane.holes.page(100)
         self._gate.begin()
-        pages = await self._store.holes(lane.endpoint.account_id, holes, min(room, PAGE_ROWS), READ_BYTES_MAX)
+        pages = await self._store.holes(
+            lane.endpoint.account_id, holes, min(room, PAGE_ROWS), READ_BYTES_MAX, [lane.id]
+        )
         now = self._clock.now()
         progress = False
         for (low, high), page in zip(holes, pages, strict=True):
@@ -238,7 +240,9 @@ class CatchUp:
         moved = {lane: lane.moved for lane in (first, *sharers)}
         limit = max(1, min(PAGE_ROWS, PAGE_OFFERS // len(moved))) if sharers else min(room, PAGE_ROWS)
         self._gate.begin()
-        page = await self._store.account(account_id, after, upto, types, limit, READ_BYTES_MAX)
+        page = await self._store.account(
+            account_id, after, upto, types, limit, READ_BYTES_MAX, [lane.id for lane in moved]
+        )
         self._counters.lag_reads += 1
         now = self._clock.now()
         passed = page.events[-1].id if page.full else upto
@@ -304,7 +308,7 @@ class CatchUp:
             after, upto, moved = max(lane.urgent_after, lane.cursor), self._head(), lane.moved
             self._gate.begin()
             try:
-                page = await self._store.urgent(lane.endpoint.account_id, after, upto, room, READ_BYTES_MAX)
+                page = await self._store.urgent(lane.endpoint.account_id, after, upto, room, READ_BYTES_MAX, [lane.id])
                 self._counters.urgent_reads += 1
                 if not lane.gone and not lane.live and lane.moved == moved:
                     self._take_urgent(lane, page)
@@ -349,7 +353,9 @@ class CatchUp:
             upto = self._head() if lane.live else lane.cursor
             self._gate.begin()
             try:
-                pages = await self._store.keys(lane.endpoint.account_id, wanted, upto, KEY_ROWS, READ_BYTES_MAX)
+                pages = await self._store.keys(
+                    lane.endpoint.account_id, wanted, upto, KEY_ROWS, READ_BYTES_MAX, [lane.id]
+                )
                 self._counters.key_reads += 1
                 if not lane.gone and lane.moved == moved:
                     for (key, _), page in zip(wanted, pages, strict=True):

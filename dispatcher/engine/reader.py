@@ -34,6 +34,7 @@ from dispatcher.ports import HeadPage, Page, Started, Store, Summary
 _log = structlog.get_logger(room="reader")
 
 HEAD_ROWS = 1_000
+FIRST_ROWS = 16  # after a start each comes with the attempts of all endpoints; then twice as many a page
 HEAD_OFFERS = 2_000  # deliveries that one page may become at once: events for ten thousand endpoints each would hold the loop for seconds
 POLL_S = 0.0005  # between polls while events were just coming
 POLLS_AT_ONCE = 2  # a timer of uvloop's waits a millisecond at the least, a poll takes a fifth of one
@@ -106,6 +107,7 @@ class Reader:
         self.head = started.position
         self._last_id = started.position
         self._start_last_id = started.last_id
+        self._head_rows = FIRST_ROWS
         gaps = started.gaps.copy()
         gaps.clip(started.position)
         self.gaps.restore(gaps)
@@ -393,24 +395,31 @@ class Reader:
             return await self._sum_up(looks)
         self._gate.begin()
         pages = await self._store.probe([(look.low, look.high) for look in looks], PAGE_ROWS, READ_BYTES_MAX)
+        applied = self._found_all(pages)
         for look, page in zip(looks, pages, strict=True):
-            self.gaps.looked(look, [event.id for event in page.events], page.full)
-        came = self._found_all(pages)
+            found = [event.id for event in page.events[:applied]]
+            is_cut = applied < len(page.events)
+            applied -= len(found)
+            self.gaps.looked(look, found, page.full or is_cut)
+        came = any(page.events for page in pages)
         self._counters.gap_reads += 1
         self._gate.applied()
         return came
 
-    def _found_all(self, pages: Sequence[Page]) -> bool:
+    def _found_all(self, pages: Sequence[Page], *, at_once: bool = False) -> int:
+        """Give what came in gaps to its lanes, as much as may be in one turn of the loop, or all; return how many of the events."""
         now, unread_from = self._clock.now(), min(self.gaps.young, default=inf)
-        came = False
+        offers = applied = 0
         for page in pages:
             assert page.attempted is not None
             for event, skip in zip(page.events, page.attempted, strict=True):
-                came = True
-                self._found(event, skip, now, unread_from)
-        if came and unread_from < inf:
+                if offers >= HEAD_OFFERS and not at_once:
+                    break
+                applied += 1
+                offers += self._found(event, skip, now, unread_from)
+        if applied and unread_from < inf:
             self._rung = self._head_first = True  # it is read before what was passed over for it
-        return came
+        return applied
 
     async def _sum_up(self, looks: Sequence[Look]) -> bool:
         """Look at what one large transaction left, all of which has come. A lane that has a crowd of it, or is behind anyway, reads it for
@@ -434,13 +443,14 @@ class Reader:
         little = {lane for lane, (_, low) in parts.items() if lane not in crowds and (lane.live or lane.cursor >= low)}
         needed = [group for group, lanes in wanted if not little.isdisjoint(lanes)]
         accounts, types = {group.account_id for group in needed}, {group.event_type for group in needed}
-        rest = [
-            (group, lanes)
-            for group, lanes in wanted
-            if group.account_id not in accounts or group.event_type not in types
-        ]
-        events, pages = sum(group.events for group in groups), list[Page]()
-        too_many = events - sum(group.events for group, _ in rest) >= PAGE_ROWS
+        asked, rest = list[tuple[Summary, dict[Lane, None]]](), list[tuple[Summary, dict[Lane, None]]]()
+        for group, lanes in wanted:
+            (asked if group.account_id in accounts and group.event_type in types else rest).append((group, lanes))
+        pages = list[Page]()
+        too_many = (
+            sum(group.events for group, _ in asked) >= PAGE_ROWS
+            or sum(group.events * len(lanes) for group, lanes in asked) >= HEAD_OFFERS
+        )
         if needed and not too_many:
             pages = await self._store.probe(ranges, PAGE_ROWS, READ_BYTES_MAX, (sorted(accounts), sorted(types)))
             too_many = any(page.full for page in pages)
@@ -454,8 +464,8 @@ class Reader:
             for group, lanes in rest:
                 for lane in lanes:
                     lane.passed_by_many(group.events, group.low - 1, urgent=group.urgent)
-            self.gaps.summed(looks, events)
-            self._found_all(pages)
+            self.gaps.summed(looks, sum(group.events for group in groups))
+            self._found_all(pages, at_once=True)  # they are closed now
             for lane in parts:
                 self.catch_up.look(lane)
         now = self._clock.now()

@@ -260,36 +260,40 @@ class MemoryStore:
 
         return await self._call("reader", "summary", work)
 
-    async def holes(self, account_id: str, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int) -> list[Page]:
+    async def holes(
+        self, account_id: str, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int, of: Sequence[int]
+    ) -> list[Page]:
         return await self._call(
             "reader",
             "holes",
-            lambda _: self._ranges(lambda row: row.account_id == account_id, ranges, limit, bytes_max),
+            lambda _: self._ranges(lambda row: row.account_id == account_id, ranges, limit, bytes_max, of),
         )
 
     async def account(
-        self, account_id: str, after: int, upto: int, types: Sequence[str] | None, limit: int, bytes_max: int
-    ) -> Page:
+        self, account_id: str, after: int, upto: int, types: Sequence[str] | None, limit: int, bytes_max: int, of: Sequence[int],
+    ) -> Page:  # fmt: skip
         def work(_: Connection) -> Page:
             tables = self._database.tables
             rows = tables.between(after + 1, upto, len(tables.ids), account_id)
             rows, cut = _cut([row for row in rows if types is None or row.type in types][:limit], bytes_max)
-            return Page(self._events(rows), tables.attempted_by(rows), cut or len(rows) >= limit)
+            return Page(self._events(rows), tables.attempted_by(rows, of), cut or len(rows) >= limit)
 
         return await self._call("reader", "account", work)
 
-    async def urgent(self, account_id: str, after: int, upto: int, limit: int, bytes_max: int) -> Page:
+    async def urgent(
+        self, account_id: str, after: int, upto: int, limit: int, bytes_max: int, of: Sequence[int]
+    ) -> Page:
         def work(_: Connection) -> Page:
             tables = self._database.tables
             rows = tables.between(after + 1, upto, len(tables.ids), account_id)
             rows, cut = _cut([row for row in rows if (row.priority or 0) > 0][:limit], bytes_max)
-            return Page(self._events(rows), tables.attempted_by(rows), cut or len(rows) >= limit)
+            return Page(self._events(rows), tables.attempted_by(rows, of), cut or len(rows) >= limit)
 
         return await self._call("reader", "urgent", work)
 
     async def keys(
-        self, account_id: str, keys: Sequence[tuple[str, int]], upto: int, limit: int, bytes_max: int
-    ) -> list[Page]:
+        self, account_id: str, keys: Sequence[tuple[str, int]], upto: int, limit: int, bytes_max: int, of: Sequence[int],
+    ) -> list[Page]:  # fmt: skip
         def work(_: Connection) -> list[Page]:
             tables = self._database.tables
             found = [
@@ -297,7 +301,7 @@ class MemoryStore:
                 for n, (key, low) in enumerate(keys)
                 for row in [r for r in tables.between(low, upto, len(tables.ids), account_id) if r.ordering_key == key][:limit]
             ]  # fmt: skip
-            pages = self._dealt(found, len(keys), len(found) + 1, bytes_max)
+            pages = self._dealt(found, len(keys), len(found) + 1, bytes_max, of)
             for page in pages:
                 page.full = page.full or len(page.events) >= limit
             return pages
@@ -375,8 +379,8 @@ class MemoryStore:
         await self._call("reader", "disarm_doorbell", self._database.doorbell_lock.give_back)
 
     def _ranges(
-        self, wanted: Callable[[LogRow], bool], ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int
-    ) -> list[Page]:
+        self, wanted: Callable[[LogRow], bool], ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int, of: Sequence[int] | None = None,
+    ) -> list[Page]:  # fmt: skip
         tables = self._database.tables
         found = [
             (n, row)
@@ -384,14 +388,16 @@ class MemoryStore:
             for row in tables.between(low, high, len(tables.ids))
             if wanted(row)
         ]
-        return self._dealt(found, len(ranges), limit, bytes_max)
+        return self._dealt(found, len(ranges), limit, bytes_max, of)
 
-    def _dealt(self, found: list[tuple[int, LogRow]], count: int, limit: int, bytes_max: int) -> list[Page]:
+    def _dealt(
+        self, found: list[tuple[int, LogRow]], count: int, limit: int, bytes_max: int, of: Sequence[int] | None
+    ) -> list[Page]:
         """One bound for all pages together: where it cuts, that page and those after it are full."""
         tables = self._database.tables
         rows, cut = _cut([row for _, row in found[:limit]], bytes_max)
         pages = [Page([], [], False) for _ in range(count)]
-        for (n, _), event, attempted in zip(found, self._events(rows), tables.attempted_by(rows), strict=False):
+        for (n, _), event, attempted in zip(found, self._events(rows), tables.attempted_by(rows, of), strict=False):
             page = pages[n]
             page.events.append(event)
             assert page.attempted is not None

@@ -324,8 +324,14 @@ class Tables:
     def _attempts_of(self, event_id: int, endpoint_id: int) -> Iterable[AttemptRow]:
         return self.attempts_of.get((event_id, endpoint_id), ())
 
-    def attempted_by(self, rows: Iterable[LogRow]) -> list[Sequence[int]]:
-        return [tuple(self.attempted[row.id]) if row.id in self.attempted else () for row in rows]
+    def attempted_by(self, rows: Iterable[LogRow], of: Iterable[int] | None = None) -> list[Sequence[int]]:
+        wanted = None if of is None else set(of)
+        return [
+            tuple(
+                endpoint_id for endpoint_id in self.attempted.get(row.id, ()) if wanted is None or endpoint_id in wanted
+            )
+            for row in rows
+        ]
 
     def violations(self) -> list[str]:
         """Say where DESIGN §4's invariant doesn't hold: an event that nobody would look for any more."""

@@ -328,26 +328,32 @@ class PgStore:
         lows, highs = [low for low, _ in ranges], [high for _, high in ranges]
         return [Summary(*row) for row in await self._reader.run(lambda c: c.fetch(SQL.summary, lows, highs))]
 
-    async def holes(self, account_id: str, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int) -> list[Page]:
+    async def holes(
+        self, account_id: str, ranges: Sequence[tuple[int, int]], limit: int, bytes_max: int, of: Sequence[int]
+    ) -> list[Page]:
         lows, highs = [low for low, _ in ranges], [high for _, high in ranges]
-        rows = await self._reader.run(lambda c: c.fetch(SQL.holes, account_id, lows, highs, limit, bytes_max))
+        rows = await self._reader.run(lambda c: c.fetch(SQL.holes, account_id, lows, highs, limit, bytes_max, of))
         return self._paged(rows, len(ranges), limit, bytes_max)
 
     async def account(
-        self, account_id: str, after: int, upto: int, types: Sequence[str] | None, limit: int, bytes_max: int
-    ) -> Page:
-        rows = await self._reader.run(lambda c: c.fetch(SQL.account, account_id, after, upto, types, limit, bytes_max))
+        self, account_id: str, after: int, upto: int, types: Sequence[str] | None, limit: int, bytes_max: int, of: Sequence[int],
+    ) -> Page:  # fmt: skip
+        rows = await self._reader.run(
+            lambda c: c.fetch(SQL.account, account_id, after, upto, types, limit, bytes_max, of)
+        )
         return self._page(rows, limit, bytes_max)
 
-    async def urgent(self, account_id: str, after: int, upto: int, limit: int, bytes_max: int) -> Page:
-        rows = await self._reader.run(lambda c: c.fetch(SQL.urgent, account_id, after, upto, limit, bytes_max))
+    async def urgent(
+        self, account_id: str, after: int, upto: int, limit: int, bytes_max: int, of: Sequence[int]
+    ) -> Page:
+        rows = await self._reader.run(lambda c: c.fetch(SQL.urgent, account_id, after, upto, limit, bytes_max, of))
         return self._page(rows, limit, bytes_max)
 
     async def keys(
-        self, account_id: str, keys: Sequence[tuple[str, int]], upto: int, limit: int, bytes_max: int
-    ) -> list[Page]:
+        self, account_id: str, keys: Sequence[tuple[str, int]], upto: int, limit: int, bytes_max: int, of: Sequence[int],
+    ) -> list[Page]:  # fmt: skip
         names, lows = [key for key, _ in keys], [low for _, low in keys]
-        rows = await self._reader.run(lambda c: c.fetch(SQL.keys, account_id, names, lows, upto, limit, bytes_max))
+        rows = await self._reader.run(lambda c: c.fetch(SQL.keys, account_id, names, lows, upto, limit, bytes_max, of))
         pages = self._paged(rows, len(keys), len(keys) * limit + 1, bytes_max)
         for page in pages:
             page.full = page.full or len(page.events) >= limit

@@ -204,8 +204,8 @@ async def test_a_page_that_many_lanes_share_is_short():
     asked = []
 
     class Log:
-        async def account(self, account_id, after, upto, types, limit, bytes_max):
-            asked.append(limit)
+        async def account(self, account_id, after, upto, types, limit, bytes_max, of):
+            asked.append((limit, len(of)))
             return Page([], [], False)
 
     clock = Clock(lambda: 1.0)
@@ -213,4 +213,4 @@ async def test_a_page_that_many_lanes_share_is_short():
     catch_up = make_catch_up(lanes, clock, Log(), head=10)
     catch_up.look(lanes.get(1))
     await catch_up.read_lagging()
-    assert asked == [PAGE_OFFERS // sharers]
+    assert asked == [(PAGE_OFFERS // sharers, sharers)]

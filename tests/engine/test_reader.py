@@ -51,7 +51,8 @@ async def test_what_an_old_gap_brings_lets_the_young_ids_before_it_go_first(orde
             assert ranges == [(160, 160)]
             return [Page([make_event(160, ordering_key="k")], [()], full=False)]
 
-        async def holes(self, account, ranges, rows, size) -> list[Page]:
+        async def holes(self, account, ranges, rows, size, of) -> list[Page]:
+            assert of == [1]
             assert ranges == [(150, 150), (160, 160)]
             return [Page([make_event(n, ordering_key="k")], [()], full=False) for n, _ in ranges]
 
@@ -175,9 +176,10 @@ async def test_who_has_little_of_a_large_transaction_gets_it_by_its_rows(monkeyp
     assert (list(reader.gaps), log.asked) == ([], [(["acc"], ["a.b"])])
 
 
-@pytest.mark.parametrize("bound", ["rows", "bytes"])
+@pytest.mark.parametrize("bound", ["rows", "bytes", "offers"])
 async def test_what_too_many_have_little_of_is_read_by_its_rows(bound, monkeypatch):
     monkeypatch.setattr("dispatcher.engine.reader.PAGE_ROWS", 2 if bound == "rows" else 200)
+    monkeypatch.setattr("dispatcher.engine.reader.HEAD_OFFERS", 2 if bound == "offers" else 200)
     log = Load(("acc", "a.b", 2), ("other", "a.b", 8), rows=Page([make_event(101)], [()], full=True))
     reader, [few, many] = await look_at(log, monkeypatch, make_endpoint(1), make_endpoint(2, account_id="other"))
     assert (few.queued(), many.live) == (0, True), "nothing has been done yet"
@@ -265,3 +267,35 @@ def test_ids_that_go_back_end_it():
     reader._apply_head(HeadPage([], None, False, 200, 0))
     with pytest.raises(DatabaseRefusedError, match="from 200 to 30"):
         reader._apply_head(HeadPage([], None, False, 30, 0))
+
+
+async def test_what_came_for_many_lanes_is_given_to_them_a_part_a_turn(monkeypatch):
+    """Two hundred events for ten thousand endpoints each held the loop for seconds."""
+    monkeypatch.setattr("dispatcher.engine.reader.HEAD_OFFERS", 5)
+    came = [101, 102, 103, 104, 108]
+
+    class Log:
+        async def holders(self) -> Holders:
+            return Holders(frozenset(), frozenset())
+
+        async def probe(self, ranges, rows, size) -> list[Page]:
+            return [
+                Page(events := [make_event(n) for n in came if low <= n <= high], [()] * len(events), full=False)
+                for low, high in ranges
+            ]
+
+    lanes = Lanes(LIMITS, Memory(100, 10_000))
+    added = [lanes.add(make_endpoint(n), 0.0, live=True, cursor=200) for n in range(1, 4)]
+    reader = Reader(
+        Log(), lanes, Clock(lambda: 1.0), Counters(), offered=lambda lane: None, position=lambda: 200, configured=None,
+        doorbell=False, poll_s=1.0, gate=ReadGate(),
+    )  # fmt: skip
+    reader.head = 200
+    reader.gaps.restore([(101, 105), (107, 110)])
+    for found, left, closed in (
+        ([101, 102], [(103, 105), (107, 110)], 0), ([108, 103], [(104, 105)], 3), ([104], [], 4)
+    ):  # fmt: skip
+        before = [len(lane.queue) for lane in added]
+        assert await reader._read_gaps()
+        assert [[event.id for event in lane.queue][n:] for lane, n in zip(added, before, strict=True)] == [found] * 3
+        assert (list(reader.gaps.ranges()), reader.gaps.closed_ids) == (left, closed)

@@ -322,7 +322,7 @@ FAULTS = [
         "look at gaps once lanes were looked at",
         [(Recorder, "_checkpoint", _checkpoint_without_what_closed_meanwhile)],
         "neither",
-        seed=2_170,
+        seed=1_012,
     ),
     Fault(
         "look at gaps before lanes are looked at",

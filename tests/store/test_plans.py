@@ -45,6 +45,7 @@ ANALYZE webhook.outbox, webhook.attempt, webhook.retry, webhook.dead_letter;
 """
 # name → parameter types, arguments, how many outbox partitions may be read for these arguments
 NEAR = f"'{{{HEAD - 100},{HEAD - 5}}}', '{{{HEAD - 91},{HEAD - 4}}}'"  # two ranges: lows, highs
+OF = "'{1,2,77}'"  # endpoints
 RUN = "text, bigint, bigint, text[], bigint, bigint, integer, bigint"
 STATEMENTS: dict[str, tuple[str, str, int]] = {
     # The young ids of head are looked for in every partition: `= ANY ($n)` of a generic plan isn't pruned. 0.1 ms at 30; LATERAL costs the same.
@@ -52,12 +53,12 @@ STATEMENTS: dict[str, tuple[str, str, int]] = {
     "head_attempted": ("bigint, bigint, bigint, bigint[]", f"{HEAD - 200}, {LIMIT}, {BYTES}, '{{}}'", 2),
     "probe": ("bigint[], bigint[], bigint, bigint, text[], text[]", f"{NEAR}, {LIMIT}, {BYTES}, NULL, NULL", 1),
     "summary": ("bigint[], bigint[]", f"{NEAR}", 1),
-    "holes": ("text, bigint[], bigint[], bigint, bigint", f"'a5', {NEAR}, {LIMIT}, {BYTES}", 1),
-    "account": ("text, bigint, bigint, text[], bigint, bigint", f"'a5', {HEAD - 300}, {HEAD}, NULL, {LIMIT}, {BYTES}", 1),
-    "urgent": ("text, bigint, bigint, bigint, bigint", f"'a5', {HEAD - 300}, {HEAD}, {LIMIT}, {BYTES}", 1),
+    "holes": ("text, bigint[], bigint[], bigint, bigint, bigint[]", f"'a5', {NEAR}, {LIMIT}, {BYTES}, {OF}", 1),
+    "account": ("text, bigint, bigint, text[], bigint, bigint, bigint[]", f"'a5', {HEAD - 300}, {HEAD}, NULL, {LIMIT}, {BYTES}, {OF}", 1),
+    "urgent": ("text, bigint, bigint, bigint, bigint, bigint[]", f"'a5', {HEAD - 300}, {HEAD}, {LIMIT}, {BYTES}, {OF}", 1),
     "keys": (
-        "text, text[], bigint[], bigint, bigint, bigint",
-        f"'a5', '{{k5,k15}}', '{{{HEAD - 300},{HEAD - 100}}}', {HEAD}, 3, {BYTES}",
+        "text, text[], bigint[], bigint, bigint, bigint, bigint[]",
+        f"'a5', '{{k5,k15}}', '{{{HEAD - 300},{HEAD - 100}}}', {HEAD}, 3, {BYTES}, {OF}",
         1,
     ),
     "held_keys": ("bigint", "9", 0),
@@ -216,7 +217,7 @@ async def test_a_rare_type_is_bounded_by_the_range_of_ids(reader: tuple[asyncpg.
     """`account` filters by type while it scans, so what bounds the scan is how far it may go."""
     connection, full = reader
     text = await connection.fetchval(
-        f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) EXECUTE account ('a5', {HEAD - 100}, {HEAD}, '{{no.such}}', 50, 1000)"
+        f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) EXECUTE account ('a5', {HEAD - 100}, {HEAD}, '{{no.such}}', 50, 1000, {OF})"
     )
     removed = sum(
         node.get("Rows Removed by Filter", 0) * node["Actual Loops"] for node, _ in nodes(orjson.loads(text)[0]["Plan"])
