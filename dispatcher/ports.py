@@ -489,10 +489,10 @@ class Limits:
 
 
 class Doubt(Enum):
-    """Why a connection that is asked for may never come: its endpoint has had no answer yet, or has been failing."""
+    """Why a connection that is asked for may never come: its endpoint was not tried yet, or could not be connected to the last time."""
 
     UNTRIED = "untried"
-    FAILING = "failing"
+    UNREACHED = "unreached"
 
 
 TRACED_BODY_BYTES = 4_096

@@ -43,7 +43,7 @@ OLD_MAX = 10_000
 LOOK_RANGES_MAX = 1_000
 LOOK_IDS_MAX = 20_000  # in all ranges of a look: a load's rows that nobody can see yet cost 0.1 µs each
 SUMMARY_IDS_MAX = 1_000  # in all ranges of a look at what is there of whom
-SUMMARY_REST = 3  # how many times what such a look took nothing is summed up after it
+SUMMARY_REST, SUMMARY_REST_MAX_S = 3, 0.1  # how many times what such a look took nothing is summed up after it
 WATCH_S = 0.02  # how often holders are looked at while a gap is watched
 WATCH_IDLE_S = 0.25  # … and once nothing has changed for a second
 
@@ -93,6 +93,10 @@ class Gap:
     @property
     def is_closing(self) -> bool:
         return self.barrier is not None and self.barrier.is_open
+
+    @property
+    def wants_summary(self) -> bool:
+        return self.is_closing and max(self.low, self.page_from) > self.by_rows_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +241,7 @@ class Gaps:
         """Tell whether the reader should look at who holds the writers' lock."""
         if self._new:
             return True
-        if all(barrier.is_open or not barrier.gaps for barrier in self._barriers):
+        if not self._is_watching():
             return False
         quiet = now - self._changed_at > 1.0
         return now - self._watched_at >= (WATCH_IDLE_S if quiet else WATCH_S)
@@ -282,20 +286,20 @@ class Gaps:
 
     def rest(self, now: float, took_s: float) -> None:
         """A look by a summary took so long: what one large transaction left waits a while for the next one, so that others don't wait for it."""
-        self._rest_until = now + SUMMARY_REST * took_s
+        self._rest_until = now + min(SUMMARY_REST_MAX_S, SUMMARY_REST * took_s)
 
     def looks(self, now: float = inf) -> list[Look]:
         """Return what to read, if anything, in turn; bounded in ranges and ids, and all of it by rows or all by summaries. What one large
         transaction left comes in every other look, so that a neighbour's event doesn't wait for five million of its rows; and by summaries, once
         all of it has come."""
         self._bulk_first = not self._bulk_first
-        has_bulk = bool(self._bulk) and now >= self._rest_until
+        has_bulk = bool(self._bulk) and now >= self._bulk_at()
         line = self._bulk if has_bulk and (self._bulk_first or not self._wanting) else self._wanting
         looks: list[Look] = []
         ids = LOOK_IDS_MAX
         for gap in line:
             low = max(gap.low, gap.page_from)
-            sums = line is self._bulk and gap.is_closing and low > gap.by_rows_to
+            sums = line is self._bulk and gap.wants_summary
             if not looks and sums:
                 ids = SUMMARY_IDS_MAX
             if ids <= 0 or len(looks) == LOOK_RANGES_MAX or (looks and looks[0].sums is not sums):
@@ -318,9 +322,19 @@ class Gaps:
             return min(self.young.values(), default=inf) + YOUNG_S
         if self._new or self._wanting:
             return now
-        quiet = now - self._changed_at > 1.0
-        at = self._watched_at + (WATCH_IDLE_S if quiet else WATCH_S)
-        return min(at, max(now, self._rest_until)) if self._bulk else at
+        at = max(now, self._bulk_at()) if self._bulk else inf
+        if self._is_watching():
+            quiet = now - self._changed_at > 1.0
+            at = min(at, self._watched_at + (WATCH_IDLE_S if quiet else WATCH_S))
+        return at
+
+    def _bulk_at(self) -> float:
+        """Return when what one large transaction left may be looked at."""
+        return self._rest_until if next(iter(self._bulk)).wants_summary else -inf
+
+    def _is_watching(self) -> bool:
+        """Tell whether somebody is left who may still fill a gap."""
+        return any(barrier.gaps and not barrier.is_open for barrier in self._barriers)
 
     def by_rows(self, looks: Iterable[Look]) -> None:
         """A summary was no use: these are to be read by their rows, next."""

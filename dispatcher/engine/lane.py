@@ -39,6 +39,7 @@ from dispatcher.domain.outcome import RetryPolicy
 from dispatcher.domain.pace import Pace
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.domain.run import RunState
+from dispatcher.domain.url import Origin
 from dispatcher.engine.keys import Keys
 from dispatcher.engine.request import Requests, make_requests
 from dispatcher.engine.runs import LaneRun
@@ -91,7 +92,7 @@ class Lane:
         "in_flight_max", "in_ready", "key_policy", "keys", "last_success", "late", "latency_s", "limits", "live",
         "look_at", "low_in_flight", "may_expire", "moved", "next_retry_at", "pace", "paced_successes", "payloads", "queue",
         "requests", "retries", "retry_hands", "retry_policy", "row", "runs", "runs_done", "stalled", "stat", "timer_at",
-        "turn", "untried", "urgent", "urgent_after", "urgent_turns", "waits_for",
+        "turn", "unreached", "untried", "urgent", "urgent_after", "urgent_turns", "waits_for", "way",
     )  # fmt: skip
 
     queue: deque[Event]  # fresh events without priority
@@ -150,6 +151,7 @@ class Lane:
         self.paced_successes = 0
         self.in_flight = 0
         self.low_in_flight = 0  # of those, retries and runs
+        self.way = 0  # of how many changes of its URL; connections that were asked for before the last one are no longer counted
         self.connecting = 0
         self.in_flight_limit = IN_FLIGHT_START
         self.blocked_until = 0.0
@@ -158,11 +160,13 @@ class Lane:
         self.turn = 0
         # No outcome since it was made, and it isn't known to have failed before.
         self.untried = endpoint.failing_since_us is None
+        self.unreached = not self.untried  # the last connection that was asked for did not come, as far as is known
         self.in_ready = False
         self.waits_for: object = None  # the share in whose line it is
         self.timer_at = float("inf")
         self.failing_since_us = endpoint.failing_since_us
         self.failing_told = endpoint.failing_told
+        self.endpoint = endpoint
         self.configure(endpoint, now)
 
     def __repr__(self) -> str:
@@ -175,6 +179,9 @@ class Lane:
 
     def configure(self, endpoint: Endpoint, now: float) -> None:
         """Adopt a new version of the endpoint."""
+        if _origin(endpoint) != _origin(self.endpoint):
+            self.way += 1
+            self.connecting, self.unreached = 0, False
         self.endpoint = endpoint
         # Paused, disabled, or unusable: its events wait in the log.
         self.held = endpoint.state is not EndpointState.LIVE or endpoint.target is None
@@ -532,11 +539,12 @@ class Lane:
             and self.latency_s <= SLOW_S
         )
 
-    def doubt(self, now: float) -> Doubt | None:
-        """Tell why a connection to its endpoint may never come, if it may not."""
-        if self.untried:
-            return Doubt.UNTRIED
-        return Doubt.FAILING if self.failing(now) else None
+    @property
+    def doubt(self) -> Doubt | None:
+        """Why a connection to its endpoint may never come, if it may not."""
+        if self.unreached:
+            return Doubt.UNREACHED
+        return Doubt.UNTRIED if self.untried else None
 
     def accepts(self, now: float) -> bool:
         """Tell whether one more event that was read again may be queued: while a breaker isn't closed, only one to probe with."""
@@ -619,6 +627,10 @@ class Lane:
         if not throttled:
             self.in_flight_limit = max(1, self.in_flight_limit // 2)
         return self.breaker.failed(now, probe)
+
+
+def _origin(endpoint: Endpoint) -> Origin | None:
+    return None if endpoint.target is None else endpoint.target.origin
 
 
 def _requests_of(lane: Lane) -> Requests:

@@ -36,7 +36,6 @@ from dispatcher.domain.outcome import (
 )
 from dispatcher.domain.pace import THROTTLING
 from dispatcher.domain.run import ORIGINAL
-from dispatcher.domain.url import Origin
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.delivery import Delivery
@@ -107,7 +106,7 @@ class Sender:
         self._connects = 0  # asked for in this pump
         self._posts = 0  # begun since it
         # What came when a turn had begun as many as it may: connections for lanes, and deliveries that need another one.
-        self._arrived: deque[tuple[Lane, Origin, Connection]] = deque()
+        self._arrived: deque[tuple[Lane, int, Connection]] = deque()
         self._stale: deque[Delivery] = deque()
         self._call_soon = asyncio.get_running_loop().call_soon
         self._drained: asyncio.Event = asyncio.Event()
@@ -220,11 +219,13 @@ class Sender:
             assert lane.endpoint.target is not None
             connection = self._transport.try_acquire(lane.endpoint.target.origin)
             if connection is None:
+                doubt = lane.doubt
+                if doubt is not None and lane.connecting:
+                    return  # one at a time; when it ends the lane is offered again
                 lane.connecting += 1
                 self._connects += 1
-                origin = lane.endpoint.target.origin
-                ready = partial(self._connected, lane, origin)
-                self._transport.connect(origin, ready, turn_of=lane.id, doubt=lane.doubt(now))
+                ready = partial(self._connected, lane, lane.way)
+                self._transport.connect(lane.endpoint.target.origin, ready, turn_of=lane.id, doubt=doubt)
             else:
                 self._start(lane, connection, now)
         self.offer(lane)
@@ -263,14 +264,16 @@ class Sender:
 
     # ── one POST ──
 
-    def _connected(self, lane: Lane, origin: Origin, result: Connection | Outcome) -> None:
+    def _connected(self, lane: Lane, way: int, result: Connection | Outcome) -> None:
         if self._posts >= POSTS_AT_ONCE and not isinstance(result, Outcome):
-            self._arrived.append((lane, origin, result))
+            self._arrived.append((lane, way, result))
             self.pump_soon()
             return
-        lane.connecting -= 1
+        moved = _has_moved(lane, way)
+        if lane.way == way:
+            lane.connecting -= 1
+            lane.unreached = isinstance(result, Outcome)
         now = self._clock.now()
-        moved = _has_moved(lane, origin)
         if self.abandoned:
             if not isinstance(result, Outcome):
                 self._transport.release(result)
@@ -513,10 +516,10 @@ class Sender:
             return
         delivery.again = True
         self._connects += 1
-        again = partial(self._again_connected, delivery, target.origin)
+        again = partial(self._again_connected, delivery, delivery.lane.way)
         self._transport.connect(target.origin, again, fresh=True, turn_of=delivery.lane.id)
 
-    def _again_connected(self, delivery: Delivery, origin: Origin, result: Connection | Outcome) -> None:
+    def _again_connected(self, delivery: Delivery, way: int, result: Connection | Outcome) -> None:
         if isinstance(result, Outcome):
             self.answered(delivery, result)
         elif self.abandoned:
@@ -524,7 +527,7 @@ class Sender:
         elif (
             delivery.lane.held
             or delivery.lane.gone
-            or _has_moved(delivery.lane, origin)
+            or _has_moved(delivery.lane, way)
             or self.held_by
             or self._clock.now() >= self.lease_until
         ):
@@ -557,6 +560,6 @@ class Sender:
         self.offer(lane)  # what waited for its place in flight
 
 
-def _has_moved(lane: Lane, origin: Origin) -> bool:
+def _has_moved(lane: Lane, way: int) -> bool:
     """Tell whether the endpoint's URL was changed while a connection was made: its requests must not go to the old host."""
-    return lane.endpoint.target is None or lane.endpoint.target.origin != origin
+    return lane.way != way

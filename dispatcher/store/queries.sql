@@ -96,7 +96,7 @@ WHERE b.bytes - b.size < $4
 ORDER BY b.n, b.id;
 
 -- name: summary
--- What came in ranges of ids, without its rows: of 5,000,000, of which one account has most, 4,000 at a time instead of 200. OFFSET keeps it LATERAL.
+-- What came in ranges of ids, without its rows: of 5,000,000, of which one account has most, 1,000 at a time instead of 200. OFFSET keeps it LATERAL.
 SELECT o.account_id, o.type, count(*), coalesce(max(o.priority), 0) > 0, min(o.id), max(o.id)
 FROM unnest($1::bigint[], $2::bigint[]) AS r (low, high)
 CROSS JOIN LATERAL (SELECT id, account_id, type, priority FROM webhook.outbox WHERE id >= r.low AND id <= r.high OFFSET 0) AS o

@@ -4,9 +4,10 @@
         └──no──▶ waits in its origin's line
 
 Bounds: sockets in all, sockets an origin, idle time. Who finds no room waits in its origin's line, where endpoints take turns and each is
-served in order; an idle connection makes way for whoever needs its room. So while anybody waits for room in all, nothing is idle anywhere,
-and while anybody waits at an origin, nothing is idle there. A connection that becomes free goes to its origin's line first, else to the top
-of the origin's idle stack, so that a quiet origin's surplus sockets grow old and are closed.
+served in order; an idle connection makes way for whoever needs its room. So while anybody waits for room in all, nothing is idle anywhere
+(but for some turns of the loop, when many get it at once), and while anybody waits at an origin, nothing is idle there. A connection that
+becomes free goes to its origin's line first, else to the top of the origin's idle stack, so that a quiet origin's surplus sockets grow old
+and are closed.
 
 Origins that wait for room in all take turns for what becomes free. One that has fewer connections also gets those of one that has more,
 until they are even; there each goes on using its own, because moving a socket costs a handshake.
@@ -37,9 +38,8 @@ _log = structlog.get_logger(room="transport")
 
 EXPIRE_AT_ONCE, EXPIRE_EVERY_S = 6, 0.002  # each is a failed delivery, and mostly a connection to open: 0.8 ms of 2
 SWEEP_S = 0.05  # how late a deadline may be noticed; one look at 5,000 connections costs 0.2 ms
-# How many of the sockets, at the most, are being opened in such a doubt. With 5,000 of 7,000 endpoints that drop SYNs and 1,000 events a second,
-# after 15 s others' p50 is 0.9 to 1.2 ms and p99 10 to 14; it was 6 to 8 and 32 to 38 with no bound, by the tries alone.
-DOUBTED = {Doubt.UNTRIED: 1 / 2, Doubt.FAILING: 1 / 16}
+# How many of the sockets, at the most, are being opened in such a doubt. Who is untried is so once; who wasn't reached is tried again and again.
+DOUBTED = {Doubt.UNTRIED: 3 / 4, Doubt.UNREACHED: 1 / 8}
 ADMIT_EVERY_S = 0.002  # let in at once as others end, a thousand end together again: beside 30 % bad ones others' p99 was twice as long
 GRANTS_AT_ONCE = 4  # connections to open, as the engine asks for in a turn of the loop
 
@@ -219,7 +219,7 @@ class Room:
     def _take_room(self, line: _Line) -> bool:
         """Count one more connection if there is room, or an idle one makes way; False if the line must wait.
 
-        Nobody is overtaken: while anybody waits for what this asks for, it finds neither."""
+        Nobody is overtaken, but while room is being given to those who wait: while anybody waits for what this asks for, it finds neither."""
         victim = None
         if line.count >= self._limits.sockets_per_origin_max:
             if not line.idle:
@@ -265,7 +265,9 @@ class Room:
 
     def _pass_on(self, line: _Line, connection: Kept) -> None:
         """Decide who gets a connection that became free while somebody waits."""
-        first = self._first_in_turn()
+        first = (
+            self._first_in_turn() if self.count >= self._limits.sockets_max else None
+        )  # else it is granted room anyway
         if (
             first is not None
             and first is not line
@@ -354,20 +356,27 @@ class Room:
 
     def _admit_one(self, apart: Apart[_Line]) -> None:
         line, waiter = apart.popleft()
-        apart.held += 1
         waiter.apart = apart
+        if line.count < self._limits.sockets_per_origin_max:  # else it waits for its origin's room, and holds none
+            self._hold(waiter)
         self._open_or_wait(line, waiter)
+
+    def _hold(self, waiter: Waiter) -> None:
+        if waiter.apart is not None and not waiter.holds:
+            waiter.holds = True
+            waiter.apart.held += 1
 
     def _no_doubt(self, waiter: Waiter, *, failed: bool = False) -> None:
         """Whether its connection comes is known: others may be let in. After one that `failed` a moment later, and one by one: what began
         together would end together, and so would all that follows."""
-        apart = waiter.apart
-        if apart is None:
+        apart, waiter.apart = waiter.apart, None
+        if apart is None or not waiter.holds:
             return
+        waiter.holds = False
         apart.held -= 1
         if failed:
             self._pace(apart)
-        elif apart.is_paced and not self._closing:
+        elif apart.is_paced and apart.has_next and not self._closing:
             self._admit_one(apart)
         else:
             self._admit(apart)
@@ -375,7 +384,10 @@ class Room:
     def _pace(self, apart: Apart[_Line]) -> None:
         if apart.has_next and not apart.is_paced and not self._closing:
             apart.is_paced = True
-            asyncio.get_running_loop().call_later(ADMIT_EVERY_S, self._admit_next, apart)
+            soon = min(
+                ADMIT_EVERY_S, self._limits.connect_s / 2 / apart.limit
+            )  # all that hang, in half of the time for which one does
+            asyncio.get_running_loop().call_later(soon, self._admit_next, apart)
 
     def _admit_next(self, apart: Apart[_Line]) -> None:
         apart.is_paced = False
@@ -384,16 +396,19 @@ class Room:
             self._pace(apart)
 
     def _let_in(self, line: _Line) -> None:
-        """The origin has let somebody in: who waits apart for it waits as anybody does."""
+        """The origin has let somebody in: who waits apart for it waits as anybody does, and who holds a place gives it back."""
         for apart in self._apart.values():
             if line in apart.waiting:
                 line.waiting.extend(apart.waiting.pop(line))
+        for waiter in list(line.waiting):
+            self._no_doubt(waiter)
         self._queue(line)
         self._grant()
 
     # ── opening ──
 
     def _start_opening(self, line: _Line, waiter: Waiter) -> None:
+        self._hold(waiter)
         line.opening += 1
         task = asyncio.get_running_loop().create_task(self._establish(line.origin, waiter.trace))
         self._opening[task] = None

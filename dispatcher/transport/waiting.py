@@ -1,8 +1,9 @@
 """Who waits for a connection, and whose turn is next."""
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 from dispatcher.domain.outcome import Outcome
@@ -14,13 +15,14 @@ Line = TypeVar("Line", bound=Hashable)
 
 @dataclass(slots=True)
 class Waiter:
-    """`apart`: of what was asked for in such a doubt, it is one that is being opened, or waits for nothing but room."""
+    """`apart`: it was asked for in such a doubt, and let in; `holds`: it is being opened, or waits for nothing but room in all."""
 
     on_ready: Ready
     fresh: bool
     turn_of: Hashable
     trace: Trace | None
     apart: "Apart[Any] | None" = None
+    holds: bool = False
 
 
 class Waiting:
@@ -33,6 +35,9 @@ class Waiting:
 
     def __bool__(self) -> bool:
         return bool(self._lines)
+
+    def __iter__(self) -> Iterator[Waiter]:
+        return chain.from_iterable(self._lines.values())
 
     def append(self, waiter: Waiter) -> None:
         self._lines.setdefault(waiter.turn_of, deque()).append(waiter)
@@ -54,8 +59,8 @@ class Waiting:
 
 
 class Apart(Generic[Line]):
-    """One kind of doubt: at most `limit` are `held`, the others wait, and their origins take turns. `is_paced`: the next one
-    comes in a moment."""
+    """One kind of doubt: at most `limit` are `held` (and some who get room at their origin, for which they had waited); the others wait, and
+    their origins take turns. `is_paced`: the next one comes in a moment."""
 
     __slots__ = ("held", "is_paced", "limit", "waiting")
 

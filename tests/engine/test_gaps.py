@@ -15,7 +15,7 @@ import pytest
 
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.engine import gaps as gaps_module
-from dispatcher.engine.gaps import LOOK_IDS_MAX, SUMMARY_IDS_MAX, SUMMARY_REST, Barrier, Gaps, Look
+from dispatcher.engine.gaps import LOOK_IDS_MAX, SUMMARY_IDS_MAX, SUMMARY_REST, SUMMARY_REST_MAX_S, Barrier, Gaps, Look
 from dispatcher.ports import Holders
 
 SEEDS = range(1_000)
@@ -702,11 +702,22 @@ def test_after_a_summary_others_have_their_turns_for_a_while():
     gaps = closing(1, 3 * LOOK_IDS_MAX)
     (look,) = gaps.looks(now=5.0)
     gaps.summed([look], 0)
-    gaps.rest(now=5.1, took_s=0.1)
-    assert (gaps.looks(now=5.3), gaps.is_pending) == ([], True)
-    assert gaps.next_at(5.3) <= 5.1 + SUMMARY_REST * 0.1, "it comes back for the next"
-    (look,) = gaps.looks(now=5.1 + SUMMARY_REST * 0.1)
+    gaps.rest(now=5.1, took_s=0.01)
+    then = 5.1 + SUMMARY_REST * 0.01
+    assert (gaps.looks(now=5.12), gaps.is_pending) == ([], True)
+    assert gaps.next_at(5.12) == then, "it comes back for the next, and not before"
+    (look,) = gaps.looks(now=then)
     assert look.sums
+    gaps.rest(now=6.0, took_s=600.0)  # the machine slept
+    assert gaps.next_at(6.0) == 6.0 + SUMMARY_REST_MAX_S
+
+
+def test_what_a_summary_was_no_use_for_is_read_at_once():
+    gaps = closing(1, 3 * LOOK_IDS_MAX)
+    looks = gaps.looks(now=5.0)
+    gaps.by_rows(looks)
+    gaps.rest(now=5.1, took_s=0.01)
+    assert asked(gaps, now=5.1) == [(1, SUMMARY_IDS_MAX)]
 
 
 def test_who_comes_late_is_not_kept_waiting_by_a_summary():

@@ -22,7 +22,7 @@ from dispatcher.engine.lanes import Lanes, Memory
 from dispatcher.engine.recorder import Recorder
 from dispatcher.engine.sender import CONNECTS_AT_ONCE, POSTS_AT_ONCE, Sender
 from dispatcher.engine.stats import LONGEST_US
-from dispatcher.ports import DueRetry, Limits
+from dispatcher.ports import Doubt, DueRetry, Limits
 from dispatcher.transport.memory import Dial, MemoryTransport, Reply, Scripted
 from tests.engine.build import LIMITS, SECRET, make_endpoint, make_event
 from tests.simulation.loop import VirtualLoop
@@ -93,6 +93,7 @@ def target_of(host: str) -> Target:
 async def test_a_turn_of_the_loop_asks_for_few_connections():
     """Each is made in the turn after: hundreds asked for at once held the loop for as long as they took together."""
     bench = Bench(("a.test", Scripted()))
+    bench.lane.untried = False  # else one at a time
     bench.lane.in_flight_limit = wanted = 2 * CONNECTS_AT_ONCE
     bench.offer(*range(1, wanted + 1))
     assert await most_a_turn(lambda: bench.lane.connecting, wanted) == CONNECTS_AT_ONCE
@@ -177,6 +178,7 @@ async def test_a_lane_that_is_behind_reads_on_when_the_last_connect_has_ended():
     """Its breaker's wait was over before, and while it connects it reads nothing to probe with: nobody looked again, it stood still for ever."""
     refused = Dial(0.1, Outcome(Fault.CONNECT))
     bench = Bench(("a.test", Scripted(dials=[refused, refused, refused, Dial(8.0, Outcome(Fault.CONNECT))])))
+    bench.lane.untried = False  # else one at a time
     bench.lane.in_flight_limit = 4
     bench.offer(1, 2, 3, 4, 5)
     await asyncio.sleep(7.0)
@@ -187,6 +189,37 @@ async def test_a_lane_that_is_behind_reads_on_when_the_last_connect_has_ended():
     await asyncio.sleep(1.5)
     assert bench.lane.accepts(8.5)
     assert bench.looked == [pytest.approx(8.0)]
+
+
+@virtual
+async def test_a_corrected_url_is_not_kept_waiting_for_the_connect_to_the_wrong_one():
+    """It counted as the one that may be in flight, until the wrong host's timeout, or its turn among all that can't be reached."""
+    bench = Bench(("old.test", Scripted(dials=[Dial(8.0, Outcome(Fault.CONNECT))])), ("new.test", Scripted()))
+    bench.lane.in_flight_limit = 1
+    bench.offer(1)
+    await asyncio.sleep(0.5)
+    assert (bench.lane.connecting, bench.lane.doubt) == (1, Doubt.UNTRIED)
+    bench.lanes.configure(replace(bench.lane.endpoint, target=target_of("new.test")), 0.5, 0)
+    bench.sender.offer(bench.lane)
+    await asyncio.sleep(0.5)
+    assert (bench.lane.connecting, bench.lane.doubt, bench.lane.queued(), bench.lane.in_flight) == (0, None, 0, 0)
+    await asyncio.sleep(10)
+    assert (bench.lane.connecting, bench.lane.doubt, bench.lane.breaker.consecutive) == (0, None, 0)
+
+
+@virtual
+async def test_who_is_in_doubt_asks_for_one_connection_at_a_time_until_one_has_come():
+    scripted = Scripted(*[Reply(head_s=3.0)] * 4, dials=[Dial(1.0, Outcome(Fault.CONNECT)), Dial(1.0)])
+    bench = Bench(("a.test", scripted), slots=40)
+    bench.lane.in_flight_limit = 4
+    bench.offer(1, 2, 3, 4)
+    await asyncio.sleep(0.5)
+    assert (bench.lane.connecting, bench.lane.doubt) == (1, Doubt.UNTRIED)
+    await asyncio.sleep(1.0)
+    assert (bench.lane.connecting, bench.lane.doubt) == (1, Doubt.UNREACHED)
+    bench.lane.in_flight_limit = 4
+    await asyncio.sleep(1.0)
+    assert (bench.lane.connecting, bench.lane.in_flight, bench.lane.doubt) == (0, 3, None)
 
 
 @pytest.mark.parametrize("first", [Reply(204), Reply(204, then="stale")], ids=["first", "once more"])
