@@ -222,6 +222,7 @@ class Lane:
         """Somebody resumed or enabled it: how it did before that says nothing, least of all for how long it has been failing."""
         self.failing_since_us = self.endpoint.failing_since_us
         self.failing_told = self.endpoint.failing_told
+        self.unreached = False
         if not self.in_flight:  # their results belong to the breaker that let them start
             self.breaker = CircuitBreaker(self.limits.breaker)
             self.in_flight_limit = min(IN_FLIGHT_START, self.in_flight_max)

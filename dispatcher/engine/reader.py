@@ -79,7 +79,7 @@ class Reader:
         self._poll_s = poll_s
         self._last_id = 0  # the last id handed out, as of the read before
         self._start_last_id = 0
-        self._head_rows = HEAD_ROWS
+        self._head_rows, self._gap_rows = HEAD_ROWS, PAGE_ROWS
         self._crowds_at = 0.0  # when to look for one again
         self._wake = asyncio.Event()
         self._rung = True  # the head must be read
@@ -107,7 +107,7 @@ class Reader:
         self.head = started.position
         self._last_id = started.position
         self._start_last_id = started.last_id
-        self._head_rows = FIRST_ROWS
+        self._head_rows = self._gap_rows = FIRST_ROWS
         gaps = started.gaps.copy()
         gaps.clip(started.position)
         self.gaps.restore(gaps)
@@ -394,8 +394,11 @@ class Reader:
         if looks[0].sums:
             return await self._sum_up(looks)
         self._gate.begin()
-        pages = await self._store.probe([(look.low, look.high) for look in looks], PAGE_ROWS, READ_BYTES_MAX)
+        rows = min(PAGE_ROWS, self._gap_rows)
+        pages = await self._store.probe([(look.low, look.high) for look in looks], rows, READ_BYTES_MAX)
         applied = self._found_all(pages)
+        is_all = applied == sum(len(page.events) for page in pages)
+        self._gap_rows = min(PAGE_ROWS, 2 * rows) if is_all else max(1, applied)
         for look, page in zip(looks, pages, strict=True):
             found = [event.id for event in page.events[:applied]]
             is_cut = applied < len(page.events)

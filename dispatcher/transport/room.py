@@ -82,6 +82,9 @@ class Room:
         self._connections: dict[Kept, None] = {}  # open; it is what makes a connection count
         self._opening: dict[asyncio.Task[Kept | Outcome], None] = {}  # owned here, ended by close()
         self._turns: deque[_Line] = deque()  # wait for room in all; entries whose need has gone are skipped
+        self._admitting = False  # room is being taken for one who waits apart
+        self._short = False  # one who waits apart found no room in all
+        self._doubt_first = False
         self._granting = False  # room is being given to them, or will be in the loop's next turn
         self._apart = {doubt: Apart[_Line](max(1, int(limits.sockets_max * part))) for doubt, part in DOUBTED.items()}
         # What became idle, oldest first, with its deadline then. It is written at the bound only, where it is needed, and is not let grow;
@@ -135,6 +138,8 @@ class Room:
             self._pass_on(line, kept)
         else:
             self._set_idle(line, kept)
+        if self._short:
+            self._admit_all()
 
     def connect(
         self,
@@ -173,14 +178,12 @@ class Room:
             await asyncio.gather(*self._opening, return_exceptions=True)
             # _opened() comes in a turn of the loop, and from Python 3.12 on gather() of what is done makes none.
             await asyncio.sleep(0)
-        for apart in self._apart.values():
-            while apart.waiting:
-                apart.popleft()[1].on_ready(_STOPPING)
         for line in list(self._lines.values()):
+            for apart in self._apart.values():
+                for waiting in apart.leave(line):
+                    line.waiting.extend(waiting)
             while line.waiting:
-                waiter = line.waiting.popleft()
-                self._no_doubt(waiter)
-                waiter.on_ready(_STOPPING)
+                line.waiting.popleft().on_ready(_STOPPING)
         for connection in list(self._connections):
             connection.close()
         self._lines.clear()
@@ -240,8 +243,15 @@ class Room:
         line.count -= 1
         self.count -= 1
         self._queue(line)
+        for apart in self._apart.values():
+            apart.unpark(line)
+        self._doubt_first = not self._doubt_first  # by turns: else there might never be room for one of them
+        if self._doubt_first:
+            self._admit_all()
         self._grant()
-        if not line.count and not line.waiting and all(line not in apart.waiting for apart in self._apart.values()):
+        if not self._doubt_first:
+            self._admit_all()
+        if not line.count and not line.waiting and not any(line in apart for apart in self._apart.values()):
             self._lines.pop(line.origin, None)
 
     def _grant(self) -> None:
@@ -265,9 +275,8 @@ class Room:
 
     def _pass_on(self, line: _Line, connection: Kept) -> None:
         """Decide who gets a connection that became free while somebody waits."""
-        first = (
-            self._first_in_turn() if self.count >= self._limits.sockets_max else None
-        )  # else it is granted room anyway
+        # Below the bound whoever waits for room in all is just being given it.
+        first = self._first_in_turn() if self.count >= self._limits.sockets_max else None
         if (
             first is not None
             and first is not line
@@ -282,10 +291,8 @@ class Room:
             if first is not None:
                 self._turns.rotate(-1)  # the next release looks at another origin
             self.reused += 1
-            waiter = line.waiting.popleft()
             # Not at once: a waiter that has no use for it releases it to the next, and a long line would end the stack.
-            asyncio.get_running_loop().call_soon(waiter.on_ready, connection)
-            self._no_doubt(waiter)
+            asyncio.get_running_loop().call_soon(line.waiting.popleft().on_ready, connection)
 
     def _queue(self, line: _Line) -> None:
         """Put a line that only wants room in all into the queue for it, once."""
@@ -349,34 +356,48 @@ class Room:
 
     # ── doubt ──
 
+    def _admit_all(self) -> None:
+        self._short = False
+        for apart in self._apart.values():
+            self._admit(apart)
+
     def _admit(self, apart: Apart[_Line]) -> None:
-        """Let in who waits apart, while the kind has room: each is then as anybody who wants a connection."""
-        while apart.has_next and not apart.is_paced and not self._closing:
-            self._admit_one(apart)
+        """Open for who waits apart, as many as there may be and is room for."""
+        while not apart.is_paced and self._admit_one(apart):
+            pass
 
-    def _admit_one(self, apart: Apart[_Line]) -> None:
-        line, waiter = apart.popleft()
-        waiter.apart = apart
-        if line.count < self._limits.sockets_per_origin_max:  # else it waits for its origin's room, and holds none
-            self._hold(waiter)
-        self._open_or_wait(line, waiter)
+    def _admit_one(self, apart: Apart[_Line]) -> bool:
+        """Open for the next who waits apart and whose origin has room; False if there is none, or no room in all."""
+        if self._admitting:
+            return False  # an idle connection is making way just now
+        while apart.has_next and not self._closing:
+            line = apart.first()
+            if line.count >= self._limits.sockets_per_origin_max:
+                apart.park(line)
+                continue
+            self._admitting = True
+            has_room = self._take_room(line)
+            self._admitting = False
+            if not has_room:
+                self._short = True
+                return False
+            waiter = apart.popleft()
+            waiter.apart = apart
+            apart.held += 1
+            self._start_opening(line, waiter)
+            return True
+        return False
 
-    def _hold(self, waiter: Waiter) -> None:
-        if waiter.apart is not None and not waiter.holds:
-            waiter.holds = True
-            waiter.apart.held += 1
-
-    def _no_doubt(self, waiter: Waiter, *, failed: bool = False) -> None:
+    def _no_doubt(self, waiter: Waiter, *, failed: bool) -> None:
         """Whether its connection comes is known: others may be let in. After one that `failed` a moment later, and one by one: what began
         together would end together, and so would all that follows."""
         apart, waiter.apart = waiter.apart, None
-        if apart is None or not waiter.holds:
+        if apart is None:
             return
-        waiter.holds = False
         apart.held -= 1
         if failed:
             self._pace(apart)
-        elif apart.is_paced and apart.has_next and not self._closing:
+        elif apart.is_paced:
             self._admit_one(apart)
         else:
             self._admit(apart)
@@ -384,31 +405,25 @@ class Room:
     def _pace(self, apart: Apart[_Line]) -> None:
         if apart.has_next and not apart.is_paced and not self._closing:
             apart.is_paced = True
-            soon = min(
-                ADMIT_EVERY_S, self._limits.connect_s / 2 / apart.limit
-            )  # all that hang, in half of the time for which one does
+            soon = min(ADMIT_EVERY_S, self._limits.connect_s / 2 / apart.limit)  # so soon that all places can be used
             asyncio.get_running_loop().call_later(soon, self._admit_next, apart)
 
     def _admit_next(self, apart: Apart[_Line]) -> None:
         apart.is_paced = False
-        if apart.has_next and not self._closing:
-            self._admit_one(apart)
+        if self._admit_one(apart):
             self._pace(apart)
 
     def _let_in(self, line: _Line) -> None:
-        """The origin has let somebody in: who waits apart for it waits as anybody does, and who holds a place gives it back."""
+        """The origin has let somebody in: who waits apart for it waits as anybody does."""
         for apart in self._apart.values():
-            if line in apart.waiting:
-                line.waiting.extend(apart.waiting.pop(line))
-        for waiter in list(line.waiting):
-            self._no_doubt(waiter)
+            for waiting in apart.leave(line):
+                line.waiting.extend(waiting)
         self._queue(line)
         self._grant()
 
     # ── opening ──
 
     def _start_opening(self, line: _Line, waiter: Waiter) -> None:
-        self._hold(waiter)
         line.opening += 1
         task = asyncio.get_running_loop().create_task(self._establish(line.origin, waiter.trace))
         self._opening[task] = None

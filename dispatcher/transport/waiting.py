@@ -1,9 +1,8 @@
 """Who waits for a connection, and whose turn is next."""
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Generic, TypeVar
 
 from dispatcher.domain.outcome import Outcome
@@ -15,14 +14,13 @@ Line = TypeVar("Line", bound=Hashable)
 
 @dataclass(slots=True)
 class Waiter:
-    """`apart`: it was asked for in such a doubt, and let in; `holds`: it is being opened, or waits for nothing but room in all."""
+    """`apart`: it was asked for in such a doubt, and is being opened."""
 
     on_ready: Ready
     fresh: bool
     turn_of: Hashable
     trace: Trace | None
     apart: "Apart[Any] | None" = None
-    holds: bool = False
 
 
 class Waiting:
@@ -35,9 +33,6 @@ class Waiting:
 
     def __bool__(self) -> bool:
         return bool(self._lines)
-
-    def __iter__(self) -> Iterator[Waiter]:
-        return chain.from_iterable(self._lines.values())
 
     def append(self, waiter: Waiter) -> None:
         self._lines.setdefault(waiter.turn_of, deque()).append(waiter)
@@ -59,29 +54,57 @@ class Waiting:
 
 
 class Apart(Generic[Line]):
-    """One kind of doubt: at most `limit` are `held` (and some who get room at their origin, for which they had waited); the others wait, and
-    their origins take turns. `is_paced`: the next one comes in a moment."""
+    """One kind of doubt: at most `limit` are `held`, which are being opened; the others wait, and their origins take turns. `parked`: whose
+    origin has no room. `is_paced`: the next one comes in a moment."""
 
-    __slots__ = ("held", "is_paced", "limit", "waiting")
+    __slots__ = ("held", "is_paced", "limit", "parked", "waiting")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
         self.is_paced = False
         self.waiting: dict[Line, Waiting] = {}  # whose turn is next comes first
+        self.parked: dict[Line, Waiting] = {}
+
+    def __contains__(self, line: Line) -> bool:
+        return line in self.waiting or line in self.parked
 
     @property
     def has_next(self) -> bool:
-        """Tell whether somebody waits, and there is room."""
+        """Tell whether somebody waits, and one more may be held."""
         return bool(self.waiting) and self.held < self.limit
 
     def append(self, line: Line, waiter: Waiter) -> None:
         self.waiting.setdefault(line, Waiting()).append(waiter)
 
-    def popleft(self) -> tuple[Line, Waiter]:
+    def first(self) -> Line:
+        return next(iter(self.waiting))
+
+    def popleft(self) -> Waiter:
         line, waiting = next(iter(self.waiting.items()))
         waiter = waiting.popleft()
         del self.waiting[line]
         if waiting:
             self.waiting[line] = waiting
-        return line, waiter
+        return waiter
+
+    def park(self, line: Line) -> None:
+        """Its origin has no room: others' turn."""
+        self._move(line, self.waiting, self.parked)
+
+    def unpark(self, line: Line) -> None:
+        """Its origin may have room again."""
+        if line in self.parked:
+            self._move(line, self.parked, self.waiting)
+
+    def leave(self, line: Line) -> list[Waiting]:
+        """Take all who wait for the origin out."""
+        return [ways.pop(line) for ways in (self.parked, self.waiting) if line in ways]
+
+    @staticmethod
+    def _move(line: Line, source: dict[Line, Waiting], target: dict[Line, Waiting]) -> None:
+        waiting = source.pop(line)
+        if line in target:
+            target[line].extend(waiting)
+        else:
+            target[line] = waiting

@@ -208,6 +208,17 @@ async def test_a_corrected_url_is_not_kept_waiting_for_the_connect_to_the_wrong_
 
 
 @virtual
+async def test_an_endpoint_that_was_enabled_again_is_in_no_doubt():
+    """Its owner has mended it: it does not wait for all that can't be reached."""
+    bench = Bench(("a.test", Scripted(dials=[Dial(0.1, Outcome(Fault.CONNECT))])))
+    bench.offer(1)
+    await asyncio.sleep(0.5)
+    assert bench.lane.doubt is Doubt.UNREACHED
+    bench.lane.put_live_again()
+    assert bench.lane.doubt is None
+
+
+@virtual
 async def test_who_is_in_doubt_asks_for_one_connection_at_a_time_until_one_has_come():
     scripted = Scripted(*[Reply(head_s=3.0)] * 4, dials=[Dial(1.0, Outcome(Fault.CONNECT)), Dial(1.0)])
     bench = Bench(("a.test", scripted), slots=40)

@@ -501,6 +501,26 @@ async def test_nobody_waits_apart_for_room_at_an_origin(make_world: Make) -> Non
     assert len(world.transport._opening) == 2
 
 
+async def test_who_waits_apart_gets_the_room_of_what_becomes_idle(make_world: Make) -> None:
+    """And of one dead origin no more than that may have, also when they were asked for while there was no room at all."""
+    world = await make_world(sockets_max=8, sockets_per_origin_max=2)
+    origins = [(await world.receiver())[0] for _ in range(4)]
+    busy = [await connected(world.transport, origin) for origin in origins * 2]
+    hole, calls = await world.black_hole(), Calls()
+    for _ in range(7):
+        world.transport.connect(hole, calls.one(), doubt=Doubt.UNTRIED)
+    assert (world.transport._apart[Doubt.UNTRIED].held, world.transport.count) == (0, 8)
+    for connection in busy:
+        world.transport.release(connection)
+    assert (world.transport._apart[Doubt.UNTRIED].held, world.transport.count) == (2, 8)
+    assert sum(connection.closed for connection in busy) == 2
+    origin, _ = await world.receiver()
+    arrived = asyncio.get_running_loop().create_future()
+    world.transport.connect(origin, arrived.set_result, doubt=Doubt.UNTRIED)
+    assert (await arrived).origin == origin
+    assert not calls.results
+
+
 async def test_a_connection_that_comes_in_a_pause_lets_in_who_waits_if_anybody_does() -> None:
     """The pause outlives the line: it was found empty, and two waiters were never told."""
     world = MemoryWorld(Limits(sockets_max=4))  # three untried at a time
@@ -784,17 +804,23 @@ async def test_counts_are_true_and_everyone_is_told_once(make_world: Make, seed:
         assert room.count == len(room._connections) + len(room._opening)
         assert room.count <= limits["sockets_max"]
         assert all(line.count <= limits["sockets_per_origin_max"] for line in lines)
-        apart_lines = {line for apart in room._apart.values() for line in apart.waiting}
+        apart_lines = {line for apart in room._apart.values() for line in (*apart.waiting, *apart.parked)}
         assert all(line.count or line.waiting or line in apart_lines for line in lines)
         assert not any(line.waiting and line.idle for line in lines)
         if room._first_in_turn() is not None and not room._granting:
             assert room.count == limits["sockets_max"]
             assert not any(line.idle for line in lines)
         for apart in room._apart.values():
-            assert (
-                0 <= apart.held <= apart.limit + limits["sockets_per_origin_max"]
-            )  # who gets room at its origin has waited for it
-            assert not apart.has_next or apart.is_paced
+            assert 0 <= apart.held <= apart.limit
+            if (
+                apart.has_next
+                and not apart.is_paced
+                and any(line.count < limits["sockets_per_origin_max"] for line in apart.waiting)
+            ):
+                assert room._short
+                assert room.count == limits["sockets_max"]
+                assert not any(line.idle for line in lines)
+            assert all(line.count == limits["sockets_per_origin_max"] for line in apart.parked)
         assert all(line.count == line.opening and room._lines[line.origin] is line for line in apart_lines)
 
     for _ in range(150):
@@ -824,7 +850,7 @@ async def test_counts_are_true_and_everyone_is_told_once(make_world: Make, seed:
         await until(lambda: calls.all_once)  # what was told "later" comes with the loop's next turn
     assert calls.all_once
     assert (room.count, room._lines) == (0, {})
-    assert not any(apart.held or apart.waiting for apart in room._apart.values())
+    assert not any(apart.held or apart.waiting or apart.parked for apart in room._apart.values())
     await until(lambda: world.real_count() == 0)
     assert calls.all_once
 
