@@ -472,6 +472,6 @@ class Reader:
             for lane in parts:
                 self.catch_up.look(lane)
         now = self._clock.now()
-        self.gaps.rest(now, now - began)
+        self.gaps.rest(now, now - began, sum(group.events for group in groups))
         self._gate.applied()
         return bool(groups)

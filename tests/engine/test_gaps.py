@@ -702,13 +702,13 @@ def test_after_a_summary_others_have_their_turns_for_a_while():
     gaps = closing(1, 3 * LOOK_IDS_MAX)
     (look,) = gaps.looks(now=5.0)
     gaps.summed([look], 0)
-    gaps.rest(now=5.1, took_s=0.01)
+    gaps.rest(now=5.1, took_s=0.01, events=600)
     then = 5.1 + SUMMARY_REST * 0.01
     assert (gaps.looks(now=5.12), gaps.is_pending) == ([], True)
     assert gaps.next_at(5.12) == then, "it comes back for the next, and not before"
     (look,) = gaps.looks(now=then)
     assert look.sums
-    gaps.rest(now=6.0, took_s=600.0)  # the machine slept
+    gaps.rest(now=6.0, took_s=600.0, events=600)  # the machine slept
     assert gaps.next_at(6.0) == 6.0 + SUMMARY_REST_MAX_S
 
 
@@ -716,7 +716,7 @@ def test_what_a_summary_was_no_use_for_is_read_at_once():
     gaps = closing(1, 3 * LOOK_IDS_MAX)
     looks = gaps.looks(now=5.0)
     gaps.by_rows(looks)
-    gaps.rest(now=5.1, took_s=0.01)
+    gaps.rest(now=5.1, took_s=0.01, events=600)
     assert asked(gaps, now=5.1) == [(1, SUMMARY_IDS_MAX)]
 
 
@@ -727,7 +727,19 @@ def test_who_comes_late_is_not_kept_waiting_by_a_summary():
     gaps.passed(300_000, 300_400, [300_250], now=0.0)
     gaps.note_holders(holders("load neighbour"), now=0.1)
     gaps.note_holders(holders("neighbour"), now=0.2)
-    gaps.rest(now=0.2, took_s=1.0)
+    gaps.rest(now=0.2, took_s=1.0, events=600)
     gaps.note_holders(holders(), now=0.3)
     assert asked(gaps, now=0.3) == [(300_001, 300_249), (300_251, 300_400)], "not what the load left"
     assert (1, SUMMARY_IDS_MAX) in {*asked(gaps, now=9.0), *asked(gaps, now=9.0)}
+
+
+def test_where_nothing_is_a_summary_passes_more_ids():
+    """Forty million skipped ids, a thousand a look with a pause after each, kept the checkpoint's gap for minutes."""
+    gaps, now, sizes = closing(1, 40 * LOOK_IDS_MAX), 1.0, []
+    for events in (0, 0, 0, 0, 0, 0, 900, 0):
+        now += 1.0
+        (look,) = gaps.looks(now)
+        sizes.append(look.high + 1 - look.low)
+        gaps.summed([look], events)
+        gaps.rest(now, 0.01, events)
+    assert sizes == [SUMMARY_IDS_MAX * n for n in (1, 2, 4, 8, 16)] + [LOOK_IDS_MAX] * 2 + [SUMMARY_IDS_MAX]

@@ -347,7 +347,9 @@ FAULTS = [
     Fault(
         "lose the recorder's last flush", [(Recorder, "stop", _stop_without_flush)], "were answered, and not recorded"
     ),
-    Fault("release a batch while a read is under way", [(ReadGate, "after", _after_at_once)], "second time", seed=10),
+    Fault(
+        "release a batch while a read is under way", [(ReadGate, "after", _after_at_once)], "second time", seed=1_008
+    ),
     Fault("forget what is in hand", [(CatchUp, "_is_due", _is_due_in_hand_or_not)], "second time", seed=65),
     Fault("forget what has an attempt", [(CatchUp, "_is_due", _is_due_attempted_or_not)], "second time"),
     Fault(
