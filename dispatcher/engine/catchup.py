@@ -25,17 +25,15 @@ from dispatcher.engine.runs import LaneRun
 from dispatcher.ports import DueRetry, Page, RetryPage, RunPage, Store
 
 PAGE_ROWS = 200  # a page must not hold up the head
-PAGE_OFFERS = (
-    2_000  # rows times lanes of a page that lanes share, as of the head's: all of it is applied in one turn of the loop
-)
+# Rows times lanes of a page that lanes share, as of the head's: all of it is applied in one turn of the loop.
+PAGE_OFFERS = 2_000
 READ_BYTES_MAX = 4 << 20
 # How much of the memory is left when they stop reading, in what the head needs at the least: a page of 200 rows more leaves that.
 CATCH_UP_LEAVES = 4  # lanes that are behind, and runs
 DUE_LEAVES = 2  # what is next of a key, due, or has priority
 RELOOK_US = 20_000
-NOTED_S = (
-    0.001  # of two times for a lane so close to each other the first will do: the database's clock is followed in steps
-)
+# Of two times for a lane so close to each other the first will do: the database's clock is followed in steps.
+NOTED_S = 0.001
 KEY_ROWS = 2  # the next event of a key, and whether there is another
 SCAN_IDS_MAX = 200_000  # how many ids one page of a lagging lane may pass over
 

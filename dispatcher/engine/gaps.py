@@ -42,9 +42,8 @@ YOUNG_RUN_MAX = 100  # a longer run of missing ids is a load under way, not a ne
 OLD_MAX = 10_000
 LOOK_RANGES_MAX = 1_000
 LOOK_IDS_MAX = 20_000  # in all ranges of a look: a load's rows that nobody can see yet cost 0.1 µs each
-SUMMARY_IDS_MAX = (
-    1_000  # in all ranges of a look at what is there of whom; twice as many a look, to LOOK_IDS_MAX, where little is
-)
+# In all ranges of a look at what is there of whom, to begin with; where little is, twice as many with each, up to LOOK_IDS_MAX.
+SUMMARY_IDS = 1_000
 SUMMARY_REST, SUMMARY_REST_MAX_S = 3, 0.1  # how many times what such a look took nothing is summed up after it
 WATCH_S = 0.02  # how often holders are looked at while a gap is watched
 WATCH_IDLE_S = 0.25  # … and once nothing has changed for a second
@@ -127,7 +126,7 @@ class Gaps:
         self._bulk: dict[Gap, None] = {}  # … and those that many rows may have come in, which take long
         self._bulk_first = False
         self._rest_until = -inf
-        self._summary_ids = SUMMARY_IDS_MAX
+        self._summary_ids = SUMMARY_IDS
         self._watched_at = -inf
         self._changed_at = -inf
 
@@ -290,8 +289,8 @@ class Gaps:
     def rest(self, now: float, took_s: float, events: int) -> None:
         """A look by a summary took so long: what one large transaction left waits a while for the next one, so that others don't wait for it."""
         self._rest_until = now + min(SUMMARY_REST_MAX_S, SUMMARY_REST * took_s)
-        has_little = events <= SUMMARY_IDS_MAX // 2  # of forty million ids that were skipped nothing is there
-        self._summary_ids = min(LOOK_IDS_MAX, 2 * self._summary_ids) if has_little else SUMMARY_IDS_MAX
+        has_little = events <= SUMMARY_IDS // 2  # of forty million ids that were skipped nothing is there
+        self._summary_ids = min(LOOK_IDS_MAX, 2 * self._summary_ids) if has_little else SUMMARY_IDS
 
     def looks(self, now: float = inf) -> list[Look]:
         """Return what to read, if anything, in turn; bounded in ranges and ids, and all of it by rows or all by summaries. What one large

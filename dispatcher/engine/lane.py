@@ -151,7 +151,7 @@ class Lane:
         self.paced_successes = 0
         self.in_flight = 0
         self.low_in_flight = 0  # of those, retries and runs
-        self.way = 0  # of how many changes of its URL; connections that were asked for before the last one are no longer counted
+        self.way = 0  # how many times it began anew: connections that were asked for before the last time are no longer counted
         self.connecting = 0
         self.in_flight_limit = IN_FLIGHT_START
         self.blocked_until = 0.0
@@ -180,8 +180,7 @@ class Lane:
     def configure(self, endpoint: Endpoint, now: float) -> None:
         """Adopt a new version of the endpoint."""
         if _origin(endpoint) != _origin(self.endpoint):
-            self.way += 1
-            self.connecting, self.unreached = 0, False
+            self._begin_anew()
         self.endpoint = endpoint
         # Paused, disabled, or unusable: its events wait in the log.
         self.held = endpoint.state is not EndpointState.LIVE or endpoint.target is None
@@ -222,10 +221,15 @@ class Lane:
         """Somebody resumed or enabled it: how it did before that says nothing, least of all for how long it has been failing."""
         self.failing_since_us = self.endpoint.failing_since_us
         self.failing_told = self.endpoint.failing_told
-        self.unreached = False
+        self._begin_anew()
         if not self.in_flight:  # their results belong to the breaker that let them start
             self.breaker = CircuitBreaker(self.limits.breaker)
             self.in_flight_limit = min(IN_FLIGHT_START, self.in_flight_max)
+
+    def _begin_anew(self) -> None:
+        """Wait for no connection that was asked for before: its turn may be among those of all that can't be reached."""
+        self.way += 1
+        self.connecting, self.unreached = 0, False
 
     # ── towards the log ──
 

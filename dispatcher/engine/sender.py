@@ -561,5 +561,5 @@ class Sender:
 
 
 def _has_moved(lane: Lane, way: int) -> bool:
-    """Tell whether the endpoint's URL was changed while a connection was made: its requests must not go to the old host."""
+    """Tell whether the endpoint's URL was changed (or it was enabled again) while a connection was made: no request must go to the old host."""
     return lane.way != way

@@ -94,9 +94,8 @@ class Room:
         self._sweeper: asyncio.TimerHandle | None = None
         self._over: list[Kept] = []  # their time is over, and they are to be ended
         self._closing = False
-        self._now: Callable[
-            [], float
-        ]  # the loop's, known once a connection is asked for: to ask for the loop at each answer took 2 µs
+        # The loop's, known once a connection is asked for: to ask for the loop at each answer took 2 µs.
+        self._now: Callable[[], float]
         self.count = 0  # open and opening, in all
         self.opened = 0
         self.reused = 0
@@ -357,6 +356,8 @@ class Room:
     # ── doubt ──
 
     def _admit_all(self) -> None:
+        if self._admitting:
+            return  # it goes on
         self._short = False
         for apart in self._apart.values():
             self._admit(apart)

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from dispatcher.domain.outcome import Outcome
 from dispatcher.ports import Connection, Trace
@@ -21,6 +21,23 @@ class Waiter:
     turn_of: Hashable
     trace: Trace | None
     apart: "Apart[Any] | None" = None
+
+
+class _Lined(Protocol):
+    def popleft(self) -> Waiter: ...
+
+
+Lined = TypeVar("Lined", bound=_Lined)
+
+
+def _take_turn(lines: dict[Any, Lined]) -> Waiter:
+    """Take the first of the line whose turn it is; the rest of that line goes to the end."""
+    turn_of, line = next(iter(lines.items()))
+    waiter = line.popleft()
+    del lines[turn_of]
+    if line:
+        lines[turn_of] = line
+    return waiter
 
 
 class Waiting:
@@ -45,12 +62,7 @@ class Waiting:
         return next(iter(self._lines.values()))[0]
 
     def popleft(self) -> Waiter:
-        turn_of, line = next(iter(self._lines.items()))
-        waiter = line.popleft()
-        del self._lines[turn_of]
-        if line:
-            self._lines[turn_of] = line
-        return waiter
+        return _take_turn(self._lines)
 
 
 class Apart(Generic[Line]):
@@ -81,12 +93,7 @@ class Apart(Generic[Line]):
         return next(iter(self.waiting))
 
     def popleft(self) -> Waiter:
-        line, waiting = next(iter(self.waiting.items()))
-        waiter = waiting.popleft()
-        del self.waiting[line]
-        if waiting:
-            self.waiting[line] = waiting
-        return waiter
+        return _take_turn(self.waiting)
 
     def park(self, line: Line) -> None:
         """Its origin has no room: others' turn."""

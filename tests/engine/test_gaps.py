@@ -15,7 +15,7 @@ import pytest
 
 from dispatcher.domain.ranges import IdRanges
 from dispatcher.engine import gaps as gaps_module
-from dispatcher.engine.gaps import LOOK_IDS_MAX, SUMMARY_IDS_MAX, SUMMARY_REST, SUMMARY_REST_MAX_S, Barrier, Gaps, Look
+from dispatcher.engine.gaps import LOOK_IDS_MAX, SUMMARY_IDS, SUMMARY_REST, SUMMARY_REST_MAX_S, Barrier, Gaps, Look
 from dispatcher.ports import Holders
 
 SEEDS = range(1_000)
@@ -661,17 +661,17 @@ def test_what_one_large_transaction_left_takes_turns_with_a_neighbours_late_even
     gaps.note_holders(holders("load neighbour"), now=0.1)
     gaps.note_holders(holders(), now=0.3)  # both at once
     first = {asked(gaps)[0] for _ in range(2)}
-    assert first == {(1, SUMMARY_IDS_MAX), (200_001, 200_250 - 1)}, "each begins every other look"
+    assert first == {(1, SUMMARY_IDS), (200_001, 200_250 - 1)}, "each begins every other look"
 
 
 def test_a_summary_closes_what_one_large_transaction_left():
-    gaps = closing(1, SUMMARY_IDS_MAX + LOOK_IDS_MAX)
+    gaps = closing(1, SUMMARY_IDS + LOOK_IDS_MAX)
     (look,) = gaps.looks()
-    assert (look.low, look.high, look.sums) == (1, SUMMARY_IDS_MAX, True)
+    assert (look.low, look.high, look.sums) == (1, SUMMARY_IDS, True)
     gaps.summed([look], 7)
     assert (spans(gaps), gaps.closed_ids) == (
-        [(SUMMARY_IDS_MAX + 1, SUMMARY_IDS_MAX + LOOK_IDS_MAX)],
-        SUMMARY_IDS_MAX - 7,
+        [(SUMMARY_IDS + 1, SUMMARY_IDS + LOOK_IDS_MAX)],
+        SUMMARY_IDS - 7,
     )
 
 
@@ -679,12 +679,12 @@ def test_where_a_summary_is_no_use_its_range_is_read_by_rows_and_the_next_is_sum
     gaps = closing(1, 2 * LOOK_IDS_MAX)
     looks = gaps.looks()
     gaps.by_rows(looks)
-    for found in ([5, 200], [300, SUMMARY_IDS_MAX]):
+    for found in ([5, 200], [300, SUMMARY_IDS]):
         (look,) = gaps.looks()
-        assert (look.high, look.sums) == (SUMMARY_IDS_MAX, False)
-        gaps.looked(look, found, full=found[-1] < SUMMARY_IDS_MAX)
+        assert (look.high, look.sums) == (SUMMARY_IDS, False)
+        gaps.looked(look, found, full=found[-1] < SUMMARY_IDS)
     (look,) = gaps.looks()
-    assert (look.low, look.high, look.sums) == (SUMMARY_IDS_MAX + 1, 2 * SUMMARY_IDS_MAX, True)
+    assert (look.low, look.high, look.sums) == (SUMMARY_IDS + 1, 2 * SUMMARY_IDS, True)
 
 
 def test_what_may_still_come_is_not_summed_up():
@@ -717,7 +717,7 @@ def test_what_a_summary_was_no_use_for_is_read_at_once():
     looks = gaps.looks(now=5.0)
     gaps.by_rows(looks)
     gaps.rest(now=5.1, took_s=0.01, events=600)
-    assert asked(gaps, now=5.1) == [(1, SUMMARY_IDS_MAX)]
+    assert asked(gaps, now=5.1) == [(1, SUMMARY_IDS)]
 
 
 def test_who_comes_late_is_not_kept_waiting_by_a_summary():
@@ -730,7 +730,7 @@ def test_who_comes_late_is_not_kept_waiting_by_a_summary():
     gaps.rest(now=0.2, took_s=1.0, events=600)
     gaps.note_holders(holders(), now=0.3)
     assert asked(gaps, now=0.3) == [(300_001, 300_249), (300_251, 300_400)], "not what the load left"
-    assert (1, SUMMARY_IDS_MAX) in {*asked(gaps, now=9.0), *asked(gaps, now=9.0)}
+    assert (1, SUMMARY_IDS) in {*asked(gaps, now=9.0), *asked(gaps, now=9.0)}
 
 
 def test_where_nothing_is_a_summary_passes_more_ids():
@@ -742,4 +742,4 @@ def test_where_nothing_is_a_summary_passes_more_ids():
         sizes.append(look.high + 1 - look.low)
         gaps.summed([look], events)
         gaps.rest(now, 0.01, events)
-    assert sizes == [SUMMARY_IDS_MAX * n for n in (1, 2, 4, 8, 16)] + [LOOK_IDS_MAX] * 2 + [SUMMARY_IDS_MAX]
+    assert sizes == [SUMMARY_IDS * n for n in (1, 2, 4, 8, 16)] + [LOOK_IDS_MAX] * 2 + [SUMMARY_IDS]

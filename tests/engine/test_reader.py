@@ -6,14 +6,15 @@ import pytest
 
 from dispatcher.domain.endpoint import Endpoint, Subscription
 from dispatcher.domain.ordering import Ordering
-from dispatcher.engine.catchup import ReadGate
+from dispatcher.domain.ranges import IdRanges
+from dispatcher.engine.catchup import PAGE_ROWS, ReadGate
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.lane import Lane
 from dispatcher.engine.lanes import Lanes, Memory
-from dispatcher.engine.reader import CROWDS_S, POLL_S, POLLS_AT_ONCE, POLLS_BEFORE_SLEEP, Reader
+from dispatcher.engine.reader import CROWDS_S, FIRST_ROWS, POLL_S, POLLS_AT_ONCE, POLLS_BEFORE_SLEEP, Reader
 from dispatcher.errors import DatabaseRefusedError
-from dispatcher.ports import HeadPage, Holders, Page, Summary
+from dispatcher.ports import HeadPage, Holders, Page, Started, Summary
 from tests.engine.build import LIMITS, make_endpoint, make_event
 
 
@@ -272,13 +273,14 @@ def test_ids_that_go_back_end_it():
 async def test_what_came_for_many_lanes_is_given_to_them_a_part_a_turn(monkeypatch):
     """Two hundred events for ten thousand endpoints each held the loop for seconds."""
     monkeypatch.setattr("dispatcher.engine.reader.HEAD_OFFERS", 5)
-    came = [101, 102, 103, 104, 108]
+    came, asked = [101, 102, 103, 104, 108], list[int]()
 
     class Log:
         async def holders(self) -> Holders:
             return Holders(frozenset(), frozenset())
 
         async def probe(self, ranges, rows, size) -> list[Page]:
+            asked.append(rows)
             return [
                 Page(events := [make_event(n) for n in came if low <= n <= high], [()] * len(events), full=False)
                 for low, high in ranges
@@ -299,3 +301,26 @@ async def test_what_came_for_many_lanes_is_given_to_them_a_part_a_turn(monkeypat
         assert await reader._read_gaps()
         assert [[event.id for event in lane.queue][n:] for lane, n in zip(added, before, strict=True)] == [found] * 3
         assert (list(reader.gaps.ranges()), reader.gaps.closed_ids) == (left, closed)
+    assert asked == [PAGE_ROWS, 2, 2], "no more is read than can be given to them"
+
+
+async def test_after_a_start_the_first_pages_are_short():
+    """Each event comes with the attempts of all endpoints: a thousand rows of ten thousand each were ten million."""
+    asked = []
+
+    class Log:
+        async def head(self, after, limit, size, young, *, attempted) -> HeadPage:
+            asked.append((limit, attempted))
+            ids = range(after + 1, min(after + limit, 100) + 1)
+            return HeadPage([make_event(n) for n in ids], [()] * len(ids), len(ids) == limit, 100, 0)
+
+    async def configured(seq: int) -> None:
+        pass
+
+    reader = Reader(
+        Log(), Lanes(LIMITS, Memory(2_000, 100_000)), Clock(lambda: 1.0), Counters(), offered=lambda lane: None, position=lambda: 0,
+        configured=configured, doorbell=False, poll_s=1.0, gate=ReadGate(),
+    )  # fmt: skip
+    reader.begin(Started(1, 0, IdRanges(), [], [], 0, 100, {}, 0))
+    assert await reader._read_head_to_end()
+    assert asked == [(FIRST_ROWS * n, True) for n in (1, 2, 4)]

@@ -106,7 +106,7 @@ def draw(seed: int) -> Plan:
             "catchup.KEY_ROWS": more.choice((1, 2, 5)),
             "lane.KEYS_PAGE": more.choice((1, 3, 100)),
             "lane.URGENT_MAX": more.choice((1, 4, 100)),
-            "gaps.SUMMARY_IDS_MAX": more.choice((2, 10, 4_000)),
+            "gaps.SUMMARY_IDS": more.choice((2, 10, 4_000)),
             "reader.CROWD": more.choice((0, 2, 64)),
             "sender.POSTS_AT_ONCE": more.choice((1, 4, 16)),
             "sender.CONNECTS_AT_ONCE": more.choice((1, 4)),

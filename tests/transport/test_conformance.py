@@ -5,6 +5,7 @@ import contextlib
 import random
 import selectors
 from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from dispatcher.domain.outcome import Command, Fault, Outcome
 from dispatcher.domain.url import Origin
 from dispatcher.ports import Doubt, Limits
 from dispatcher.transport.memory import Dial, Dice, MemoryTransport, Reply, Scripted
-from dispatcher.transport.room import DOUBTED, EXPIRE_AT_ONCE, Room
+from dispatcher.transport.room import DOUBTED, EXPIRE_AT_ONCE, GRANTS_AT_ONCE, Room
 from tests.transport import peers
 from tests.transport.peers import (
     REQUEST,
@@ -552,9 +553,10 @@ async def test_a_connection_is_not_closed_for_who_is_about_to_get_room(make_worl
         world.transport.connect(origin, served.append, doubt=Doubt.UNREACHED)
     world.transport.connect(origin, served.append)
 
-    released: list[Any] = []
+    released, counts = list[Any](), list[int]()
 
     def release() -> None:
+        counts.append(world.transport.count)
         if world.transport._turns and kept:
             released.append(kept.pop())
             world.transport.release(released[-1])
@@ -564,6 +566,7 @@ async def test_a_connection_is_not_closed_for_who_is_about_to_get_room(make_worl
     release()
     await until(lambda: len(served) == 41)
     assert released, "while room was being given"
+    assert max(after - before for before, after in pairwise(counts)) == GRANTS_AT_ONCE, "and a few a turn"
     assert not any(connection.closed for connection in released)
 
 
