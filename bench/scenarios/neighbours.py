@@ -5,7 +5,8 @@ those are healthy too.
 
 Twice: with the bad ones on origins of their own, and with good and bad as paths of one origin, where they share its
 connections (there only what HTTP can do: hang, 500, slow). First fresh events at a steady rate, open loop, for
-latency; then more than can be delivered, for the rate.
+latency; then more than can be delivered, for the rate. And once more, when the bad ones have been so for a minute
+longer: their breakers are open then.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from dispatcher.sink import Behaviour
 HOSTS = 50  # loopback addresses that the endpoints are spread over: as many origins a port
 CONNECT_TIMEOUT_S = 5.0
 BEHAVIOURS = {"hang": Behaviour(mode="hang"), "fail": Behaviour(status=500), "slow": Behaviour(delay_s=2)}
-CLEAN, BAD, ONE_ORIGIN = "all healthy", "30 % bad", ", one origin"
+CLEAN, BAD, ONE_ORIGIN, LATER = "all healthy", "30 % bad", ", one origin", ", a minute later"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,15 @@ class Size:
     seconds: float
     events: int  # for the rate
     one_origin: bool  # the second run too
+    later_s: float  # between a measurement beside bad ones and another
 
 
 SIZES = {
-    "full": Size(rounds=3, endpoints=10_000, slots=4_000, rate=1_000, seconds=12, events=100_000, one_origin=True),
-    "quick": Size(rounds=1, endpoints=300, slots=240, rate=500, seconds=1, events=5_000, one_origin=True),
-    "tiny": Size(rounds=1, endpoints=20, slots=40, rate=100, seconds=0.3, events=100, one_origin=False),
+    "full": Size(
+        rounds=3, endpoints=10_000, slots=4_000, rate=1_000, seconds=12, events=100_000, one_origin=True, later_s=60
+    ),
+    "quick": Size(rounds=1, endpoints=300, slots=240, rate=500, seconds=1, events=5_000, one_origin=True, later_s=0),
+    "tiny": Size(rounds=1, endpoints=20, slots=40, rate=100, seconds=0.3, events=100, one_origin=False, later_s=0.2),
 }
 
 
@@ -57,8 +61,8 @@ async def run(bench: Bench, size: Size) -> Result:
                 bench.tell(f"neighbours: round {n + 1} of {size.rounds}, {row}")
                 await _measure(bench, table, bad_ones, pooled, row, urls, places, size)
     goals = []
-    for where in ("", ONE_ORIGIN):
-        bad, clean = BAD + where, CLEAN + where
+    for where, later in ((where, later) for later in ("", LATER) for where in ("", ONE_ORIGIN)):
+        bad, clean, where = BAD + where + later, CLEAN + where, where + later
         goals += table.goal(f"healthy neighbours' rate ÷ clean run{where}", "rate_per_s", bad, "≥", 0.9, over=clean)
         goals += table.goal(f"healthy neighbours' p99 ÷ clean run{where}", "p99_ms", bad, "≤", 1.5, over=clean)
     lines = {row: histogram.curve() for row, histogram in pooled.items()}
@@ -71,7 +75,6 @@ async def run(bench: Bench, size: Size) -> Result:
 async def _measure(
     bench: Bench, table: Table, bad_ones: Table, pooled: dict[str, Histogram], row: str, urls: Sequence[str], places: "_Places", size: Size
 ) -> None:  # fmt: skip
-    good = [at for at in range(size.endpoints) if not is_bad(at)]
     everybody = _shuffled(size.endpoints)
     arrivals = places.arrivals
     arrivals.at.clear()
@@ -94,39 +97,51 @@ async def _measure(
                 committed = await producers.open_loop(size.rate, 1.05 * size.endpoints / size.rate, everybody)
                 await arrivals.all_of(_only_good(committed, everybody))
 
-            async def fresh() -> tuple[Histogram, float | None]:
-                waiting = rig.CoreWaits()
-                committed = await producers.open_loop(size.rate, size.seconds, everybody)
-                waited = waiting.share()
-                return await arrivals.all_of(_only_good(committed, everybody)), waited
-
-            waits, waits_for_a_core = await rig.undisturbed(fresh)
-            pooled.setdefault(row, Histogram()).merge([waits])
-            own_s, sink_s, began = running.cpu_s(), time.process_time(), time.perf_counter()
-            numbers: list[int] = []
-            for _ in range(0, size.events, load.BULK_ROWS):
-                numbers += (await producers.burst(min(load.BULK_ROWS, size.events), size.endpoints))[0]
-            wanted = load.Committed(dict.fromkeys((n for n in numbers if not is_bad(n % size.endpoints)), began))
-            took_s = (await arrivals.all_of(wanted)).max_us / 1e6
-            own_s, sink_share = running.cpu_s() - own_s, (time.process_time() - sink_s) / took_s
-            table.add(
-                row,
-                endpoints=len(good),
-                **waits.figures(),
-                waits_for_a_core=waits_for_a_core,
-                rate_per_s=len(wanted.at) / took_s,
-                cpu_us=own_s / len(wanted.at) * 1e6,
-                sink_share=sink_share,
-                rss_mb=running.rss_mb(),
-            )
-            table.check_sink(row, sink_share)
+            await _measure_now(table, pooled, row, running, producers, arrivals, size)
             faults = await connection.fetch(
                 "SELECT coalesce(fault, 'delivered') AS fault, count(*) FROM webhook.attempt "
                 "JOIN webhook.endpoint AS e ON e.id = endpoint_id WHERE e.url NOT LIKE '%/good/%' GROUP BY 1 ORDER BY 1"
             )
             if faults:
                 bad_ones.add(row, **{record["fault"]: record["count"] for record in faults})
+                if size.later_s:
+                    committed = await producers.open_loop(size.rate, size.later_s, everybody)
+                    await arrivals.all_of(_only_good(committed, everybody))
+                    await _measure_now(table, pooled, row + LATER, running, producers, arrivals, size)
         connection.terminate()
+
+
+async def _measure_now(
+    table: Table, pooled: dict[str, Histogram], row: str, running: rig.Running, producers: load.Producers, arrivals: load.Arrivals, size: Size
+) -> None:  # fmt: skip
+    everybody = _shuffled(size.endpoints)
+
+    async def fresh() -> tuple[Histogram, float | None]:
+        waiting = rig.CoreWaits()
+        committed = await producers.open_loop(size.rate, size.seconds, everybody)
+        waited = waiting.share()
+        return await arrivals.all_of(_only_good(committed, everybody)), waited
+
+    waits, waits_for_a_core = await rig.undisturbed(fresh)
+    pooled.setdefault(row, Histogram()).merge([waits])
+    own_s, sink_s, began = running.cpu_s(), time.process_time(), time.perf_counter()
+    numbers: list[int] = []
+    for _ in range(0, size.events, load.BULK_ROWS):
+        numbers += (await producers.burst(min(load.BULK_ROWS, size.events), size.endpoints))[0]
+    wanted = load.Committed(dict.fromkeys((n for n in numbers if not is_bad(n % size.endpoints)), began))
+    took_s = (await arrivals.all_of(wanted)).max_us / 1e6
+    own_s, sink_share = running.cpu_s() - own_s, (time.process_time() - sink_s) / took_s
+    table.add(
+        row,
+        endpoints=sum(not is_bad(at) for at in range(size.endpoints)),
+        **waits.figures(),
+        waits_for_a_core=waits_for_a_core,
+        rate_per_s=len(wanted.at) / took_s,
+        cpu_us=own_s / len(wanted.at) * 1e6,
+        sink_share=sink_share,
+        rss_mb=running.rss_mb(),
+    )
+    table.check_sink(row, sink_share)
 
 
 def is_bad(at: int) -> bool:

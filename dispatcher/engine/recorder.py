@@ -40,9 +40,10 @@ from dispatcher.ports import (
 _log = structlog.get_logger(room="recorder")
 
 CHECKPOINT_S = 1.0
-CHECKPOINT_LANES = 300  # looked at in one turn of the loop
+CHECKPOINT_TURN = 500  # of the work of a checkpoint in one turn of the loop, 0.8 µs each
 CHECKPOINT_PAUSE_S = 0.0  # between these: the loop's other turns, and in a simulation much that happens meanwhile
 CHECKPOINT_GAPS_MAX = 1_000
+BACKLOG_TURNS = 60  # checkpoints, in one of which the count of what waits is written to the last event
 UNSETTLED_MAX_S = 5.0  # a POST that takes longer doesn't hold the checkpoint: its id becomes a hole
 AWAY_WAIT_S, AWAY_WAIT_MAX_S = 0.05, 1.0
 STATS_MAX = 1_000  # a batch
@@ -90,6 +91,9 @@ class Recorder:
         self._stopping = False
         self._checkpoint_at = clock.now() + CHECKPOINT_S
         self._is_piled_up = False
+        self._settled: list[
+            Lane
+        ] = []  # at the last checkpoint; if they still are once it is written, the next needn't look at them
         self._minutes: dict[Lane, Stat] = {}  # under way, in the order in which they began
         self._minutes_over: list[StatRow] = []  # to be written
 
@@ -312,13 +316,15 @@ class Recorder:
         """Say what is settled once this batch is. For every lane without a row all ids at or below `position` and outside `gaps` are; a lane
         with a row speaks for itself. (DESIGN §4, and the executable model's `record`.)
 
-        Thousands of lanes are looked at in several turns of the loop: in one, 5 to 15 ms, it was the longest there is. Head and what is taken
-        up are of the first turn, and what is said of a lane is of its own. Gaps are those of every turn: what is found in one that was open at
-        the first may be given to a lane that was looked at already, and what a lane has passed over because it is in a gap, it relies on that
-        gap for. So what comes between is above that head, among these gaps, or for a subscription that isn't told as taken up, and a start
+        Thousands of lanes are looked at in many turns of the loop: an event's way takes four, and each waits for the slice of the turn. (In one,
+        5 to 15 ms, it was the longest turn there is.) Head and what is taken up are of the first turn, and what is said of a lane is of its own.
+        Gaps are those of every turn: what is found in one that was open at the first may be given to a lane that was looked at already, and what
+        a lane has passed over because it is in a gap, it relies on that gap for. So what comes between is above that head, among these gaps, or
+        for a subscription that isn't told as taken up, and a start
         meets it again."""
         head, written = self.head(), self.position
         gaps = self.gaps.ranges()
+        opened = self.gaps.opened = []
         rows_gone, taking_up = sorted(self._lanes.rows_gone), sorted(self._lanes.taking_up)
         done: defaultdict[Lane, set[int]] = defaultdict(set)
         for r in results:
@@ -328,15 +334,25 @@ class Recorder:
         before = self._clock.now() - UNSETTLED_MAX_S
         said: list[tuple[Lane, LaneRow]] = []  # of those that may have to speak for themselves
         late, holes = list[int](), list[tuple[int, int]]()  # of those that rest on the gaps
-        for count, lane in enumerate(list(self._lanes.unsettled), start=1):
-            if count % CHECKPOINT_LANES == 0:
+        self._settled = []
+        turn = self._counters.checkpoints
+        left = CHECKPOINT_TURN
+        for lane in list(self._lanes.unsettled):
+            if left <= 0:
                 await asyncio.sleep(CHECKPOINT_PAUSE_S)
-                gaps.update(self.gaps.ranges())
+                left = CHECKPOINT_TURN
             if lane.keys is not None:
                 lane.trim_keys()
             hands = lane.hands
             if not hands and lane.is_settled:
+                left -= 1
+                self._settled.append(lane)
                 continue  # since the last checkpoint: its mark is the head
+            left -= 3
+            is_exact = self._stopping or (turn + lane.id) % BACKLOG_TURNS == 0
+            if lane not in done and lane.rests_on_row(written, is_exact=is_exact):
+                continue  # as parked ones do, of which there may be thousands
+            left -= 2 + 2 * len(hands)
             for event_id, taken_at in hands.items():  # in the order in which they were taken
                 if taken_at > before:
                     break
@@ -360,11 +376,16 @@ class Recorder:
             own = lane.open_late(settled)
             own = row.holes if row is not None and row.holes == own else own.copy()
             said.append((lane, LaneRow(lane.id, mark, own, lane.backlog)))
+        self.gaps.opened = None
         position = max(position, written)
-        gaps.update((*holes, *zip(late, late, strict=True)))
+        gaps.update((*opened, *holes, *zip(late, late, strict=True)))
         gaps.shrink(CHECKPOINT_GAPS_MAX)
         write = CheckpointWrite(position, gaps, [], rows_gone, taking_up)
         for lane, row in said:
+            if left <= 0:
+                await asyncio.sleep(CHECKPOINT_PAUSE_S)
+                left = CHECKPOINT_TURN
+            left -= 2
             # One that orders by key speaks for itself: after a start it must meet its holes before what is new, and gaps are looked at later.
             speaks = row.settled < position or (row.holes if lane.keys is not None else not gaps.covers_all(row.holes))
             if not speaks:
@@ -410,8 +431,9 @@ class Recorder:
                     lane.row = None
             self._lanes.rows_gone.difference_update(set(write.lanes_gone) - {row.endpoint_id for row in write.lanes})
             self._lanes.taking_up.difference_update(recorded.taken_up)
-            for lane in [lane for lane in self._lanes.unsettled if not lane.hands and lane.is_settled]:
-                del self._lanes.unsettled[lane]
+            for lane in self._settled:
+                if lane.is_settled:
+                    self._lanes.unsettled.pop(lane, None)
         if self._is_piled_up and self.unrecorded < self._unrecorded_max // 2:
             self._is_piled_up = False
             self.piled_up(False)

@@ -99,7 +99,7 @@ def draw(seed: int) -> Plan:
             "recorder.CHECKPOINT_GAPS_MAX": rng.choice((1, 2)),
             "recorder.UNSETTLED_MAX_S": rng.choice((0.5, 2.0)),
             "recorder.STATS_MAX": rng.choice((1, 100)),
-            "recorder.CHECKPOINT_LANES": slices.choice((1, 2, 300)),
+            "recorder.CHECKPOINT_TURN": slices.choice((1, 2, 300)),
             "recorder.CHECKPOINT_PAUSE_S": slices.choice((0, 0.005, 0.05)),
             "keys.KEYS_MAX": more.choice((2, 4, 50)),
             "keys.HELD_BACK_MAX": more.choice((1, 2, 50)),
