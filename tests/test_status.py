@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from bench.spawn import spawn
+from dispatcher.engine import recorder
 from dispatcher.engine.engine import Engine, State
 from dispatcher.sink import Behaviour
 from dispatcher.store import status as status_module
@@ -115,6 +116,7 @@ async def test_what_an_engine_says_of_itself(dsn: str) -> None:
 async def test_how_far_behind(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status_module, "COUNT_MAX", 3)
     monkeypatch.setattr(status_module, "LANES_MAX", 2)
+    monkeypatch.setattr(recorder, "BACKLOG_TURNS", 1)  # counted to the event, not once a minute only
     async with rig(dsn, queue_events_max=5, retry_schedule_s="600") as r:
         await r.endpoint("/steady")
         await r.endpoint("/failing", behaviour=Behaviour(status=500), account="other")

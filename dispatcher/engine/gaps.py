@@ -119,7 +119,7 @@ class Gaps:
         self.young: dict[int, float] = {}  # id → seen missing at
         self.old: list[Gap] = []
         self.closed_ids = 0
-        self.opened: list[tuple[int, int]] | None = None  # ids that have become gaps, while somebody wants to know
+        self.joined: list[tuple[int, int]] | None = None  # what has become one gap, while somebody wants to know
         self._barrier_off = barrier_off  # only for the control run that must lose events
         self._new: dict[Gap, None] = {}  # have no barrier yet
         self._barriers: dict[Barrier, None] = {}
@@ -160,8 +160,6 @@ class Gaps:
         for event_id in (*seen, new_head + 1):
             if event_id > at:
                 low, high = at, event_id - 1
-                if self.opened is not None:
-                    self.opened.append((low, high))
                 if high - low < YOUNG_RUN_MAX and len(self.young) + high - low < YOUNG_MAX:
                     for missing in range(low, high + 1):
                         self.young[missing] = now
@@ -216,8 +214,8 @@ class Gaps:
             one = gaps[0]
             if len(gaps) > 1:  # another one, so that a look under way at a part of it changes nothing
                 one = Gap(one.low, gaps[-1].high)
-                if self.opened is not None:
-                    self.opened.append((one.low, one.high))
+                if self.joined is not None:
+                    self.joined.append((one.low, one.high))
                 wants = any(gap in self._wanting or gap in self._bulk for gap in gaps)
                 self._put(one, gaps[0].barrier if stays else None, self._bulk if wants else None)
                 for gap in gaps:

@@ -40,7 +40,9 @@ from dispatcher.ports import (
 _log = structlog.get_logger(room="recorder")
 
 CHECKPOINT_S = 1.0
-CHECKPOINT_TURN = 500  # of the work of a checkpoint in one turn of the loop, 0.8 µs each
+# Of the work of a checkpoint in one turn of the loop, 0.8 µs each; and, up to five times as much, a fifth of the lanes that it looks at: results
+# wait to be recorded meanwhile.
+CHECKPOINT_TURN = 500
 CHECKPOINT_PAUSE_S = 0.0  # between these: the loop's other turns, and in a simulation much that happens meanwhile
 CHECKPOINT_GAPS_MAX = 1_000
 BACKLOG_TURNS = 60  # checkpoints, in one of which the count of what waits is written to the last event
@@ -318,13 +320,12 @@ class Recorder:
 
         Thousands of lanes are looked at in many turns of the loop: an event's way takes four, and each waits for the slice of the turn. (In one,
         5 to 15 ms, it was the longest turn there is.) Head and what is taken up are of the first turn, and what is said of a lane is of its own.
-        Gaps are those of every turn: what is found in one that was open at the first may be given to a lane that was looked at already, and what
-        a lane has passed over because it is in a gap, it relies on that gap for. So what comes between is above that head, among these gaps, or
-        for a subscription that isn't told as taken up, and a start
-        meets it again."""
+        Gaps are those of the first turn and what is joined after it: what is found in one may be given to a lane that was looked at already, and
+        what a lane has passed over because it is in a gap, it relies on that gap for. So what comes between is above that head, among these
+        gaps, or for a subscription that isn't told as taken up, and a start meets it again."""
         head, written = self.head(), self.position
         gaps = self.gaps.ranges()
-        opened = self.gaps.opened = []
+        joined = self.gaps.joined = []
         rows_gone, taking_up = sorted(self._lanes.rows_gone), sorted(self._lanes.taking_up)
         done: defaultdict[Lane, set[int]] = defaultdict(set)
         for r in results:
@@ -336,11 +337,12 @@ class Recorder:
         late, holes = list[int](), list[tuple[int, int]]()  # of those that rest on the gaps
         self._settled = []
         turn = self._counters.checkpoints
-        left = CHECKPOINT_TURN
-        for lane in list(self._lanes.unsettled):
+        lanes = list(self._lanes.unsettled)
+        left = share = min(max(CHECKPOINT_TURN, len(lanes) // 5), 5 * CHECKPOINT_TURN)
+        for lane in lanes:
             if left <= 0:
                 await asyncio.sleep(CHECKPOINT_PAUSE_S)
-                left = CHECKPOINT_TURN
+                left = share
             if lane.keys is not None:
                 lane.trim_keys()
             hands = lane.hands
@@ -376,15 +378,15 @@ class Recorder:
             own = lane.open_late(settled)
             own = row.holes if row is not None and row.holes == own else own.copy()
             said.append((lane, LaneRow(lane.id, mark, own, lane.backlog)))
-        self.gaps.opened = None
+        self.gaps.joined = None
         position = max(position, written)
-        gaps.update((*opened, *holes, *zip(late, late, strict=True)))
+        gaps.update((*joined, *holes, *zip(late, late, strict=True)))
         gaps.shrink(CHECKPOINT_GAPS_MAX)
         write = CheckpointWrite(position, gaps, [], rows_gone, taking_up)
         for lane, row in said:
             if left <= 0:
                 await asyncio.sleep(CHECKPOINT_PAUSE_S)
-                left = CHECKPOINT_TURN
+                left = share
             left -= 2
             # One that orders by key speaks for itself: after a start it must meet its holes before what is new, and gaps are looked at later.
             speaks = row.settled < position or (row.holes if lane.keys is not None else not gaps.covers_all(row.holes))

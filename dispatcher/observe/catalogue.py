@@ -251,6 +251,14 @@ METRICS: tuple[Spec[Figures], ...] = (
     # ── connections ──
     Spec("sockets", "gauge", "Connections to receivers, open and opening.", lambda f: f.of.transport.count),
     Spec("sockets_max", "gauge", "How many there may be.", lambda f: f.of.transport.sockets_max),
+    Spec(
+        "connections_awaited",
+        "gauge",
+        "POSTs that wait for a connection, by the doubt whether it comes: none, endpoint not tried yet, endpoint not reached the last time. The "
+        "latter two may wait for others of their kind.",
+        lambda f: f.lanes.awaited if f.incarnation else None,
+        "doubt",
+    ),
     Spec("connections_opened", "counter", "Connections made.", lambda f: f.of.transport.opened),
     Spec("connections_reused", "counter", "Times a kept connection was used again.", lambda f: f.of.transport.reused),
     Spec(

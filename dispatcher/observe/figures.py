@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dispatcher.domain.breaker import BreakerState
 from dispatcher.engine.engine import Engine, Incarnation, State
 from dispatcher.observe.pulse import Pulse
+from dispatcher.ports import Doubt
 from dispatcher.settings import Settings
 from dispatcher.store.observe import Observer
 from dispatcher.transport.room import Room
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 SLICE_LANES = 500  # 0.8 ms
 LIVE, LAGGING, HELD = "live", "lagging", "held"  # held: paused, disabled, or without a usable URL
+NO_DOUBT = "none"
 
 RoundTrips = Callable[[], Mapping[str, tuple[int, int]]]  # session → round trips, connects
 
@@ -28,6 +30,9 @@ class LaneCounts:
     backlog: dict[str, int] = field(default_factory=lambda: dict.fromkeys((LAGGING, HELD), 0))
     breakers: dict[str, int] = field(default_factory=lambda: dict.fromkeys((state.value for state in BreakerState), 0))
     queued: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("fresh", "again"), 0))
+    awaited: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys((NO_DOUBT, *(doubt.value for doubt in Doubt)), 0)
+    )
     paced: int = 0
 
 
@@ -84,5 +89,7 @@ async def count_lanes(engine: Engine) -> LaneCounts:
         counts.breakers[lane.breaker.state.value] += 1
         counts.queued["fresh"] += lane.queued()
         counts.queued["again"] += len(lane.retries)
+        if lane.connecting:
+            counts.awaited[NO_DOUBT if lane.doubt is None else lane.doubt.value] += lane.connecting
         counts.paced += lane.pace is not None
     return counts

@@ -501,7 +501,8 @@ WHERE p.run_id = s.run
 RETURNING p.run_id, p.finished_at IS NOT NULL AS finished;
 
 -- name: put_stats
--- An array of arrays would be flattened by unnest, so the counts of durations come as text. The backlog is that of the lane's row, a second old.
+-- An array of arrays would be flattened by unnest, so the counts of durations come as text. The backlog is that of the lane's row: a second
+-- old, or as near as a parked lane's is kept.
 INSERT INTO webhook.endpoint_stat (minute, endpoint_id, epoch, delivered, failed, dead, expired, duration_ms, durations, backlog)
 SELECT to_timestamp(minute * 60), endpoint_id, $1, delivered, failed, dead, expired, duration_ms, durations::integer[],
        coalesce((SELECT l.backlog FROM webhook.lane AS l WHERE l.endpoint_id = s.endpoint_id), 0)

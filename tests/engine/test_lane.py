@@ -14,6 +14,7 @@ from dispatcher.domain.breaker import BreakerLimits, BreakerState
 from dispatcher.domain.endpoint import EndpointState, Subscription
 from dispatcher.domain.outcome import RetryPolicy
 from dispatcher.domain.ranges import IdRanges
+from dispatcher.engine.keys import Keys
 from dispatcher.engine.lane import AHEAD_MIN, HOLES_MAX, RECENT_S, RETRIES_MAX, SLOW_S, Lane, LaneLimits
 from dispatcher.ports import LaneRow
 from dispatcher.settings import Settings
@@ -115,6 +116,102 @@ def test_a_lane_with_nothing_to_say_is_settled(what):
     elif what == "hole":
         lane.add_hole(1)
     assert lane.is_settled == (what == "nothing")
+
+
+def lagging_with_a_row() -> Lane:
+    """One that is behind at 10 with an event that takes long and one that it left out, as its row says."""
+    lane = make_lane(live=False, cursor=10)
+    take(lane, 7)
+    lane.late.add(7)
+    lane.add_hole(3)
+    lane.backlog = 16
+    lane.row = LaneRow(lane.id, 10, lane.open_late().copy(), 16)
+    return lane
+
+
+def test_the_row_of_a_lane_that_is_behind_stands_while_nothing_changes():
+    lane = lagging_with_a_row()
+    assert lane.rests_on_row(11, is_exact=True)
+    assert not lane.rests_on_row(10, is_exact=True), "the checkpoint may not need it"
+    lane.settle(7)
+    assert not lane.rests_on_row(11, is_exact=True)
+    lane.row = LaneRow(lane.id, 10, lane.holes.copy(), 16)
+    assert lane.rests_on_row(11, is_exact=True)
+
+
+def its_row_is_gone(lane: Lane) -> None:
+    lane.row = None
+
+
+def it_lives(lane: Lane) -> None:
+    lane.live = True
+
+
+def it_orders(lane: Lane) -> None:
+    lane.keys = Keys()
+
+
+def it_read_on(lane: Lane) -> None:
+    lane.cursor = 12
+
+
+def it_went_back(lane: Lane) -> None:
+    lane.go_back(5)
+
+
+def it_took_more(lane: Lane) -> None:
+    take(lane, 8)
+
+
+def what_it_took_is_late_too(lane: Lane) -> None:
+    take(lane, 8)
+    lane.late.add(8)
+
+
+def another_is_in_hand(lane: Lane) -> None:
+    lane.settle(7)
+    take(lane, 8)
+    lane.late.add(8)
+
+
+def it_left_out_another(lane: Lane) -> None:
+    lane.holes.remove(3, 3)
+    lane.add_hole(4)
+
+
+def a_hole_is_closed(lane: Lane) -> None:
+    lane.holes.remove(3, 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        its_row_is_gone, it_lives, it_orders, it_read_on, it_went_back, it_took_more, what_it_took_is_late_too, another_is_in_hand,
+        it_left_out_another, a_hole_is_closed,
+    ],
+)  # fmt: skip
+def test_the_row_of_a_lane_doesnt_stand_when(change):
+    lane = lagging_with_a_row()
+    change(lane)
+    assert not lane.rests_on_row(11, is_exact=False)
+
+
+@pytest.mark.parametrize(
+    ("backlog", "near", "exact"),
+    [
+        (16, True, True),
+        (17, True, False),
+        (18, True, False),
+        (14, True, False),
+        (19, False, False),
+        (13, False, False),
+        (0, False, False),
+    ],
+)
+def test_what_waits_for_one_that_is_parked_is_written_when_it_is_off_by_an_eighth(backlog, near, exact):
+    lane = lagging_with_a_row()
+    lane.backlog = backlog
+    assert (lane.rests_on_row(11, is_exact=False), lane.rests_on_row(11, is_exact=True)) == (near, exact)
 
 
 # Falling behind
@@ -236,6 +333,7 @@ class Log(RuleBasedStateMachine):
         mark, late = self.lane.mark(self.head, self.done), self.lane.open_late(self.done).copy()
         self.settled |= self.done
         self._judge(mark, late)
+        self.lane.row = LaneRow(self.lane.id, mark, late, 0)
         for event_id in self.done:
             self.lane.settle(event_id)
         self.done = set()
@@ -254,6 +352,12 @@ class Log(RuleBasedStateMachine):
     @invariant()
     def nothing_is_settled_that_is_not(self):
         self._judge(self.lane.mark(self.head), self.lane.open_late())
+
+    @invariant()
+    def a_row_that_may_stand_is_true(self):
+        if self.lane.rests_on_row(self.head + 1, is_exact=True):
+            assert self.lane.row is not None
+            self._judge(self.lane.row.settled, self.lane.row.holes)
 
     @invariant()
     def hands_hold_what_is_queued(self):

@@ -1,14 +1,20 @@
 """The recorder's account of what is in hand, without a store."""
 
+import asyncio
+
 import pytest
 
 from dispatcher.domain.outcome import DELIVER, Outcome
+from dispatcher.domain.ranges import IdRanges
+from dispatcher.engine import gaps as gaps_module
+from dispatcher.engine import recorder as recorder_module
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.delivery import Delivery
 from dispatcher.engine.lanes import Lanes, Memory
-from dispatcher.engine.recorder import Recorder
+from dispatcher.engine.recorder import BACKLOG_TURNS, Recorder
 from dispatcher.engine.stats import BUCKETS, LONGEST_US
+from dispatcher.ports import Batch, CheckpointWrite, Recorded
 from tests.engine.build import LIMITS, make_endpoint, make_event
 from tests.engine.test_runs import spec
 
@@ -45,6 +51,79 @@ async def test_at_a_stop_the_minute_ends_with_the_last_batch():
     recorder._results = []
     [row] = recorder._build(results[1:], checkpoint=True).stats
     assert row.delivered == 2
+
+
+def make_recorder(lanes: Lanes, *, head: int = 20, position: int = 15) -> Recorder:
+    recorder = Recorder(
+        None,
+        lanes,
+        Clock(lambda: 1.0),
+        Counters(),
+        epoch=1,
+        position=position,
+        rows_max=10,
+        wait_s=0.01,
+        unrecorded_max=10,
+    )
+    recorder.head = lambda: head
+    return recorder
+
+
+async def commit_a_checkpoint(recorder: Recorder) -> CheckpointWrite:
+    write = await recorder._checkpoint([])
+    recorder._committed([], Batch(1, checkpoint=write), Recorded([], []))
+    return write
+
+
+async def test_what_waits_for_a_parked_lane_is_written_in_its_turn_and_at_the_end():
+    lanes = Lanes(LIMITS, Memory(100, 10_000))
+    lane = lanes.add(make_endpoint(), 0.0, live=False, cursor=10)
+    lanes.unsettled[lane] = None
+    recorder = make_recorder(lanes)
+    lane.backlog = 16
+    assert [row.backlog for row in (await commit_a_checkpoint(recorder)).lanes] == [16]
+    written = []
+    for _ in range(2 * BACKLOG_TURNS):
+        lane.backlog = 17 + len(written)
+        written += [row.backlog for row in (await commit_a_checkpoint(recorder)).lanes]
+    assert written == [17, 18], "once each time that all have had their turn"
+    lane.backlog = 20
+    recorder.stop()
+    assert [row.backlog for row in (await commit_a_checkpoint(recorder)).lanes] == [20]
+
+
+async def test_a_lane_that_has_settled_is_looked_at_once_more():
+    lanes = Lanes(LIMITS, Memory(100, 10_000))
+    settled, busy, late = (lanes.add(make_endpoint(n), 0.0, live=True, cursor=10) for n in (1, 2, 3))
+    for lane in (settled, busy, late):
+        lanes.unsettled[lane] = None
+    lanes.take(busy, make_event(16), 0.5)
+    recorder = make_recorder(lanes)
+    write = await recorder._checkpoint([])
+    lanes.take(late, make_event(21), 0.5)  # while it is being written
+    recorder._committed([], Batch(1, checkpoint=write), Recorded([], []))
+    assert (write.position, list(lanes.unsettled)) == (15, [busy, late])
+    busy.settle(16)
+    assert (await commit_a_checkpoint(recorder)).position == 20
+    assert list(lanes.unsettled) == [late]
+
+
+async def test_ids_between_gaps_that_are_joined_while_lanes_are_looked_at_are_gaps_of_the_checkpoint(monkeypatch):
+    """A page that is read meanwhile passes over them because they are in a gap; its lane, looked at later, relies on that."""
+    monkeypatch.setattr(gaps_module, "OLD_MAX", 2)
+    monkeypatch.setattr(recorder_module, "CHECKPOINT_TURN", 1)
+    lanes = Lanes(LIMITS, Memory(100, 10_000))
+    for n in (1, 2):
+        lanes.unsettled[lanes.add(make_endpoint(n), 0.0, live=True, cursor=10)] = None
+    recorder = make_recorder(lanes)
+    gaps = recorder.gaps
+    gaps.restore([(2, 3), (5, 6)])
+    checkpoint = asyncio.create_task(recorder._checkpoint([]))
+    await asyncio.sleep(0)  # it has looked at one of them
+    gaps.passed(20, 200, range(150, 201), 0.5)  # one more than there may be
+    assert gaps.ranges() == IdRanges([(2, 149)])
+    assert (await checkpoint).gaps.covers(2, 6)
+    assert gaps.joined is None, "nobody wants to know any more"
 
 
 def test_no_duration_is_beyond_the_last_bucket():

@@ -4,6 +4,7 @@ import re
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from bench.receivers import tls_hanging
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.histogram import Histogram
 from dispatcher.observe.catalogue import METRICS, OUTCOMES, Spec
@@ -102,6 +103,30 @@ async def test_a_rate_limit_that_makes_wait_is_counted(dsn: str) -> None:
         assert value(await o.scrape(), "rate_waits_total") >= 3
 
 
+async def test_connections_that_are_awaited_are_told_by_the_doubt_whether_they_come(dsn: str) -> None:
+    async with (
+        tls_hanging() as port,
+        rig(dsn, connect_timeout_s=1, retry_schedule_s="1,3600") as r,
+        observed(r) as o,
+    ):
+        await r.endpoint(url=f"https://127.0.0.1:{port}/")
+        await r.emit(1)
+
+        async def untried() -> bool:
+            return value(await o.scrape(), "connections_awaited", doubt="untried") == 1
+
+        async def unreached() -> bool:
+            return value(await o.scrape(), "connections_awaited", doubt="unreached") == 1
+
+        async def over() -> bool:
+            return value(await o.scrape(), "connections_awaited", doubt="unreached") == 0
+
+        await until(untried, what="a first connection is awaited")
+        await until(unreached, what="it came to nothing, and another one is")
+        await until(over, what="the retry after that is not due for an hour")
+        assert value(await o.scrape(), "connections_awaited", doubt="none") == 0
+
+
 async def test_what_only_an_owner_knows_is_left_out_elsewhere(dsn: str) -> None:
     async with rig(dsn) as r, observed(r, looking=False) as o:
         as_owner = await o.scrape()
@@ -155,7 +180,7 @@ def test_names_and_units_follow_the_conventions() -> None:
         if spec.kind == "seconds":
             assert spec.name.endswith("_seconds"), spec.name
         assert set(spec.labels) <= {
-            *("version", "state", "part", "age", "kind", "outcome", "session", "area", "status"),
+            *("version", "state", "part", "age", "kind", "outcome", "session", "area", "status", "doubt"),
         }, "no label without a bound"
 
 
