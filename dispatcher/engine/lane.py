@@ -443,13 +443,11 @@ class Lane:
             and (self.keys is None or not self.keys.held_back)
         )
 
-    def rests_on_row(self, position: int, *, is_exact: bool) -> bool:
-        """Tell whether its row, below `position`, still says all there is to say: it lags, and takes nothing meanwhile. Unless `is_exact`, what
-        waits may be an eighth more or less: thousands that are parked would be written each second for it."""
+    def rests_on_row(self, *, is_exact: bool) -> bool:
+        """Tell whether its row still says all there is to say: it lags, and takes nothing meanwhile. Unless `is_exact`, what waits may be an
+        eighth more or less: thousands that are parked would be written each second for it."""
         row = self.row
-        if row is None or self.live or self.keys is not None:
-            return False
-        if row.settled != self.cursor or row.settled >= position:
+        if row is None or self.live or self.keys is not None or row.settled != self.cursor:
             return False
         off = abs(row.backlog - self.backlog)
         if off and (is_exact or 8 * off > row.backlog):

@@ -350,11 +350,11 @@ class Recorder:
                 left -= 1
                 self._settled.append(lane)
                 continue  # since the last checkpoint: its mark is the head
-            left -= 3
+            left -= 3 + len(hands)
             is_exact = self._stopping or (turn + lane.id) % BACKLOG_TURNS == 0
-            if lane not in done and lane.rests_on_row(written, is_exact=is_exact):
+            if lane not in done and lane.rests_on_row(is_exact=is_exact):
                 continue  # as parked ones do, of which there may be thousands
-            left -= 2 + 2 * len(hands)
+            left -= 2 + len(hands)
             for event_id, taken_at in hands.items():  # in the order in which they were taken
                 if taken_at > before:
                     break

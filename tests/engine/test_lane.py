@@ -131,12 +131,11 @@ def lagging_with_a_row() -> Lane:
 
 def test_the_row_of_a_lane_that_is_behind_stands_while_nothing_changes():
     lane = lagging_with_a_row()
-    assert lane.rests_on_row(11, is_exact=True)
-    assert not lane.rests_on_row(10, is_exact=True), "the checkpoint may not need it"
+    assert lane.rests_on_row(is_exact=True)
     lane.settle(7)
-    assert not lane.rests_on_row(11, is_exact=True)
+    assert not lane.rests_on_row(is_exact=True)
     lane.row = LaneRow(lane.id, 10, lane.holes.copy(), 16)
-    assert lane.rests_on_row(11, is_exact=True)
+    assert lane.rests_on_row(is_exact=True)
 
 
 def its_row_is_gone(lane: Lane) -> None:
@@ -193,7 +192,7 @@ def a_hole_is_closed(lane: Lane) -> None:
 def test_the_row_of_a_lane_doesnt_stand_when(change):
     lane = lagging_with_a_row()
     change(lane)
-    assert not lane.rests_on_row(11, is_exact=False)
+    assert not lane.rests_on_row(is_exact=False)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +210,7 @@ def test_the_row_of_a_lane_doesnt_stand_when(change):
 def test_what_waits_for_one_that_is_parked_is_written_when_it_is_off_by_an_eighth(backlog, near, exact):
     lane = lagging_with_a_row()
     lane.backlog = backlog
-    assert (lane.rests_on_row(11, is_exact=False), lane.rests_on_row(11, is_exact=True)) == (near, exact)
+    assert (lane.rests_on_row(is_exact=False), lane.rests_on_row(is_exact=True)) == (near, exact)
 
 
 # Falling behind
@@ -355,7 +354,7 @@ class Log(RuleBasedStateMachine):
 
     @invariant()
     def a_row_that_may_stand_is_true(self):
-        if self.lane.rests_on_row(self.head + 1, is_exact=True):
+        if self.lane.rests_on_row(is_exact=True):
             assert self.lane.row is not None
             self._judge(self.lane.row.settled, self.lane.row.holes)
 
