@@ -75,7 +75,6 @@ async def run(bench: Bench, size: Size) -> Result:
 async def _measure(
     bench: Bench, table: Table, bad_ones: Table, pooled: dict[str, Histogram], row: str, urls: Sequence[str], places: "_Places", size: Size
 ) -> None:  # fmt: skip
-    everybody = _shuffled(size.endpoints)
     arrivals = places.arrivals
     arrivals.at.clear()
     async with bench.database() as dsn:
@@ -94,8 +93,7 @@ async def _measure(
             # Everybody gets something, twice, so that whoever is bad is known to be before it counts. Arrivals are random: a twentieth more, or
             # the last hundred would have been tried once less.
             for _ in range(2):
-                committed = await producers.open_loop(size.rate, 1.05 * size.endpoints / size.rate, everybody)
-                await arrivals.all_of(_only_good(committed, everybody))
+                await _fresh(producers, arrivals, size, 1.05 * size.endpoints / size.rate)
 
             await _measure_now(table, pooled, row, running, producers, arrivals, size)
             faults = await connection.fetch(
@@ -105,24 +103,27 @@ async def _measure(
             if faults:
                 bad_ones.add(row, **{record["fault"]: record["count"] for record in faults})
                 if size.later_s:
-                    committed = await producers.open_loop(size.rate, size.later_s, everybody)
-                    await arrivals.all_of(_only_good(committed, everybody))
+                    await _fresh(producers, arrivals, size, size.later_s)
                     await _measure_now(table, pooled, row + LATER, running, producers, arrivals, size)
         connection.terminate()
+
+
+async def _fresh(
+    producers: load.Producers, arrivals: load.Arrivals, size: Size, seconds: float
+) -> tuple[Histogram, float | None]:
+    """Send to everybody at the steady rate; return how long healthy ones waited, and how long somebody waited for a core meanwhile."""
+    everybody = _shuffled(size.endpoints)
+    waiting = rig.CoreWaits()
+    committed = await producers.open_loop(size.rate, seconds, everybody)
+    waited = waiting.share()
+    good = {n: at for n, at in committed.at.items() if not is_bad(everybody[n % len(everybody)])}
+    return await arrivals.all_of(load.Committed(good)), waited
 
 
 async def _measure_now(
     table: Table, pooled: dict[str, Histogram], row: str, running: rig.Running, producers: load.Producers, arrivals: load.Arrivals, size: Size
 ) -> None:  # fmt: skip
-    everybody = _shuffled(size.endpoints)
-
-    async def fresh() -> tuple[Histogram, float | None]:
-        waiting = rig.CoreWaits()
-        committed = await producers.open_loop(size.rate, size.seconds, everybody)
-        waited = waiting.share()
-        return await arrivals.all_of(_only_good(committed, everybody)), waited
-
-    waits, waits_for_a_core = await rig.undisturbed(fresh)
+    waits, waits_for_a_core = await rig.undisturbed(partial(_fresh, producers, arrivals, size, size.seconds))
     pooled.setdefault(row, Histogram()).merge([waits])
     own_s, sink_s, began = running.cpu_s(), time.process_time(), time.perf_counter()
     numbers: list[int] = []
@@ -158,10 +159,6 @@ def _coprime(a: int, b: int) -> bool:
     while b:
         a, b = b, a % b
     return a == 1
-
-
-def _only_good(committed: load.Committed, accounts: Sequence[int]) -> load.Committed:
-    return load.Committed({n: at for n, at in committed.at.items() if not is_bad(accounts[n % len(accounts)])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +202,7 @@ async def _receivers() -> AsyncIterator[_Places]:
 SCENARIO = Scenario(
     "neighbours",
     shows="What the healthy 70 % of the endpoints notice of 30 % that hang, drop SYNs, have a silent name server, "
-    "hang in the handshake, fail or take 2 s.",
+    "hang in the handshake, fail or take 2 s; and once more, when these have been so for a minute longer and breakers are open.",
     misleads="the bad ones get their events too, so beside them there is more to do for each healthy delivery; the "
     "healthy share 50 addresses, fewer origins than in life; the receiver, in one process with the producers, "
     "is a part of every wait, and its share of a core tells whether it was the limit of the rate.",

@@ -93,9 +93,8 @@ class Recorder:
         self._stopping = False
         self._checkpoint_at = clock.now() + CHECKPOINT_S
         self._is_piled_up = False
-        self._settled: list[
-            Lane
-        ] = []  # at the last checkpoint; if they still are once it is written, the next needn't look at them
+        # At the last checkpoint; if they still are once it is written, the next needn't look at them.
+        self._settled: list[Lane] = []
         self._minutes: dict[Lane, Stat] = {}  # under way, in the order in which they began
         self._minutes_over: list[StatRow] = []  # to be written
 

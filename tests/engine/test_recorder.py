@@ -75,6 +75,15 @@ async def commit_a_checkpoint(recorder: Recorder) -> CheckpointWrite:
     return write
 
 
+async def turns_of_a_checkpoint(lanes: Lanes) -> tuple[int, CheckpointWrite]:
+    checkpoint = asyncio.create_task(make_recorder(lanes)._checkpoint([]))
+    turns = 0
+    while not checkpoint.done():
+        await asyncio.sleep(0)
+        turns += 1
+    return turns, checkpoint.result()
+
+
 async def test_what_waits_for_a_parked_lane_is_written_in_its_turn_and_at_the_end():
     lanes = Lanes(LIMITS, Memory(100, 10_000))
     lane = lanes.add(make_endpoint(), 0.0, live=False, cursor=10)
@@ -90,6 +99,24 @@ async def test_what_waits_for_a_parked_lane_is_written_in_its_turn_and_at_the_en
     lane.backlog = 20
     recorder.stop()
     assert [row.backlog for row in (await commit_a_checkpoint(recorder)).lanes] == [20]
+
+
+@pytest.mark.parametrize(("lanes", "turns"), [(4, 4), (20, 5), (100, 20)])
+async def test_a_checkpoints_turns_grow_with_the_lanes_up_to_five_times(monkeypatch, lanes, turns):
+    monkeypatch.setattr(recorder_module, "CHECKPOINT_TURN", 1)
+    many = Lanes(LIMITS, Memory(100, 10_000))
+    for n in range(lanes):
+        many.unsettled[many.add(make_endpoint(n + 1), 0.0, live=True, cursor=10)] = None
+    assert (await turns_of_a_checkpoint(many))[0] == turns
+
+
+async def test_what_many_lanes_say_is_compared_in_turns_too(monkeypatch):
+    monkeypatch.setattr(recorder_module, "CHECKPOINT_TURN", 5)
+    many = Lanes(LIMITS, Memory(100, 10_000))
+    for n in range(4):  # 5 of the work each to look at, and 2 to compare
+        many.unsettled[many.add(make_endpoint(n + 1), 0.0, live=False, cursor=10)] = None
+    turns, write = await turns_of_a_checkpoint(many)
+    assert (turns, len(write.lanes)) == (6, 4)
 
 
 async def test_a_lane_that_has_settled_is_looked_at_once_more():

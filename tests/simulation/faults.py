@@ -130,7 +130,7 @@ async def _checkpoint_without_what_closed_meanwhile(self: Recorder, results: Any
     return write
 
 
-async def _checkpoint_without_what_opened_meanwhile(self: Recorder, results: Any) -> CheckpointWrite:
+async def _checkpoint_without_what_is_joined_meanwhile(self: Recorder, results: Any) -> CheckpointWrite:
     gaps = self.gaps
     self.gaps = cast(Any, SimpleNamespace(ranges=gaps.ranges))
     try:
@@ -330,8 +330,8 @@ FAULTS = [
         seed=1_012,
     ),
     Fault(
-        "look at gaps before lanes are looked at",
-        [(Recorder, "_checkpoint", _checkpoint_without_what_opened_meanwhile)],
+        "forget what is joined while lanes are looked at",
+        [(Recorder, "_checkpoint", _checkpoint_without_what_is_joined_meanwhile)],
         "neither",
         seed=1_638,
     ),
