@@ -210,18 +210,11 @@ class CatchUp:
             else:
                 if page.full:
                     passed = page.events[-1].id
-            progress = self._fill_holes(lane, low, passed) or progress
+            # Also over ids in open gaps: the gap path delivers those. (A hole that waited for a gap to close kept the lane from reading on.)
+            if low <= passed:
+                progress = lane.fill_holes(low, passed) or progress
         self._gate.applied()
         return progress
-
-    def _fill_holes(self, lane: Lane, low: int, high: int) -> bool:
-        """Take low … high out of the lane's holes, also ids in open gaps: the gap path delivers those. (A hole that waited for a gap to close
-        kept the lane from reading on.)"""
-        if high < low:
-            return False
-        before = lane.holes.count()
-        lane.holes.remove(low, high)
-        return lane.holes.count() < before
 
     async def _read_account(self, first: Lane, room: int) -> bool:
         """Read the next page of an account for `first` and every other lagging lane of it that stands within the page."""

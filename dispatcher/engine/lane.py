@@ -91,7 +91,7 @@ class Lane:
         "gone", "hands", "held", "holes", "id", "in_flight", "in_flight_limit",
         "in_flight_max", "in_ready", "key_policy", "keys", "last_success", "late", "latency_s", "limits", "live",
         "look_at", "low_in_flight", "may_expire", "moved", "next_retry_at", "pace", "paced_successes", "payloads", "queue",
-        "requests", "retries", "retry_hands", "retry_policy", "row", "runs", "runs_done", "stalled", "stat", "timer_at",
+        "requests", "retries", "retry_hands", "retry_policy", "row", "runs", "runs_done", "said_in", "stalled", "stat", "timer_at",
         "turn", "unreached", "untried", "urgent", "urgent_after", "urgent_turns", "waits_for", "way",
     )  # fmt: skip
 
@@ -135,6 +135,7 @@ class Lane:
         self.keys = None if endpoint.ordering is None else Keys()
         self.moved = 0
         self.row: LaneRow | None = None  # as the database has it; the recorder's
+        self.said_in: IdRanges | None = None  # the holes of a row that said all of hands and holes, until these change
         self.gone = False
         self.stalled = False  # the janitor's: takes nothing that is read again, while a leaf of the log is expired
         self.backlog = 0
@@ -277,6 +278,7 @@ class Lane:
         if event.expires_us is not None:
             self.may_expire = True
         self.hands[event.id] = now
+        self.said_in = None
 
     def put_back(self, event: Event) -> None:
         """It was about to be sent: it is the first of its class again."""
@@ -321,6 +323,7 @@ class Lane:
             self.cursor = cursor
             self.holes.clip(cursor)
             self.look_ahead(cursor)
+        self.said_in = None
         self.moved += 1
 
     def set_ordered(self, ordered: bool) -> None:
@@ -399,6 +402,14 @@ class Lane:
     def add_hole(self, event_id: int) -> None:
         self.holes.add(event_id, event_id)
         self.holes.shrink(HOLES_MAX)
+        self.said_in = None
+
+    def fill_holes(self, low: int, high: int) -> bool:
+        """Take low … high out of the holes; False if there are none."""
+        before = self.holes.count()
+        self.holes.remove(low, high)
+        self.said_in = None
+        return self.holes.count() < before
 
     def mark(self, head: int, done: AbstractSet[int] = NOTHING) -> int:
         """Return the settled mark, counting `done` as settled."""
@@ -415,11 +426,9 @@ class Lane:
         held_back = None if self.keys is None or not self.keys.held_back else self.keys.held_back
         if not self.late and held_back is None:
             return self.holes
+        late = self.late_ids(done)
         ranges = self.holes.copy()
-        if held_back is not None:
-            ranges.update(held_back)
-        for event_id in sorted(self.late_ids(done)):
-            ranges.add(event_id, event_id)
+        ranges.update((*(held_back or ()), *zip(late, late, strict=True)))
         return ranges
 
     def late_ids(self, done: AbstractSet[int]) -> AbstractSet[int]:
@@ -431,6 +440,7 @@ class Lane:
         """Its result is committed, and no read that began before that is still to be processed."""
         self.hands.pop(event_id, None)
         self.late.discard(event_id)
+        self.said_in = None
 
     @property
     def is_settled(self) -> bool:
@@ -443,21 +453,28 @@ class Lane:
             and (self.keys is None or not self.keys.held_back)
         )
 
-    def rests_on_row(self, *, is_exact: bool) -> bool:
-        """Tell whether its row still says all there is to say: it lags, and takes nothing meanwhile. Unless `is_exact`, what waits may be an
-        eighth more or less: thousands that are parked would be written each second for it."""
-        row = self.row
-        if row is None or self.live or self.keys is not None or row.settled != self.cursor:
+    def rests_on(self, row: LaneRow) -> bool:
+        """Tell whether its row still says where it is and what is open: it lags, and takes nothing meanwhile."""
+        if self.live or self.keys is not None or row.settled != self.cursor:
             return False
+        if self.said_in is not row.holes and self._is_open_in(row.holes):
+            self.said_in = row.holes
+        return self.said_in is row.holes
+
+    def is_off(self, row: LaneRow, *, exactly: bool) -> bool:
+        """Tell whether more or less waits than its row says. Unless `exactly`, an eighth is none: thousands that are parked would be written
+        each second for it."""
         off = abs(row.backlog - self.backlog)
-        if off and (is_exact or 8 * off > row.backlog):
-            return False
+        return off > 0 and (exactly or 8 * off > row.backlog)
+
+    def _is_open_in(self, said: IdRanges) -> bool:
+        """Tell whether these are the holes and what is in hand, no more and no less."""
         hands, holes = self.hands, self.holes
         if not hands:
-            return row.holes == holes
-        if not hands.keys() <= self.late or row.holes.count() != holes.count() + len(hands):
+            return said == holes
+        if not hands.keys() <= self.late or said.count() != holes.count() + len(hands):
             return False
-        return all(event_id in row.holes for event_id in hands) and row.holes.covers_all(holes)
+        return all(event_id in said for event_id in hands) and said.covers_all(holes)
 
     # ── towards the endpoint ──
 

@@ -349,10 +349,12 @@ class Recorder:
                 left -= 1
                 self._settled.append(lane)
                 continue  # since the last checkpoint: its mark is the head
-            left -= 3 + len(hands)
-            is_exact = self._stopping or (turn + lane.id) % BACKLOG_TURNS == 0
-            if lane not in done and lane.rests_on_row(is_exact=is_exact):
-                continue  # as parked ones do, of which there may be thousands
+            row = lane.row
+            left -= 3 if row is None or lane.said_in is row.holes else 3 + len(hands)
+            if row is not None and lane not in done and lane.rests_on(row):  # as thousands do that are parked
+                if lane.is_off(row, exactly=self._stopping or (turn + lane.id) % BACKLOG_TURNS == 0):
+                    said.append((lane, LaneRow(lane.id, row.settled, row.holes, lane.backlog)))
+                continue
             left -= 2 + len(hands)
             for event_id, taken_at in hands.items():  # in the order in which they were taken
                 if taken_at > before:
@@ -360,7 +362,6 @@ class Recorder:
                 lane.late.add(event_id)  # becomes a hole, so that one slow POST never holds the checkpoint
             settled = done.get(lane, NOTHING)
             mark = lane.mark(head, settled)
-            row = lane.row
             # What is open below its mark then stands among the checkpoint's gaps; it has no row of its own.
             rests = lane.live and row is None and lane.keys is None
             if rests and lane.late:

@@ -318,7 +318,7 @@ FAULTS = [
     Fault("write a lane's read mark as its settled mark", [(Lane, "mark", _mark_where_it_reads)], "neither"),
     Fault(
         "let the row of one that lags stand",
-        [(Lane, "rests_on_row", lambda self, is_exact: self.row is not None and not self.live)],
+        [(Lane, "rests_on", lambda self, row: not self.live)],
         "neither",
     ),
     Fault("forget the found but unsettled ids", [(Lane, "open_late", lambda self, done=(): self.holes)], "neither"),
