@@ -40,8 +40,8 @@ from dispatcher.ports import (
 _log = structlog.get_logger(room="recorder")
 
 CHECKPOINT_S = 1.0
-# Of the work of a checkpoint in one turn of the loop, 0.8 µs each; and, up to five times as much, a fifth of the lanes that it looks at: results
-# wait to be recorded meanwhile.
+# Of the work of a checkpoint in one turn of the loop, 0.9 µs each (0.3 where nobody else is on the two cores); and, up to five times as much, a
+# fifth of the lanes that it looks at: results wait to be recorded meanwhile.
 CHECKPOINT_TURN = 500
 CHECKPOINT_PAUSE_S = 0.0  # between these: the loop's other turns, and in a simulation much that happens meanwhile
 CHECKPOINT_GAPS_MAX = 1_000
