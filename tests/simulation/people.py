@@ -260,13 +260,17 @@ class People:
 
     def _erase(self, tx: Transaction) -> None:
         tables = self.world.database.tables
-        dead = {event_id for _, event_id, _ in tables.dead_letters}
+        dead = self._dead()
         found = [row for row in tables.outbox.values() if row.id not in dead]
         waiting = [row for row in found if row.id not in tables.attempted]
         if found:
             row = self.rng.choice(waiting or found)
             tx.erase_event(row.id, row.account_id)
             self.erased[row.id] = row.account_id
+
+    def _dead(self) -> set[int]:
+        """The events with dead letters, whose copies this doesn't erase."""
+        return {event_id for _, event_id, _ in self.world.database.tables.dead_letters}
 
     def _limit(self, tx: Transaction) -> None:
         if (endpoint_id := self._some(EndpointState.LIVE)) is not None:
@@ -342,8 +346,10 @@ class People:
         for name in list(database.tables.prepared):
             self.end_prepared(name)
         with database.begin() as tx:
+            dead = self._dead()  # one is again that a crash brought back
             for event_id, account_id in self.erased.items():
-                tx.erase_event(event_id, account_id)  # what was in flight may have come back since
+                if event_id not in dead:
+                    tx.erase_event(event_id, account_id)  # what was in flight may have come back since
             for row in list(database.tables.endpoints.values()):
                 if row.state in (EndpointState.PAUSED, EndpointState.DISABLED):
                     tx.resume(row.id)
