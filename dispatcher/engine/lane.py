@@ -334,6 +334,7 @@ class Lane:
             self.holes.update(self.keys.held_back)
             self.holes.shrink(HOLES_MAX)
             self.holes.clip(self.cursor)
+        self.said_in = None
         self.keys = Keys() if ordered else None
         self.moved += 1
 

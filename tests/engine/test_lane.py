@@ -155,6 +155,15 @@ def it_went_back(lane: Lane) -> None:
     lane.go_back(5)
 
 
+def it_ordered_and_held_one_back(lane: Lane) -> None:
+    lane.queue.clear()  # 7 is in flight
+    lane.set_ordered(True)
+    assert lane.keys is not None
+    lane.keys.hold(make_event(4, ordering_key="k"))
+    lane.keys.hold_back(make_event(5, ordering_key="k"))
+    lane.set_ordered(False)
+
+
 def it_went_back_and_on(lane: Lane) -> None:
     lane.go_back(2)  # 3 isn't left out any more
     lane.cursor = 10
@@ -192,8 +201,8 @@ def a_hole_is_closed(lane: Lane) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        it_lives, it_orders, it_read_on, it_went_back, it_went_back_and_on, it_took_more, what_it_took_is_late_too, another_is_in_hand,
-        it_left_out_one_more, it_left_out_another, a_hole_is_closed,
+        it_lives, it_orders, it_ordered_and_held_one_back, it_read_on, it_went_back, it_went_back_and_on, it_took_more,
+        what_it_took_is_late_too, another_is_in_hand, it_left_out_one_more, it_left_out_another, a_hole_is_closed,
     ],
 )  # fmt: skip
 def test_the_row_of_a_lane_doesnt_stand_when(change, before):
