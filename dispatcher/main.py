@@ -39,12 +39,13 @@ _log = structlog.get_logger(room="main")
 # A collection walks every live object; with 1,000 connections the default thresholds cost a third of all CPU time (DESIGN §8). What lives
 # from start to end is frozen, and older generations are rarely walked: our hot objects are acyclic and go by reference count. A young
 # generation of 50,000 was a pause of 20 to 57 ms beside thousands of endpoints that fail, of 3,000 it is 1 to 4, and a delivery costs the
-# same. The middle one is what the last so many young ones left, mostly alive: 82 to 126 ms after 100 of them, each half minute, 9 to 40
-# after 10, all the time; so it comes after 1,000 (docs/profile.md).
+# same. The middle one is what the last so many young ones left, nearly all of it alive: the longer, the less time it takes in all
+# (docs/profile.md).
 GC_THRESHOLDS = (3_000, 1_000, 20)
 # And by time, because a threshold is of objects made less objects gone, old ones too: where as many old ones go as young ones stay, as with
 # thousands of connections that are opened in vain, the young had become 20,000 to 59,000 when it was reached, 10 to 33 ms.
 GC_YOUNG_S = 0.1
+_NEVER = 1 << 30  # by itself
 
 
 DESCRIPTORS_SPARE = 100  # for the database, logs, name look-ups and listeners; connections to the panel come on top
@@ -280,15 +281,20 @@ def tune_gc() -> None:
     """Have the collector leave alone what is there, and walk often what is new, for as long as the running loop lives."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
-    asyncio.get_running_loop().call_later(GC_YOUNG_S, _collect)
+    gc.set_threshold(GC_THRESHOLDS[0], _NEVER, _NEVER)
+    asyncio.get_running_loop().call_later(GC_YOUNG_S, _collect, False)
 
 
-def _collect() -> None:
-    """Collect the young, or an older generation that is due: the threshold at which the collector looks for one is hardly reached."""
+def _collect(warm: bool) -> None:
+    """Collect the young, or an older generation that is due. The first of these is left alone for good: it is what ten thousand endpoints had
+    made at their first event, 94 ms."""
     counts = gc.get_count()
-    gc.collect(max(n for n in range(3) if n == 0 or counts[n] > GC_THRESHOLDS[n]))
-    asyncio.get_running_loop().call_later(GC_YOUNG_S, _collect)
+    due = max(n for n in range(3) if n == 0 or counts[n] > GC_THRESHOLDS[n])
+    if due and not warm:
+        gc.freeze()
+    else:
+        gc.collect(due)
+    asyncio.get_running_loop().call_later(GC_YOUNG_S, _collect, warm or due > 0)
 
 
 def keep_what_is_there(starts: int) -> None:

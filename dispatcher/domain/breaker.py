@@ -44,8 +44,8 @@ class CircuitBreaker:
     """Mutable state; times are seconds of one monotonic clock."""
 
     __slots__ = (
+        "_calls",
         "_slice_at",
-        "_slices",
         "consecutive",
         "limits",
         "opened_times",
@@ -63,7 +63,9 @@ class CircuitBreaker:
         self.wait_s = limits.wait_s
         self.probing = False
         self.opened_times = 0
-        self._slices: list[list[int]] = []  # calls, failures; the newest last; none before the first call
+        # Of each slice its calls and its failures, the newest last; none before the first call. One list, for good: with one a slice, made anew
+        # as the window moves, it was seven objects of each endpoint for the collector to walk.
+        self._calls: list[int] = []
         self._slice_at = 0
 
     def __repr__(self) -> str:
@@ -90,22 +92,23 @@ class CircuitBreaker:
         """Note a success; return whether it closed the breaker."""
         if self.state is CLOSED:
             self.consecutive = 0
-            self._slice(now)[0] += 1
+            self._move(now)
+            self._calls[-2] += 1
             return False
         if not (probe and self.state is BreakerState.HALF_OPEN):
             return False
         self.state, self.probing, self.consecutive, self.wait_s = BreakerState.CLOSED, False, 0, self.limits.wait_s
-        self._slices = []
+        self._calls.clear()
         return True
 
     def failed(self, now: float, probe: bool) -> bool:
         """Note a failure; return whether it opened the breaker (again)."""
         if self.state is BreakerState.CLOSED:
             self.consecutive += 1
-            current = self._slice(now)
-            current[0] += 1
-            current[1] += 1
-            calls, failures = sum(s[0] for s in self._slices), sum(s[1] for s in self._slices)
+            self._move(now)
+            self._calls[-2] += 1
+            self._calls[-1] += 1
+            calls, failures = sum(self._calls[::2]), sum(self._calls[1::2])
             many = calls >= WINDOW_CALLS_MIN and failures >= calls * WINDOW_FAILED_SHARE
             if self.consecutive < self.limits.failures and not many:
                 return False
@@ -122,11 +125,11 @@ class CircuitBreaker:
         if probe and self.state is BreakerState.HALF_OPEN:
             self.probing = False
 
-    def _slice(self, now: float) -> list[int]:
-        """Return the counters of the slice that `now` lies in; a clock that steps back stays in the newest."""
+    def _move(self, now: float) -> None:
+        """Move the window to the slice that `now` lies in; a clock that steps back stays in the newest."""
         at = int(now / SLICE_S)
-        if at > self._slice_at or not self._slices:
-            fresh = min(at - self._slice_at, WINDOW_SLICES) if self._slices else WINDOW_SLICES
-            self._slices = self._slices[fresh:] + [[0, 0] for _ in range(fresh)]
+        if at > self._slice_at or not self._calls:
+            fresh = min(at - self._slice_at, WINDOW_SLICES) if self._calls else WINDOW_SLICES
+            self._calls[: 2 * fresh] = ()
+            self._calls += [0, 0] * fresh
             self._slice_at = at
-        return self._slices[-1]

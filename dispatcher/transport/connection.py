@@ -218,6 +218,8 @@ class HttpConnection(asyncio.Protocol):
             self.closed = True
             if self._transport is not None:
                 self._transport.abort()  # nothing we still want is in its buffer
+            else:
+                self._parser = None  # never connected, or no handshake: connection_lost() won't come, see there
             self.pool.closed(self)
 
     def _kept_head(self) -> bytes | None:

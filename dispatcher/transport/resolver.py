@@ -39,18 +39,15 @@ class Resolver:
             return (str(ip_address(host)),)
         except ValueError:
             pass
-        loop = asyncio.get_running_loop()
         cached = self._cache.get(host)
-        if cached is not None and cached[0] > loop.time():
+        if cached is not None and cached[0] > asyncio.get_running_loop().time():
             if isinstance(cached[1], str):
                 # A new one each time: an exception that is raised again keeps every traceback it has had.
                 raise UnresolvedError(cached[1])
             return cached[1]
-        task = self._lookups.get(host)
-        if task is None:
-            task = self._lookups[host] = loop.create_task(self._lookup_and_cache(host))
-            task.add_done_callback(self._forget(host))
-        return await asyncio.shield(task)
+        return await asyncio.shield(
+            self._lookup_of(host)
+        )  # in no variable: its error's traceback would hold it, and it its error
 
     async def lookup(self, host: str) -> tuple[tuple[str, ...], float]:
         """Ask the system's name servers (and its hosts file): addresses and seconds to live."""
@@ -73,6 +70,13 @@ class Resolver:
         if self._resolver is not None:
             await self._resolver.close()
             self._resolver = None
+
+    def _lookup_of(self, host: str) -> asyncio.Task[tuple[str, ...]]:
+        task = self._lookups.get(host)
+        if task is None:
+            task = self._lookups[host] = asyncio.get_running_loop().create_task(self._lookup_and_cache(host))
+            task.add_done_callback(self._forget(host))
+        return task
 
     async def _lookup_and_cache(self, host: str) -> tuple[str, ...]:
         loop = asyncio.get_running_loop()

@@ -20,26 +20,25 @@ IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
 async def connect_tcp(addresses: list[str], port: int, local: Sequence[str] = ()) -> socket.socket:
     """Return a connected, non-blocking socket. Raises OSError; the caller bounds the time. `local`: the addresses to connect from; what is of
     another family isn't tried then."""
-    if not local:
+    infos, options = addr_infos(addresses, port), dict[str, Any]()
+    if local:
+        own = addr_infos(list(local), 0)
+        families = {info[0] for info in own}
+        infos = [info for info in infos if info[0] in families]
+        if not infos:
+            raise OSError(errno.EADDRNOTAVAIL, "no address of a family that DISPATCHER_LOCAL_ADDRESS has")
+        options = {"local_addr_infos": own, "socket_factory": _late_port}
+    try:
         return await aiohappyeyeballs.start_connection(
-            addr_infos(addresses, port),
+            infos,
             happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY_S,
             interleave=1,
             loop=asyncio.get_running_loop(),
+            **options,
         )
-    own = addr_infos(list(local), 0)
-    families = {info[0] for info in own}
-    infos = [info for info in addr_infos(addresses, port) if info[0] in families]
-    if not infos:
-        raise OSError(errno.EADDRNOTAVAIL, "no address of a family that DISPATCHER_LOCAL_ADDRESS has")
-    return await aiohappyeyeballs.start_connection(
-        infos,
-        local_addr_infos=own,
-        happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY_S,
-        interleave=1,
-        loop=asyncio.get_running_loop(),
-        socket_factory=_late_port,
-    )
+    except OSError as exc:
+        # The library keeps it in a variable, which the traceback would keep: a cycle of forty objects for the collector.
+        raise exc.with_traceback(None) from None
 
 
 def _late_port(info: Any) -> socket.socket:

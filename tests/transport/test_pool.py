@@ -70,6 +70,33 @@ async def test_a_connection_that_is_closed_is_gone_without_the_collector(kept: b
         gc.enable()
 
 
+@pytest.mark.parametrize("how", ["refused", "dropped", "no name", "handshake hangs", "handshake fails"])
+async def test_a_connection_that_does_not_come_leaves_nothing_to_the_collector(how: str) -> None:
+    """Hundreds a second, each with its parser, or with the frames of what it waited for: they were all that it found, and it held the loop
+    for 180 ms to find them."""
+    async with make_peer() as peer, make_pool(Limits(connect_s=0.1), resolver=Names()) as pool:
+        if how == "handshake fails":
+            peer.on_open = lambda talk: talk.close(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        with refusing() as refused, black_hole() as dropped:
+            origins = {"refused": refused, "dropped": dropped, "no name": Origin("http", "no.example", 80)}
+            origin = origins.get(how, Origin("https", "127.0.0.1", peer.origin.port))
+            await connected(pool, origin)  # whatever is made once only
+            pool._resolver._cache.clear()
+            gc.collect()
+            gc.disable()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            try:
+                assert isinstance(await connected(pool, origin), Outcome)
+                for _ in range(3):
+                    await asyncio.sleep(0)
+                gc.collect()
+                assert not gc.garbage, [type(one).__name__ for one in gc.garbage]
+            finally:
+                gc.set_debug(0)
+                gc.garbage.clear()
+                gc.enable()
+
+
 @both
 async def test_a_dropped_syn_leaves_no_socket() -> None:
     async with make_pool(Limits(connect_s=0.1)) as pool:
