@@ -22,7 +22,7 @@ from dispatcher.engine.histogram import Histograms
 from dispatcher.engine.lane import NOTHING, Lane
 from dispatcher.engine.lanes import Lanes
 from dispatcher.engine.runs import LaneRun
-from dispatcher.engine.stats import MINUTE_US, Stat
+from dispatcher.engine.stats import MINUTE_US, OVER, Stat
 from dispatcher.ports import (
     AttemptRow,
     Batch,
@@ -294,10 +294,13 @@ class Recorder:
         self.histograms.failures[kind] = self.histograms.failures.get(kind, 0) + 1
 
     def _begin_minute(self, lane: Lane, minute: int) -> Stat:
-        old = self._minutes.pop(lane, None)
-        if old is not None:
-            self._minutes_over.append(old.row(lane.id))
-        stat = lane.stat = self._minutes[lane] = Stat(minute)
+        stat = lane.stat
+        if stat is None:
+            stat = lane.stat = Stat()
+        elif self._minutes.pop(lane, None) is not None:
+            self._minutes_over.append(stat.row(lane.id))
+        stat.begin(minute)
+        self._minutes[lane] = stat
         return stat
 
     def _end_minutes(self, minute: int) -> None:
@@ -311,7 +314,7 @@ class Recorder:
         for lane, stat in over:
             self._minutes_over.append(stat.row(lane.id))
             del self._minutes[lane]
-            lane.stat = None
+            stat.minute = OVER  # the clock may be set back into it
 
     async def _checkpoint(self, results: list[Delivery]) -> CheckpointWrite:
         """Say what is settled once this batch is. For every lane without a row all ids at or below `position` and outside `gaps` are; a lane

@@ -11,9 +11,10 @@ from dispatcher.engine import recorder as recorder_module
 from dispatcher.engine.clock import Clock
 from dispatcher.engine.counters import Counters
 from dispatcher.engine.delivery import Delivery
+from dispatcher.engine.lane import Lane
 from dispatcher.engine.lanes import Lanes, Memory
 from dispatcher.engine.recorder import BACKLOG_TURNS, Recorder
-from dispatcher.engine.stats import BUCKETS, LONGEST_US
+from dispatcher.engine.stats import BUCKETS, LONGEST_US, MINUTE_US
 from dispatcher.ports import Batch, CheckpointWrite, Recorded
 from tests.engine.build import LIMITS, make_endpoint, make_event
 from tests.engine.test_runs import spec
@@ -40,17 +41,31 @@ async def test_at_a_stop_the_minute_ends_with_the_last_batch():
     recorder = Recorder(
         None, lanes, Clock(lambda: 1.0), Counters(), epoch=1, position=10, rows_max=1, wait_s=0.01, unrecorded_max=10
     )
-    results = []
-    for event_id in (1, 2):
-        result = Delivery(lambda delivery, outcome: None, lane, make_event(event_id), 0, 1, 0)
-        result.started_us, result.duration_us, result.outcome, result.decision = 0, 1_000, Outcome(None, 204), DELIVER
-        results.append(result)
+    results = [delivered(lane, event_id) for event_id in (1, 2)]
     recorder.stop()
     recorder._results = results[1:]
     assert recorder._build(results[:1], checkpoint=True).stats == []
     recorder._results = []
     [row] = recorder._build(results[1:], checkpoint=True).stats
     assert row.delivered == 2
+
+
+async def test_each_minute_has_its_own_counts():
+    """They are of one instance: a row that waits to be written must not change with it, nor a minute begin with another's. A clock that is set
+    back begins a row too, and takes none that is with the writer already."""
+    lanes = Lanes(LIMITS, Memory(100, 10_000))
+    lane = lanes.add(make_endpoint(), 0.0, live=True, cursor=10)
+    recorder, rows = make_recorder(lanes), []
+    for minute, count, checkpoint in ((1, 3, False), (2, 2, False), (3, 0, True), (2, 1, False), (4, 0, True)):
+        recorder._clock.sync(minute * MINUTE_US)
+        rows += recorder._build([delivered(lane, n) for n in range(count)], checkpoint=checkpoint).stats
+    assert [(row.minute, row.delivered, sum(row.durations)) for row in rows] == [(1, 3, 3), (2, 2, 2), (2, 1, 1)]
+
+
+def delivered(lane: Lane, event_id: int) -> Delivery:
+    result = Delivery(lambda delivery, outcome: None, lane, make_event(event_id), 0, 1, 0)
+    result.started_us, result.duration_us, result.outcome, result.decision = 0, 1_000, Outcome(None, 204), DELIVER
+    return result
 
 
 def make_recorder(lanes: Lanes, *, head: int = 20, position: int = 15) -> Recorder:
