@@ -45,9 +45,8 @@ class Resolver:
                 # A new one each time: an exception that is raised again keeps every traceback it has had.
                 raise UnresolvedError(cached[1])
             return cached[1]
-        return await asyncio.shield(
-            self._lookup_of(host)
-        )  # in no variable: its error's traceback would hold it, and it its error
+        # The task in no variable: its error's traceback would hold it, and it its error.
+        return await asyncio.shield(self._lookup_of(host))
 
     async def lookup(self, host: str) -> tuple[tuple[str, ...], float]:
         """Ask the system's name servers (and its hosts file): addresses and seconds to live."""
